@@ -1,0 +1,207 @@
+"""CMAE: contrastive masked autoencoders are stronger vision learners (Huang et al., arXiv 2207.13532v3).
+
+In a sentence: a masked autoencoder whose encoder must also, through a small feature decoder that fills in the masked
+patches' features, recognise its own image among the batch, as a momentum encoder sees it whole and slightly shifted.
+
+    online:  I_s ─ mask ─ encoder ─┬─ pixel decoder ──────────────────────────── L_r  (Eq. 5)
+                                   └─ feature decoder ─ mean ─ projector ─ predictor ─┐
+    target:  I_t ─ momentum encoder ─ mean ─ momentum projector ─ stop-gradient ───── L_c  (Eq. 7)
+
+Changes from mae.py: the second view, the feature decoder, the two heads, the momentum branch, L_c.
+
+Where the paper is silent or unclear, and what stands here
+- §3.2 names the online view I_t once; it means I_s. Eq. (4) lacks its index i = 1 … N, Eq. (5) the mean over pixels.
+- The feature decoder's output layer: as wide as the encoder. The heads: Linear, BN, ReLU, Linear (BYOL's shape).
+- Mask ratio: MAE's 75 %. Colour: jitter and greyscale, with the official code's strengths; no blur, which it adds.
+- A weight-sharing feature decoder (Table 4c) is the first blocks of the pixel decoder, with its own norm and output.
+- Pixel shifts are given for 224 pixels and scaled with the image: 0-31 becomes 0-8 at 64 pixels.
+Where the official code departs from the paper: L_c times 2τ (`official_scale`), 65 % masked in squares of 2 x 2 patches
+(`mask_ratio=0.65, mask_cell=2`), no final norm on the target (`target_norm=False`), blur (`target_blur=0.5`), no weight
+decay on tokens (`--no-decay cls_token,mask_token`), a feature decoder as wide as a patch's pixels (not offered).
+CMAE* is `--stem conv`; the paper trims the rest to keep the ViT's size, we do not.
+
+    python train.py --method cmae            torchrun --nproc_per_node=8 train.py --method cmae --data tiny-imagenet
+
+Measured: see the table in README.md; ImageNet: not run.
+"""
+
+import copy
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import augment
+import mae
+from common import (
+    Head,
+    InputError,
+    Mask,
+    ViT,
+    ema_update,
+    info_nce,
+    random_mask,
+    reconstruction_loss,
+    visible_count,
+)
+
+
+@dataclass(frozen=True)
+class Config:
+    mask_ratio: float = 0.75  # share of patches hidden from the online encoder (official code: 0.65)
+    mask_cell: int = 1  # hide squares of this many patches a side (official code: 2)
+    decoder_width: int = 512  # of both decoders
+    decoder_depth: int = 8  # blocks of the pixel decoder
+    decoder_heads: int = 16  # of both decoders
+    norm_pixels: bool = True  # predict each patch standardised by its own mean and variance (§3.3)
+    crop_scale: float = 0.2  # smallest share of the image's area that the master crop keeps
+    pixel_shift: bool = True  # both views from one master image; without: two random crops (Table 4b)
+    shift_range: str = "0-31"  # shifts of the target view, in pixels at 224, scaled to the image (Table 6)
+    target_color: bool = True  # colour jitter and greyscale, on the target view only (Table 4b)
+    target_blur: float = 0.0  # probability of Gaussian blur on the target view (official code: 0.5)
+    target_mask_ratio: float = 0.0  # share of patches hidden from the momentum encoder (Table 4e)
+    target_norm: bool = True  # final norm of the momentum encoder (official code: none)
+    feature_decoder_depth: int = 2  # blocks; 0 contrasts the mean of the visible latents (Table 4a, 4c)
+    share_decoder: bool = False  # the feature decoder shares the pixel decoder's weights (Table 4c)
+    projector_width: int = 0  # hidden width of both heads; 0 is twice the encoder's
+    projector_out: int = 256  # dimensions of the contrasted vectors
+    contrast: str = "infonce"  # Eq. (7), or "byol": positives alone (§3.3, §4.4)
+    tau: float = 0.07  # temperature of Eq. (7)
+    lambda_c: float = 1.0  # weight of L_c in Eq. (8); 0 is MAE (Table 4a, 4d)
+    official_scale: bool = False  # L_c times 2τ, as the official code has it
+    momentum: float = 0.996  # μ of the momentum encoder, fixed (§3.1)
+
+
+RECIPES = {
+    # §4.1 on ImageNet-1K; 300 epochs in the ablations, 1600 for the best results.
+    "paper": mae.RECIPES["paper"] | dict(epochs=300),
+    "tiny": mae.RECIPES["tiny"],
+    "demo": mae.RECIPES["demo"],
+}
+
+
+class Batch(NamedTuple):
+    images: Tensor  # (B, 3, H, W) the online view I_s, normalised
+    mask: Mask
+    target_images: Tensor  # (B, 3, H, W) the target view I_t, normalised
+    target_mask: Mask | None  # what the momentum encoder does not see (Table 4e); None: it sees everything
+
+
+def shift_bounds(shift_range: str, size: int) -> tuple[int, int]:
+    """ "a-b" or "b", pixels at 224 → (low, p) at `size`: shifts r are low ≤ r < p, and the master is size + p wide."""
+    try:
+        low, high = [int(n) for n in shift_range.split("-")] if "-" in shift_range else (0, int(shift_range))
+    except ValueError:
+        raise InputError(f"shift range {shift_range!r}: not a range; give one like 0-31") from None
+    if not 0 <= low <= high:
+        raise InputError(f"shift range {shift_range!r}: must rise from 0 or more; give one like 0-31")
+    if high == 0:
+        return 0, 0
+    p = max(1, round((high + 1) * size / 224))
+    return min(round(low * size / 224), p - 1), p
+
+
+class CMAE(nn.Module):
+    Config, RECIPES = Config, RECIPES
+
+    def __init__(self, encoder: ViT, config: Config):
+        super().__init__()
+        c, D = config, encoder.width
+        visible_count(encoder.patches, c.mask_ratio)  # says at once if nothing would be left
+        if c.contrast not in ("infonce", "byol"):
+            raise InputError(f"contrast {c.contrast!r}: unknown; choose infonce or byol")
+        if c.feature_decoder_depth > c.decoder_depth and c.share_decoder:
+            raise InputError(f"feature decoder of {c.feature_decoder_depth} blocks: cannot share {c.decoder_depth}")
+        self.config, self.encoder = c, encoder
+        self.shifts = shift_bounds(c.shift_range, encoder.image_size)
+        # G_p and G_f of §3.1: the same structure, weights of their own.
+        P = 3 * encoder.patch_size**2
+        self.decoder = mae.Decoder(encoder, c.decoder_width, c.decoder_depth, c.decoder_heads, P)
+        if c.lambda_c == 0:
+            return  # MAE
+        if c.feature_decoder_depth:
+            self.feature_decoder = mae.Decoder(encoder, c.decoder_width, c.feature_decoder_depth, c.decoder_heads, D)
+            if c.share_decoder:
+                self.feature_decoder.embed = self.decoder.embed
+                self.feature_decoder.mask_token = self.decoder.mask_token
+                self.feature_decoder.blocks = self.decoder.blocks[: c.feature_decoder_depth]
+        self.projector = Head(D, c.projector_width or 2 * D, c.projector_out)
+        self.predictor = Head(c.projector_out, c.projector_width or 2 * D, c.projector_out)
+        self.momentum_encoder = copy.deepcopy(encoder).requires_grad_(False)  # F_t
+        self.momentum_projector = copy.deepcopy(self.projector).requires_grad_(False)  # H_t
+
+    def draw(self, images, index, rng) -> Batch:
+        """uint8 images → the two views of §3.2 and the online branch's mask."""
+        c, size, (low, p) = self.config, self.encoder.image_size, self.shifts
+        sizes, scale = augment.sizes(images), (c.crop_scale, 1.0)
+        boxes, flips = augment.crop_boxes(rng, sizes, scale=scale), rng.chance(0.5)
+        if c.pixel_shift:
+            master = augment.crop_resize(images, boxes, size + p, hflip=flips)  # (B, 3, H + p, W + p)
+            view = master[:, :, :size, :size]
+            target = augment.shift_crop(master, rng.integers(low, max(p, 1), 2), size)
+        else:
+            view = augment.crop_resize(images, boxes, size, hflip=flips)
+            boxes, flips = augment.crop_boxes(rng, sizes, scale=scale), rng.chance(0.5)
+            target = augment.crop_resize(images, boxes, size, hflip=flips)
+        if c.target_color:
+            target = augment.color_jitter(target, *augment.draw_color_jitter(rng, 0.4, 0.4, 0.4, 0.1, probability=0.8))
+            target = augment.grayscale(target, rng.chance(0.2))
+        if c.target_blur:
+            sigma = rng.uniform(low=0.1, high=2.0) * size / 224  # pixels
+            target = augment.gaussian_blur(target, sigma, rng.chance(c.target_blur))
+        mask = random_mask(rng, self.encoder.grid, c.mask_ratio, c.mask_cell)
+        target_mask = random_mask(rng, self.encoder.grid, c.target_mask_ratio) if c.target_mask_ratio else None
+        return Batch(augment.normalize(view), mask, augment.normalize(target), target_mask)
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        latents = self.encoder(batch.images, batch.mask.visible)  # z_s, Eq. (1): (B, 1 + V, D)
+        predicted = self.decoder(latents, batch.mask)  # y'_m, Eq. (3): (B, M, P)
+        pixels = mae.masked_pixels(batch.images, batch.mask, self.encoder.patch_size, self.config.norm_pixels)
+        l_r = reconstruction_loss(predicted, pixels)  # Eq. (5)
+        if self.config.lambda_c == 0:
+            return {"loss": l_r}
+        y = self.predictor(self.projector(self.online_feature(latents, batch.mask)))  # y_s^p: (B, d)
+        z = self.target_feature(batch.target_images, batch.target_mask)  # z_t^p: (B, d), no gradient
+        l_c = self.contrast(y, z)  # Eq. (7)
+        return {"loss": l_r + self.config.lambda_c * l_c, "reconstruction": l_r, "contrast": l_c}  # Eq. (8)
+
+    def online_feature(self, latents: Tensor, mask: Mask) -> Tensor:
+        """y_s, Eq. (4): the mean over all N outputs of the feature decoder. (B, 1 + V, D) → (B, D)."""
+        if not self.config.feature_decoder_depth:
+            return latents[:, 1:].mean(dim=1)
+        # The output layer is linear, so it commutes with the mean: one multiplication per image instead of N.
+        return self.feature_decoder.predict(self.feature_decoder.features(latents, mask).mean(dim=1))
+
+    @torch.no_grad()
+    def target_feature(self, images: Tensor, mask: Mask | None) -> Tensor:
+        """z_t^p: mean over the momentum encoder's outputs (Eq. 2), then its projection. (B, 3, H, W) → (B, d)."""
+        tokens = self.momentum_encoder(images, mask and mask.visible, norm=self.config.target_norm)
+        return self.momentum_projector(tokens[:, 1:].mean(dim=1))
+
+    def contrast(self, y: Tensor, z: Tensor) -> Tensor:
+        c = self.config
+        loss = info_nce(y, z, c.tau) if c.contrast == "infonce" else byol_loss(y, z)
+        return 2 * c.tau * loss if c.official_scale else loss
+
+    def update_teacher(self, progress: float) -> None:
+        """θ_t ← μ θ_t + (1 - μ) θ_s (§3.1), for the encoder and, as §3.3 says, the projection head."""
+        if self.config.lambda_c:
+            ema_update(self.momentum_encoder, self.encoder, self.config.momentum)
+            ema_update(self.momentum_projector, self.projector, self.config.momentum)
+
+    def end_epoch(self, epoch: int, image_set) -> None:
+        """Nothing to recompute."""
+
+    @torch.no_grad()
+    def picture(self, batch: Batch) -> Tensor:
+        """(4, B, 3, H, W) in [0, 1]: originals, what the encoder saw, reconstructions, the target views."""
+        predicted = self.decoder(self.encoder(batch.images, batch.mask.visible), batch.mask)
+        rows = mae.picture_rows(batch.images, batch.mask, predicted, self.encoder, self.config.norm_pixels)
+        return torch.cat([rows, augment.denormalize(batch.target_images.float()).clamp(0, 1)[None]])
+
+
+def byol_loss(y: Tensor, z: Tensor) -> Tensor:
+    """2 - 2ρ⁺, the squared distance of the normalised positive pairs (§3.3 names the loss, BYOL writes it)."""
+    return (2 - 2 * F.cosine_similarity(y.float(), z.float(), dim=-1)).mean()

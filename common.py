@@ -1,0 +1,604 @@
+"""The ground all methods stand on: a tiny ViT, patches, masks, losses, heads, EMA, schedules, randomness, ranks.
+
+Shapes, here and in every method file:
+
+    B  images on this rank       N  patches of an image      D  width of the encoder
+    V  visible patches           M  masked patches, V+M=N    P  values of a patch, 3·p·p
+    p  side of a patch           h, w  patches down, across
+
+Polarity, stated once: a mask *hides*. `Mask.visible` are the patches an encoder may see, `Mask.masked` those it may
+not; both hold indices into the grid read row by row, and side by side they are a permutation of 0 … N-1.
+"""
+
+import itertools
+import math
+import os
+import sys
+import time
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# Every image set is normalised with ImageNet's channel statistics, so that an encoder fits any of them.
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+# (width D, blocks, heads); tiny to large are the ViT and DeiT papers' sizes, nano is ours, for two CPU cores.
+SIZES = {
+    "nano": (128, 4, 4),
+    "tiny": (192, 12, 3),
+    "small": (384, 12, 6),
+    "base": (768, 12, 12),
+    "large": (1024, 24, 16),
+}
+
+
+class InputError(ValueError):
+    """What a user gave cannot work. The message is one line: the thing, what is wrong, what would be right."""
+
+
+# ------------------------------------------------------------------------------------------------------------ ranks
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+class _SumOverRanks(torch.autograd.Function):
+    """Sum over ranks. Every rank's loss depends on every rank's input, so the gradients are summed over ranks too."""
+
+    @staticmethod
+    def forward(ctx, x):
+        x = x.clone()
+        dist.all_reduce(x)
+        return x
+
+    @staticmethod
+    def backward(ctx, gradient):
+        gradient = gradient.clone()
+        dist.all_reduce(gradient)
+        return gradient
+
+
+def sum_over_ranks(x: Tensor) -> Tensor:
+    """The sum of `x` over all ranks, with gradient; `x` itself in a single process."""
+    return _SumOverRanks.apply(x) if world_size() > 1 else x
+
+
+@torch.no_grad()
+def gather_over_ranks(x: Tensor) -> Tensor:
+    """(B, …) on each rank → (B·ranks, …) in rank order, without gradient."""
+    if world_size() == 1:
+        return x.detach()
+    parts = [torch.empty_like(x) for _ in range(world_size())]
+    dist.all_gather(parts, x.detach().contiguous())
+    return torch.cat(parts)
+
+
+# ------------------------------------------------------------------------------------------------------- randomness
+
+
+class StepRandom:
+    """All that is random in one step, a function of (seed, step) alone.
+
+    Every call draws for the whole global batch (`total` images) and returns the rows of this rank, so that what an
+    image meets does not depend on how many processes share the work. The draws are made on the CPU: the same numbers
+    on every device, and no generator state that a checkpoint would have to carry.
+    """
+
+    def __init__(self, seed: int, step: int, total: int, rows: slice | None = None, device="cpu"):
+        self.generator = np.random.default_rng((seed, step))
+        self.total, self.rows, self.device = total, rows or slice(0, total), torch.device(device)
+
+    def _mine(self, drawn) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(drawn[self.rows])).to(self.device)
+
+    def uniform(self, *shape: int, low: float = 0.0, high: float = 1.0) -> Tensor:
+        """float32 (B, *shape), uniform in [low, high)."""
+        return self._mine(self.generator.random((self.total, *shape), dtype=np.float32)) * (high - low) + low
+
+    def normal(self, *shape: int) -> Tensor:
+        """float32 (B, *shape), standard normal."""
+        return self._mine(self.generator.standard_normal((self.total, *shape), dtype=np.float32))
+
+    def integers(self, low: int, high: int, *shape: int) -> Tensor:
+        """int64 (B, *shape), uniform in low … high-1."""
+        return self._mine(self.generator.integers(low, high, (self.total, *shape)))
+
+    def beta(self, a: float, b: float, *shape: int) -> Tensor:
+        """float32 (B, *shape), from Beta(a, b)."""
+        return self._mine(self.generator.beta(a, b, (self.total, *shape)).astype(np.float32))
+
+    def chance(self, probability: float) -> Tensor:
+        """bool (B,), True with the given probability."""
+        return self._mine(self.generator.random(self.total) < probability)
+
+    def permutation(self, n: int) -> Tensor:
+        """int64 (B, n), one uniform permutation of 0 … n-1 per image (the order of float64 noise, as in MAE)."""
+        return self._mine(self.generator.random((self.total, n)).argsort(axis=1))
+
+
+def epoch_order(seed: int, epoch: int, n: int) -> Tensor:
+    """int64 (n,): the order in which epoch `epoch` visits the n images, a function of (seed, epoch) alone."""
+    return torch.from_numpy(np.random.default_rng((seed, epoch, 1)).permutation(n))
+
+
+# ---------------------------------------------------------------------------------------------- patches and targets
+
+
+def pair(size) -> tuple[int, int]:
+    """An int for a square, or (height, width), as (height, width)."""
+    return (size, size) if isinstance(size, int) else tuple(size)
+
+
+def patchify(images: Tensor, p: int) -> Tensor:
+    """(B, 3, H, W) → (B, N, P): patches in raster order, values in the order row, column, channel (as in MAE)."""
+    B, C, H, W = images.shape
+    if H % p or W % p:
+        raise InputError(f"image size {H}x{W} is not divisible by patch size {p}")
+    grid = images.reshape(B, C, H // p, p, W // p, p)
+    return grid.permute(0, 2, 4, 3, 5, 1).reshape(B, (H // p) * (W // p), p * p * C)
+
+
+def unpatchify(patches: Tensor, p: int, grid: tuple[int, int]) -> Tensor:
+    """(B, N, P) → (B, 3, H, W), the inverse of `patchify`; `grid` is (h, w), in patches."""
+    h, w = grid
+    x = patches.reshape(len(patches), h, w, p, p, -1)
+    return x.permute(0, 5, 1, 3, 2, 4).reshape(len(patches), -1, h * p, w * p)
+
+
+def take(x: Tensor, index: Tensor) -> Tensor:
+    """(B, N, D) and (B, K) indices of tokens → (B, K, D)."""
+    return x.gather(1, index[:, :, None].expand(-1, -1, x.shape[2]))
+
+
+def normalize_patches(patches: Tensor, eps: float = 1e-6) -> Tensor:
+    """MAE's per-patch normalised target, t̂ = (t - mean) / √(var + eps); the variance divides by P-1, as torch's."""
+    patches = patches.float()
+    variance, mean = torch.var_mean(patches, dim=-1, keepdim=True)
+    return (patches - mean) / (variance + eps).sqrt()
+
+
+def reconstruction_loss(predicted: Tensor, target: Tensor) -> Tensor:
+    """Mean squared error over the masked patches, both (B, M, P): MAE's loss and Eq. (5) of CMAE.
+
+    CMAE's Eq. (5) divides by the number of masked patches and leaves the mean over a patch's values unsaid.
+    """
+    return (predicted.float() - target.float()).square().mean()
+
+
+# ------------------------------------------------------------------------------------------------------------ masks
+
+
+class Mask(NamedTuple):
+    visible: Tensor  # (B, V) int64
+    masked: Tensor  # (B, M) int64
+
+    @property
+    def order(self) -> Tensor:
+        """(B, N): the visible patches, then the masked ones."""
+        return torch.cat([self.visible, self.masked], dim=1)
+
+    @property
+    def hidden(self) -> Tensor:
+        """(B, N) bool in raster order, True where a patch is masked."""
+        hidden = torch.zeros_like(self.order, dtype=torch.bool)
+        return hidden.scatter(1, self.masked, True)
+
+
+def restore(visible: Tensor, masked: Tensor, mask: Mask) -> Tensor:
+    """(B, V, D) and (B, M, D) → (B, N, D) in raster order."""
+    x = torch.cat([visible, masked], dim=1)
+    return torch.empty_like(x).scatter(1, mask.order[:, :, None].expand_as(x), x)
+
+
+def visible_count(n: int, ratio: float) -> int:
+    """⌊n(1-ratio)⌋ patches stay visible, as in MAE; both sides must keep at least one."""
+    keep = int(n * (1 - ratio) + 1e-9)  # the epsilon: 10 · (1 - 0.9) is 0.99… in floating point
+    if not 0 < keep < n:
+        left = "visible" if keep <= 0 else "masked"
+        raise InputError(f"mask ratio {ratio:g} leaves none of {n} patches or cells {left}; give one between 0 and 1")
+    return keep
+
+
+def split(order: Tensor, keep: int) -> Mask:
+    return Mask(order[:, :keep].contiguous(), order[:, keep:].contiguous())
+
+
+def random_mask(rng: StepRandom, grid: tuple[int, int], ratio: float, cell: int = 1) -> Mask:
+    """Hide a uniformly random share `ratio` of cells of `cell` × `cell` patches; the count is exact in every image."""
+    h, w = grid
+    if h % cell or w % cell:
+        raise InputError(f"a grid of {h}x{w} patches cannot be cut into cells of {cell}x{cell}")
+    cells = rng.permutation((h // cell) * (w // cell))  # (B, cells)
+    keep = visible_count(cells.shape[1], ratio) * cell * cell
+    if cell == 1:
+        return split(cells, keep)
+    row, column = cells // (w // cell) * cell, cells % (w // cell) * cell  # of each cell's first patch
+    inside = torch.arange(cell, device=cells.device)
+    patches = (row[:, :, None, None] + inside[:, None]) * w + column[:, :, None, None] + inside
+    return split(patches.flatten(1), keep)
+
+
+def block_mask(rng: StepRandom, grid: tuple[int, int], count: int, smallest: int = 16, tries: int = 10) -> Mask:
+    """BEiT's block-wise mask, continued as in CAE until exactly `count` patches of every image are hidden.
+
+    A block has an area uniform in [smallest, what is missing] and an aspect ratio log-uniform in [0.3, 1/0.3]; one that
+    would hide nothing new or more than is missing is drawn again. After `tries` failures the smallest area is halved,
+    so that the quota is met in any grid.
+    """
+    h, w = grid
+    if not 0 < count < h * w:
+        raise InputError(f"{count} masked patches of {h * w} leave nothing visible or nothing masked")
+    # One child generator per image keeps an image's blocks independent of its neighbours' number of tries.
+    seeds = rng.generator.integers(0, 2**63, rng.total)[rng.rows]
+    orders = np.stack([_blocks(np.random.default_rng(s), h, w, count, smallest, tries) for s in seeds])
+    return split(torch.from_numpy(orders).to(rng.device), h * w - count)
+
+
+def _blocks(draw: np.random.Generator, h: int, w: int, count: int, smallest: int, tries: int) -> np.ndarray:
+    hidden, missing, failures = np.zeros((h, w), dtype=bool), count, 0
+    while missing:
+        area = draw.uniform(min(smallest, missing), missing)
+        aspect = math.exp(draw.uniform(math.log(0.3), -math.log(0.3)))
+        rows, columns = max(1, round(math.sqrt(area * aspect))), max(1, round(math.sqrt(area / aspect)))
+        if rows <= h and columns <= w:
+            top, left = draw.integers(0, h - rows + 1), draw.integers(0, w - columns + 1)
+            block = hidden[top : top + rows, left : left + columns]
+            if 0 < (new := block.size - block.sum()) <= missing:
+                block[:], missing, failures = True, missing - new, 0
+                continue
+        failures += 1
+        if failures % tries == 0:
+            smallest = max(1, smallest // 2)
+    return np.argsort(hidden.ravel(), kind="stable")  # visible first, both halves in raster order
+
+
+# -------------------------------------------------------------------------------------------------------------- ViT
+
+
+def sincos_positions(width: int, grid: tuple[int, int]) -> Tensor:
+    """(1, 1 + N, D) frozen 2-D sine-cosine positions; row 0, the class token's, is zero.
+
+    As in MAE's code: the first D/2 channels encode the column, the rest the row, each D/4 sines then D/4 cosines with
+    frequencies 10000^(-k/(D/4)). CMAE's and CAE's code put the row first, which changes nothing but names.
+    """
+    if width % 4:
+        raise InputError(f"width {width} is not divisible by 4, which sine-cosine positions need")
+    omega = 10000.0 ** (-torch.arange(width // 4, dtype=torch.float64) / (width // 4))
+    row, column = torch.meshgrid(*(torch.arange(s, dtype=torch.float64) for s in grid), indexing="ij")
+    angles = [axis.reshape(-1, 1) * omega for axis in (column, row)]  # (N, D/4) each
+    positions = torch.cat([f(a) for a in angles for f in (torch.sin, torch.cos)], dim=1)
+    return torch.cat([torch.zeros(1, width, dtype=torch.float64), positions])[None].float()
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(q kᵀ / √d) v over (B, heads, tokens, d). Short sequences on a CPU are faster in plain matrix products."""
+    if q.device.type == "cpu" and q.shape[-2] * k.shape[-2] <= 256 * 256:
+        return (q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)).softmax(dim=-1).to(v.dtype) @ v
+    return F.scaled_dot_product_attention(q, k, v)
+
+
+class Attention(nn.Module):
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        if width % heads:
+            raise InputError(f"width {width} is not divisible by {heads} heads")
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, T, D) → (B, T, D)
+        B, T, D = x.shape
+        q, k, v = self.qkv(x).reshape(B, T, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)
+        return self.proj(attend(q, k, v).transpose(1, 2).reshape(B, T, D))
+
+
+class MLP(nn.Module):
+    def __init__(self, width: int, hidden: int):
+        super().__init__()
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class LayerScale(nn.Module):
+    def __init__(self, width: int, value: float):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.full((width,), float(value)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gamma
+
+
+def drop_path(x: Tensor, rate: float, training: bool) -> Tensor:
+    """Leave out a residual branch of whole images at random, scaling those that stay by 1 / (1 - rate).
+
+    The one draw that is made inside a forward pass, from torch's own generator, hence not independent of the world
+    size; the training loop seeds that generator from (seed, step, rank), so that resuming stays exact.
+    """
+    if rate == 0.0 or not training:
+        return x
+    keep = torch.rand(x.shape[0], 1, 1, device=x.device) >= rate
+    return x * keep.to(x.dtype) / (1 - rate)
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block: x + ls1·attention(norm1 x), then x + ls2·mlp(norm2 x)."""
+
+    def __init__(self, width: int, heads: int, mlp_ratio: float = 4, layer_scale: float = 0, drop_path: float = 0):
+        super().__init__()
+        self.norm1, self.norm2 = (nn.LayerNorm(width, eps=1e-6) for _ in range(2))
+        self.attn = Attention(width, heads)
+        self.mlp = MLP(width, int(width * mlp_ratio))
+        self.ls1, self.ls2 = (LayerScale(width, layer_scale) if layer_scale else nn.Identity() for _ in range(2))
+        self.drop_path = drop_path
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + drop_path(self.ls1(self.attn(self.norm1(x))), self.drop_path, self.training)
+        return x + drop_path(self.ls2(self.mlp(self.norm2(x))), self.drop_path, self.training)
+
+
+class PatchEmbed(nn.Module):
+    """One linear map per patch, held as timm's convolution kernel. Only the patches asked for are multiplied."""
+
+    def __init__(self, p: int, width: int):
+        super().__init__()
+        self.proj = nn.Conv2d(3, width, kernel_size=p, stride=p)
+
+    def forward(self, images: Tensor, visible: Tensor | None = None) -> Tensor:  # (B, 3, H, W) → (B, V or N, D)
+        patches = patchify(images, self.proj.kernel_size[0])
+        if visible is not None:
+            patches = take(patches, visible)
+        kernel = self.proj.weight.permute(0, 2, 3, 1).flatten(1)  # to the order row, column, channel
+        return F.linear(patches, kernel, self.proj.bias)
+
+
+class ConvEmbed(nn.Module):
+    """The convolutional token projection of CMAE* (§4.1, after ConvMAE): 3 × 3, stride 2, until a patch is left.
+
+    Overlapping kernels would carry masked pixels into visible tokens, so whatever stands on a masked patch is set to
+    zero before each convolution (masked convolution); normalisation is per position, so it cannot carry anything.
+    """
+
+    def __init__(self, p: int, width: int):
+        super().__init__()
+        stages = p.bit_length() - 1
+        if p != 2**stages or stages < 1:
+            raise InputError(f"the convolutional stem halves the image until a patch is left; {p} is no power of two")
+        channels = [3] + [max(8, width >> (stages - i)) for i in range(1, stages)] + [width]
+        self.stages = nn.ModuleList(
+            nn.Conv2d(a, b, kernel_size=3, stride=2, padding=1) for a, b in itertools.pairwise(channels)
+        )
+        self.norms = nn.ModuleList(nn.LayerNorm(c, eps=1e-6) for c in channels[1:])
+        self.proj = nn.Conv2d(width, width, kernel_size=1)
+
+    def forward(self, images: Tensor, visible: Tensor | None = None) -> Tensor:
+        B, _, H, W = images.shape
+        p = 2 ** len(self.stages)
+        seen = None
+        if visible is not None:
+            seen = torch.zeros(B, (H // p) * (W // p), dtype=images.dtype, device=images.device)
+            seen = seen.scatter(1, visible, 1.0).reshape(B, 1, H // p, W // p)
+        x = images
+        for conv, norm in zip(self.stages, self.norms, strict=True):
+            if seen is not None:
+                x = x * F.interpolate(seen, size=x.shape[-2:], mode="nearest").to(x.dtype)
+            x = F.gelu(norm(conv(x).permute(0, 2, 3, 1)).permute(0, 3, 1, 2))
+        x = self.proj(x).flatten(2).transpose(1, 2)  # (B, N, D)
+        return x if visible is None else take(x, visible)
+
+
+class ViT(nn.Module):
+    """A plain Vision Transformer with timm's parameter names: class token, fixed positions, final norm.
+
+    `stem` is "linear" (a ViT) or "conv" (CMAE*). `drop_path` grows linearly over the blocks from 0 to its value.
+    """
+
+    def __init__(
+        self,
+        image_size: int | tuple[int, int] = 64,
+        patch_size: int = 8,
+        width: int = 128,
+        depth: int = 4,
+        heads: int = 4,
+        layer_scale: float = 0.0,
+        drop_path: float = 0.0,
+        stem: str = "linear",
+    ):
+        super().__init__()
+        self.settings = dict(
+            image_size=image_size, patch_size=patch_size, width=width, depth=depth, heads=heads,
+            layer_scale=layer_scale, drop_path=drop_path, stem=stem,
+        )  # fmt: skip
+        H, W = pair(image_size)
+        self.image_size = image_size
+        if H % patch_size or W % patch_size:
+            raise InputError(f"image size {H}x{W} is not divisible by patch size {patch_size}")
+        self.width, self.patch_size, self.grid = width, patch_size, (H // patch_size, W // patch_size)
+        self.patch_embed = {"linear": PatchEmbed, "conv": ConvEmbed}[stem](patch_size, width)
+        self.cls_token = nn.Parameter(torch.empty(1, 1, width))
+        self.register_buffer("pos_embed", sincos_positions(width, self.grid))  # (1, 1 + N, D)
+        rates = [drop_path * i / max(1, depth - 1) for i in range(depth)]
+        self.blocks = nn.ModuleList(Block(width, heads, 4, layer_scale, rate) for rate in rates)
+        self.norm = nn.LayerNorm(width, eps=1e-6)
+        initialize(self)
+
+    @property
+    def patches(self) -> int:
+        return self.grid[0] * self.grid[1]
+
+    def embed(self, images: Tensor, visible: Tensor | None = None) -> Tensor:
+        """(B, 3, H, W) → (B, N, D) patch embeddings with positions, or the (B, V) chosen ones: (B, V, D)."""
+        tokens, positions = self.patch_embed(images, visible), self.pos_embed[:, 1:]
+        return tokens + (positions if visible is None else positions[0][visible])
+
+    def encode(self, tokens: Tensor, norm: bool = True) -> Tensor:
+        """(B, T, D) embedded patches → (B, 1 + T, D): the class token first, then the patches in their order."""
+        cls = self.cls_token + self.pos_embed[:, :1]
+        x = torch.cat([cls.to(tokens.dtype).expand(len(tokens), -1, -1), tokens], dim=1)
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x) if norm else x
+
+    def forward(self, images: Tensor, visible: Tensor | None = None, norm: bool = True) -> Tensor:
+        """Normalised images (B, 3, H, W) → (B, 1 + N, D); with `visible` (B, V), only those patches: (B, 1 + V, D)."""
+        return self.encode(self.embed(images, visible), norm)
+
+
+def initialize(module: nn.Module) -> None:
+    """MAE's initialisation: xavier-uniform matrices (patch kernels flattened to one), zero biases, N(0, .02) tokens."""
+    for part in module.modules():
+        if isinstance(part, nn.Linear | nn.Conv2d):
+            nn.init.xavier_uniform_(part.weight.view(part.weight.shape[0], -1))
+            if part.bias is not None:
+                nn.init.zeros_(part.bias)
+        for name, parameter in part.named_parameters(recurse=False):
+            if name.endswith("_token"):
+                nn.init.normal_(parameter, std=0.02)
+
+
+# ------------------------------------------------------------------------------------------------ heads and contrast
+
+
+class BatchNorm(nn.Module):
+    """Batch norm over the rows of all ranks, with the statistics of the batch at hand, always; keeps no running ones.
+
+    `nn.SyncBatchNorm` refuses CPU tensors, and heads that are thrown away after pretraining need no running statistics.
+    """
+
+    def __init__(self, width: int, affine: bool = True, eps: float = 1e-6):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(width)) if affine else None
+        self.bias = nn.Parameter(torch.zeros(width)) if affine else None
+
+    def forward(self, x: Tensor) -> Tensor:  # (rows, D) → (rows, D)
+        with torch.autocast(x.device.type, enabled=False):
+            y = x.float()
+            n = len(y) * world_size()
+            y = y - sum_over_ranks(y.sum(0)) / n
+            variance = sum_over_ranks(y.square().sum(0)) / n
+            y = y * (variance + self.eps).rsqrt()
+            if self.weight is not None:
+                y = y * self.weight + self.bias
+            return y.to(x.dtype)
+
+
+class Head(nn.Module):
+    """(rows, D) → (rows, out): Linear, BatchNorm, ReLU, Linear. Projection and prediction heads of BYOL's shape."""
+
+    def __init__(self, width: int, hidden: int, out: int):
+        super().__init__()
+        self.hidden = nn.Linear(width, hidden)
+        self.norm = BatchNorm(hidden)
+        self.out = nn.Linear(hidden, out, bias=False)
+        initialize(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(F.relu(self.norm(self.hidden(x))))
+
+
+def info_nce(queries: Tensor, keys: Tensor, tau: float) -> Tensor:
+    """-log(exp(ρ⁺/τ) / Σ_j exp(ρ_j/τ)) over cosine similarities ρ, averaged over the queries. (B, d), (B, d) → scalar.
+
+    Key b of the same rank is query b's positive; the keys of all other images of all ranks are its negatives. Keys
+    carry no gradient.
+    """
+    with torch.autocast(queries.device.type, enabled=False):
+        queries = F.normalize(queries.float(), dim=-1)
+        keys = gather_over_ranks(F.normalize(keys.float(), dim=-1))
+        positives = torch.arange(len(queries), device=queries.device) + rank() * len(queries)
+        return F.cross_entropy(queries @ keys.T / tau, positives)
+
+
+# ---------------------------------------------------------------------------------------- teacher, schedule, optimizer
+
+
+@torch.no_grad()
+def ema_update(teacher: nn.Module, student: nn.Module, mu: float) -> None:
+    """θ_t ← μ θ_t + (1 - μ) θ_s for every parameter. Buffers are constants here and need no update."""
+    torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), 1 - mu)
+
+
+def cosine(start: float, end: float, progress: float) -> float:
+    """From `start` at progress 0 to `end` at progress 1 along half a cosine."""
+    return end + (start - end) * (1 + math.cos(math.pi * progress)) / 2
+
+
+def learning_rate(step: int, steps: int, warmup: int, peak: float, floor: float = 0.0) -> float:
+    """Linear from 0 over `warmup` steps, then a cosine from `peak` to `floor` at `steps`; per step, as in MAE."""
+    if step < warmup:
+        return peak * step / warmup
+    return cosine(peak, floor, min(1.0, (step - warmup) / max(1, steps - warmup)))
+
+
+def parameter_groups(module: nn.Module, weight_decay: float, no_decay: tuple[str, ...] = ()) -> list[dict]:
+    """Two AdamW groups: vectors and biases are not decayed, nor what has a part of its name in `no_decay`."""
+    decayed, exempt = [], []
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            free = parameter.ndim <= 1 or name.endswith("bias") or any(part in name for part in no_decay)
+            (exempt if free else decayed).append(parameter)
+    return [dict(params=decayed, weight_decay=weight_decay), dict(params=exempt, weight_decay=0.0)]
+
+
+# ---------------------------------------------------------------------------------------------------------- commands
+
+
+def start(device: str = "auto") -> torch.device:
+    """The device of this process; under torchrun with several processes also their group: gloo on CPUs, NCCL on GPUs.
+
+    "auto" takes CUDA where there is any, else Apple's GPU for a process on its own, else the CPU.
+    """
+    ranks, local = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # processes on this machine
+    if device == "auto":
+        alone = "mps" if ranks == 1 and torch.backends.mps.is_available() else "cpu"
+        device = "cuda" if torch.cuda.is_available() else alone
+    if device == "cuda":
+        if here > (gpus := torch.cuda.device_count()):
+            right = f"start at most {gpus} processes, or" if gpus else "give"
+            raise InputError(f"device cuda: {here} GPUs asked for, {gpus} found; {right} --device cpu")
+        torch.cuda.set_device(local)
+    elif device == "mps" and (ranks > 1 or not torch.backends.mps.is_available()):
+        raise InputError("device mps: serves one process on a Mac with Apple's GPU; give --device cpu")
+    chosen = torch.device(device, local) if device == "cuda" else torch.device(device)
+    if ranks > 1:
+        on_gpu = chosen.type == "cuda"
+        dist.init_process_group("nccl" if on_gpu else "gloo", device_id=chosen if on_gpu else None)
+    return chosen
+
+
+def stop() -> None:
+    """Leave the process group. Without the barrier some gloo processes abort at exit (seen with torch 2.15)."""
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def command(main) -> None:
+    """Run a command's `main()`: what the user got wrong becomes one line on standard error and exit status 2."""
+    try:
+        main()
+    except InputError as error:
+        # Where all ranks fail alike, torchrun ends the others while they wait, so that the line stands once.
+        time.sleep(int(os.environ.get("RANK", 0)) > 0)
+        print(error, file=sys.stderr, flush=True)
+        status = 2
+    except KeyboardInterrupt:
+        status = 130
+    else:
+        return
+    if dist.is_initialized():
+        os._exit(status)  # the others may wait in a collective: leave without taking part, and without an abort
+    sys.exit(status)

@@ -1,0 +1,526 @@
+"""common.py: masks, patches, positions, the ViT, losses, heads, EMA, schedules, randomness."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from common import (
+    MLP,
+    SIZES,
+    Attention,
+    BatchNorm,
+    Block,
+    Head,
+    InputError,
+    LayerScale,
+    Mask,
+    StepRandom,
+    ViT,
+    attend,
+    block_mask,
+    cosine,
+    drop_path,
+    ema_update,
+    epoch_order,
+    info_nce,
+    initialize,
+    learning_rate,
+    normalize_patches,
+    parameter_groups,
+    patchify,
+    random_mask,
+    reconstruction_loss,
+    restore,
+    sincos_positions,
+    take,
+    unpatchify,
+    visible_count,
+)
+
+grids = st.tuples(st.integers(1, 9), st.integers(1, 9)).filter(lambda g: g[0] * g[1] >= 2)
+ratios = st.floats(0.0, 1.0)
+
+
+def rng(seed=0, step=0, total=4, rows=None):
+    return StepRandom(seed, step, total, rows)
+
+
+def assert_partition(mask: Mask, n: int):
+    assert torch.equal(mask.order.sort(dim=1).values, torch.arange(n).expand_as(mask.order))
+
+
+# ------------------------------------------------------------------------------------------------------- randomness
+
+
+@given(st.integers(0, 2**31), st.integers(0, 10**6), st.integers(1, 4), st.integers(1, 3))
+def test_ranks_together_draw_what_one_process_draws(seed, step, ranks, share):
+    total = ranks * share
+    whole = rng(seed, step, total)
+    parts = [rng(seed, step, total, slice(r * share, (r + 1) * share)) for r in range(ranks)]
+    draws = [
+        lambda r: r.uniform(3, low=-1.0, high=2.0),
+        lambda r: r.normal(2, 2),
+        lambda r: r.integers(3, 9, 4),
+        lambda r: r.beta(0.6, 0.6),
+        lambda r: r.chance(0.4),
+        lambda r: r.permutation(7),
+        lambda r: random_mask(r, (4, 4), 0.5).order,
+        lambda r: block_mask(r, (4, 4), 7, smallest=2).order,
+        lambda r: r.uniform(),  # after the block mask, whose number of tries varies from image to image
+    ]
+    for draw in draws:
+        assert torch.equal(draw(whole), torch.cat([draw(part) for part in parts]))
+
+
+def test_draws_differ_between_steps_seeds_and_images():
+    same, step, seed = rng(1, 5).uniform(8), rng(1, 6).uniform(8), rng(2, 5).uniform(8)
+    assert torch.equal(same, rng(1, 5).uniform(8))
+    assert not torch.equal(same, step) and not torch.equal(same, seed) and not torch.equal(same[0], same[1])
+
+
+def test_draws_have_their_ranges_types_and_rates():
+    r = rng(total=20_000)
+    u, i, b, c = r.uniform(low=2.0, high=5.0), r.integers(3, 7), r.beta(0.5, 0.5), r.chance(0.2)
+    assert u.dtype == torch.float32 and 2 <= u.min() < 2.01 and 4.99 < u.max() <= 5
+    assert i.dtype == torch.int64 and set(i.tolist()) == {3, 4, 5, 6}
+    assert abs(b.mean() - 0.5) < 0.01 and abs(b.var() - 0.125) < 0.005  # variance of Beta(a, a): 1 / (4 (2a + 1))
+    assert c.dtype == torch.bool and abs(c.float().mean() - 0.2) < 0.01
+    assert abs(r.normal().std() - 1) < 0.02
+
+
+@given(st.integers(0, 99), st.integers(0, 99), st.integers(1, 50))
+def test_epoch_order_is_a_permutation_of_its_own(seed, epoch, n):
+    order = epoch_order(seed, epoch, n)
+    assert torch.equal(order.sort().values, torch.arange(n))
+    assert torch.equal(order, epoch_order(seed, epoch, n))
+
+
+def test_epoch_orders_differ():
+    orders = {tuple(epoch_order(seed, epoch, 20).tolist()) for seed in range(5) for epoch in range(5)}
+    assert len(orders) == 25
+
+
+# ---------------------------------------------------------------------------------------------- patches and targets
+
+
+@given(st.integers(1, 3), st.integers(1, 4), st.integers(1, 4), st.integers(1, 5))
+def test_patchify_puts_row_column_channel_in_raster_order(B, h, w, p):
+    images = torch.randn(B, 3, h * p, w * p)
+    patches = patchify(images, p)
+    for b, n in [(0, 0), (B - 1, h * w - 1), (0, w - 1)]:
+        top, left = n // w * p, n % w * p
+        expected = [images[b, c, top + y, left + x] for y in range(p) for x in range(p) for c in range(3)]
+        assert patches[b, n].tolist() == [v.item() for v in expected]
+    assert torch.equal(unpatchify(patches, p, (h, w)), images)
+
+
+def test_patchify_refuses_a_size_that_does_not_divide():
+    with pytest.raises(InputError, match="30x32 is not divisible by patch size 8"):
+        patchify(torch.zeros(1, 3, 30, 32), 8)
+
+
+def test_normalized_patches_match_a_float64_loop():
+    patches = torch.rand(2, 3, 12, dtype=torch.float64)
+    for b in range(2):
+        for i in range(3):
+            t = patches[b, i].tolist()
+            mean = sum(t) / 12
+            variance = sum((v - mean) ** 2 for v in t) / 11  # unbiased
+            expected = [(v - mean) / math.sqrt(variance + 1e-6) for v in t]
+            assert normalize_patches(patches)[b, i].tolist() == pytest.approx(expected, abs=1e-5)
+
+
+@given(st.floats(-5, 5), st.floats(0.5, 10))
+def test_normalized_patches_ignore_brightness_and_contrast(shift, scale):
+    patches = torch.rand(2, 3, 48)
+    torch.testing.assert_close(
+        normalize_patches(patches * scale + shift), normalize_patches(patches), atol=2e-3, rtol=1e-3
+    )
+
+
+def test_a_flat_patch_has_a_finite_target():
+    assert torch.equal(normalize_patches(torch.full((1, 1, 12), 0.7)), torch.zeros(1, 1, 12))
+
+
+def test_reconstruction_loss_matches_a_float64_loop():
+    predicted, target = torch.randn(2, 3, 5, dtype=torch.float64), torch.randn(2, 3, 5, dtype=torch.float64)
+    total = 0.0
+    for b in range(2):
+        for i in range(3):
+            total += sum((predicted[b, i, d] - target[b, i, d]).item() ** 2 for d in range(5)) / 5
+    assert reconstruction_loss(predicted, target).item() == pytest.approx(total / 6, rel=1e-6)
+
+
+def test_reconstruction_loss_is_float32_whatever_comes_in():
+    low = torch.randn(2, 3, 5).bfloat16()
+    assert reconstruction_loss(low, low + 1).dtype == torch.float32
+
+
+# ------------------------------------------------------------------------------------------------------------ masks
+
+
+@given(st.integers(2, 400), ratios)
+def test_visible_count_is_the_floor_or_refuses(n, ratio):
+    exact = n * (1 - ratio)
+    if 1 <= exact < n - 1e-6:
+        assert visible_count(n, ratio) in {math.floor(exact), math.floor(exact + 1e-9)}
+    elif exact < 1 - 1e-6:
+        with pytest.raises(InputError, match="visible"):
+            visible_count(n, ratio)
+
+
+def test_visible_counts_of_the_papers():
+    assert visible_count(196, 0.75) == 49 and visible_count(49, 0.65) == 17 and visible_count(10, 0.9) == 1
+    for ratio, left in [(0.0, "masked"), (-1.0, "masked"), (1.0, "visible"), (0.999, "visible")]:
+        with pytest.raises(InputError, match=f"mask ratio .* {left}"):
+            visible_count(64, ratio)
+
+
+@given(grids, ratios, st.integers(0, 1000), st.integers(1, 3))
+def test_random_mask_is_a_partition_with_exact_counts(grid, ratio, seed, cell):
+    h, w = grid[0] * cell, grid[1] * cell
+    try:
+        keep = visible_count(grid[0] * grid[1], ratio) * cell**2
+    except InputError:
+        return
+    mask = random_mask(rng(seed), (h, w), ratio, cell)
+    assert mask.visible.shape == (4, keep) and mask.masked.shape == (4, h * w - keep)
+    assert_partition(mask, h * w)
+    hidden = mask.hidden
+    assert hidden.shape == (4, h * w) and (hidden.sum(1) == h * w - keep).all()
+    assert hidden.gather(1, mask.masked).all() and not hidden.gather(1, mask.visible).any()
+    cells = hidden.reshape(4, grid[0], cell, grid[1], cell)
+    assert (cells.amax((2, 4)) == cells.amin((2, 4))).all()  # a cell is hidden whole or not at all
+
+
+def test_random_mask_refuses_cells_that_do_not_fit():
+    with pytest.raises(InputError, match="7x8 patches cannot be cut into cells of 2x2"):
+        random_mask(rng(), (7, 8), 0.5, 2)
+
+
+@pytest.mark.parametrize("cell", [1, 2])
+def test_random_mask_is_uniform_and_independent(cell):
+    """Chi-square over positions and over pairs of neighbours: a biased or repeated mask fails."""
+    n, draws = 16, 20_000
+    hidden = random_mask(rng(7, total=draws), (4 * cell, 4 * cell), 0.75, cell).hidden
+    hidden = hidden.reshape(draws, 4, cell, 4, cell)[:, :, 0, :, 0].flatten(1).double()
+    p = 0.75
+    z = (hidden.sum(0) - draws * p) / math.sqrt(draws * p * (1 - p))
+    # The 16 counts sum to a constant, so Σz²·(n-1)/n is chi-square with 15 degrees of freedom: 99.9 % below 37.7.
+    assert (z.square().sum() * (n - 1) / n).item() < 37.7
+    together = (hidden[:, :-1] * hidden[:, 1:]).mean(0)  # of two given cells: 12/16 · 11/15
+    assert (together - 0.75 * 11 / 15).abs().max() < 0.015
+    images = (hidden[:-1] * hidden[1:]).mean()  # of one cell in two images: independent
+    assert abs(images - p * p) < 0.005
+
+
+@given(grids, st.integers(0, 10**6), st.integers(1, 20), st.floats(0.01, 0.99))
+def test_block_mask_is_a_partition_with_exact_counts(grid, seed, smallest, share):
+    n = grid[0] * grid[1]
+    count = min(n - 1, max(1, round(n * share)))
+    mask = block_mask(rng(seed, total=2), grid, count, smallest)
+    assert mask.masked.shape == (2, count)
+    assert_partition(mask, n)
+    for indices in mask:
+        assert torch.equal(indices, indices.sort(dim=1).values)  # raster order
+
+
+def test_block_mask_hides_blocks_not_specks():
+    """Neighbours of hidden patches are hidden far more often than under a random mask of the same count."""
+
+    def joined(mask):
+        hidden = mask.hidden.reshape(-1, 14, 14).double()
+        return ((hidden[:, :, 1:] * hidden[:, :, :-1]).mean() / hidden.mean()).item()
+
+    assert joined(block_mask(rng(total=200), (14, 14), 98)) > 0.75 > 0.6 > joined(random_mask(rng(), (14, 14), 0.5))
+
+
+def test_block_mask_refuses_to_hide_all_or_nothing():
+    for count in (0, 16):
+        with pytest.raises(InputError, match="nothing visible or nothing masked"):
+            block_mask(rng(), (4, 4), count)
+
+
+@given(grids, st.integers(0, 1000))
+def test_restore_inverts_the_shuffle(grid, seed):
+    n = grid[0] * grid[1]
+    mask = random_mask(rng(seed), grid, 0.5 if n > 1 else 0)
+    tokens = torch.randn(4, n, 3)
+    assert torch.equal(restore(take(tokens, mask.visible), take(tokens, mask.masked), mask), tokens)
+
+
+# -------------------------------------------------------------------------------------------------------------- ViT
+
+
+def test_positions_match_a_loop():
+    D, h, w = 12, 3, 5
+    positions = sincos_positions(D, (h, w))[0]
+    assert positions[0].tolist() == [0.0] * D
+    for y in range(h):
+        for x in range(w):
+            expected = []
+            for place in (x, y):  # the column first
+                angles = [place / 10000 ** (k / (D / 4)) for k in range(D // 4)]
+                expected += [math.sin(a) for a in angles] + [math.cos(a) for a in angles]
+            assert positions[1 + y * w + x].tolist() == pytest.approx(expected, abs=1e-6)
+    with pytest.raises(InputError, match="width 10"):
+        sincos_positions(10, (2, 2))
+
+
+@given(st.integers(1, 3), st.sampled_from([5, 300]), st.sampled_from([3, 280]))
+def test_attend_matches_scaled_dot_product(heads, queries, keys):
+    q, k, v = torch.randn(2, heads, queries, 8), torch.randn(2, heads, keys, 8), torch.randn(2, heads, keys, 8)
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+    torch.testing.assert_close(attend(q, k, v), expected, atol=1e-5, rtol=1e-4)
+
+
+def test_attention_matches_torch():
+    ours, theirs = Attention(24, 3), torch.nn.MultiheadAttention(24, 3, batch_first=True)
+    theirs.load_state_dict({
+        "in_proj_weight": ours.qkv.weight, "in_proj_bias": ours.qkv.bias,
+        "out_proj.weight": ours.proj.weight, "out_proj.bias": ours.proj.bias,
+    })  # fmt: skip
+    x = torch.randn(2, 7, 24)
+    torch.testing.assert_close(ours(x), theirs(x, x, x)[0], atol=1e-5, rtol=1e-4)
+    with pytest.raises(InputError, match="24 is not divisible by 5"):
+        Attention(24, 5)
+
+
+def test_block_is_pre_norm_with_layer_scale():
+    block = Block(8, 2, layer_scale=0.3)
+    x = torch.randn(2, 5, 8)
+    y = x + 0.3 * block.attn(block.norm1(x))
+    torch.testing.assert_close(block(x), y + 0.3 * block.mlp(block.norm2(y)))
+    assert isinstance(block.ls1, LayerScale) and isinstance(Block(8, 2).ls1, torch.nn.Identity)
+    assert MLP(8, 32).fc1.weight.shape == (32, 8) and block.norm1.eps == 1e-6
+
+
+def test_drop_path_drops_whole_images_and_keeps_the_mean():
+    x = torch.ones(4000, 2, 3)
+    y = drop_path(x, 0.25, training=True)
+    assert y.unique().tolist() == pytest.approx([0, 4 / 3])
+    assert torch.equal(y.amin((1, 2)), y.amax((1, 2)))
+    assert abs(y.mean() - 1) < 0.05
+    assert drop_path(x, 0.25, training=False) is x and drop_path(x, 0.0, training=True) is x
+
+
+def test_drop_path_grows_linearly_over_the_blocks():
+    assert [b.drop_path for b in ViT(depth=5, drop_path=0.2).blocks] == pytest.approx([0, 0.05, 0.1, 0.15, 0.2])
+
+
+@pytest.mark.parametrize("size,patch", [(32, 8), ((24, 40), 8)])
+def test_visible_patches_are_embedded_as_in_the_whole_image(size, patch):
+    vit = ViT(size, patch, 32, 2, 4)
+    H, W = (size, size) if isinstance(size, int) else size
+    images = torch.randn(2, 3, H, W)
+    mask = random_mask(rng(total=2), vit.grid, 0.5)
+    torch.testing.assert_close(vit.embed(images, mask.visible), take(vit.embed(images), mask.visible))
+    torch.testing.assert_close(vit.patch_embed(images), vit.patch_embed.proj(images).flatten(2).transpose(1, 2),
+                               atol=1e-5, rtol=1e-4)  # fmt: skip
+    order = torch.arange(vit.patches).expand(2, -1)  # everything visible is the plain forward pass
+    torch.testing.assert_close(vit(images, order), vit(images), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(vit.norm(vit(images, norm=False)), vit(images))
+
+
+@pytest.mark.parametrize("stem", ["linear", "conv"])
+@given(seed=st.integers(0, 1000), ratio=st.sampled_from([0.25, 0.5, 0.75]))
+def test_masked_pixels_never_reach_visible_tokens(stem, seed, ratio):
+    vit = ViT(32, 8, 32, 2, 4, stem=stem)
+    images = torch.randn(2, 3, 32, 32, requires_grad=True)
+    mask = random_mask(rng(seed, total=2), vit.grid, ratio)
+    vit(images, mask.visible).square().sum().backward()
+    leaked = patchify(images.grad, 8).abs().amax(-1)  # (B, N)
+    assert (leaked[mask.hidden] == 0).all() and (leaked[~mask.hidden] > 0).all()
+
+
+def test_conv_stem_sees_neighbours_but_only_visible_ones():
+    """With everything visible the stem overlaps patches, so that the test above guards something."""
+    vit = ViT(32, 8, 32, 1, 4, stem="conv")
+    images = torch.randn(1, 3, 32, 32, requires_grad=True)
+    vit.patch_embed(images)[0, 5].sum().backward()
+    touched = patchify(images.grad, 8).abs().amax(-1)[0] > 0
+    assert touched[5] and touched.sum() > 1
+    everything = torch.arange(16)[None]
+    torch.testing.assert_close(vit.patch_embed(images, everything), vit.patch_embed(images))
+    with pytest.raises(InputError, match="no power of two"):
+        ViT(36, 12, 32, 1, 4, stem="conv")
+
+
+def test_encoder_loads_into_timm_and_gives_the_same_features():
+    timm = pytest.importorskip("timm")
+    for size, settings in [("tiny", {}), ("nano", dict(layer_scale=0.1))]:
+        width, depth, heads = SIZES[size]
+        ours = ViT(64, 8, width, depth, heads, **settings).eval()
+        theirs = timm.models.vision_transformer.VisionTransformer(
+            img_size=64, patch_size=8, embed_dim=width, depth=depth, num_heads=heads, num_classes=0,
+            init_values=settings.get("layer_scale"),
+        ).eval()  # fmt: skip
+        theirs.load_state_dict(ours.state_dict(), strict=True)
+        images = torch.randn(2, 3, 64, 64)
+        with torch.no_grad():
+            torch.testing.assert_close(ours(images), theirs.forward_features(images), atol=2e-5, rtol=1e-4)
+
+
+def test_initialisation_is_maes():
+    torch.manual_seed(0)
+    vit = ViT(64, 8, 192, 2, 3)
+    bound = math.sqrt(6 / (192 + 576))  # xavier over the fused 3D x D matrix
+    qkv = vit.blocks[0].attn.qkv
+    assert qkv.bias.abs().max() == 0 and 0.97 * bound < qkv.weight.abs().max() <= bound
+    bound = math.sqrt(6 / (192 + 192))  # the patch kernel as a D x 3p² matrix
+    assert 0.97 * bound < vit.patch_embed.proj.weight.abs().max() <= bound
+    assert 0.01 < vit.cls_token.std() < 0.03
+    assert "pos_embed" in vit.state_dict() and "pos_embed" not in dict(vit.named_parameters())
+    plain = torch.nn.Sequential(torch.nn.Linear(4, 4, bias=False))
+    initialize(plain)  # a layer without bias is no obstacle
+
+
+def test_sizes_and_settings():
+    assert SIZES["base"] == (768, 12, 12)
+    assert (
+        sum(p.numel() for p in ViT(224, 16, *SIZES["base"]).parameters()) == 85_798_656 - 197 * 768
+    )  # timm's, less pos
+    vit = ViT(32, 8, 32, 1, 4, layer_scale=0.1, stem="conv")
+    again = ViT(**vit.settings)
+    again.load_state_dict(vit.state_dict())
+    with pytest.raises(InputError, match="image size 60x60 is not divisible by patch size 8"):
+        ViT(60, 8)
+
+
+# ------------------------------------------------------------------------------------------------ heads and contrast
+
+
+@given(st.integers(2, 9), st.booleans())
+def test_batch_norm_matches_torch(n, affine):
+    ours, theirs = BatchNorm(5, affine, eps=1e-5), torch.nn.BatchNorm1d(5, eps=1e-5, affine=affine)
+    if affine:
+        with torch.no_grad():
+            for norm in (ours, theirs):
+                norm.weight.copy_(torch.arange(5) + 1.0)
+                norm.bias.copy_(torch.arange(5) - 2.0)
+    x = torch.randn(n, 5) * 3 + 10
+    a, b = x.clone().requires_grad_(), x.clone().requires_grad_()
+    torch.testing.assert_close(ours(a), theirs(b), atol=1e-4, rtol=1e-4)
+    weight = torch.randn(n, 5)
+    (ours(a) * weight).sum().backward()
+    (theirs(b) * weight).sum().backward()
+    torch.testing.assert_close(a.grad, b.grad, atol=1e-4, rtol=1e-3)
+    assert torch.equal(ours.eval()(x), ours.train()(x))  # always the statistics of the batch
+
+
+def test_head_is_linear_norm_relu_linear():
+    head = Head(6, 10, 4)
+    x = torch.randn(5, 6)
+    hidden = torch.relu(torch.nn.functional.batch_norm(head.hidden(x), None, None, training=True, eps=1e-6))
+    torch.testing.assert_close(head(x), hidden @ head.out.weight.T, atol=1e-5, rtol=1e-4)
+    assert head.hidden.bias is not None and head.out.bias is None
+
+
+def naive_info_nce(q, k, tau):
+    """Eq. (6) and (7) of CMAE in plain loops."""
+    total, n = 0.0, len(q)
+    for b in range(n):
+        rho = [
+            sum(x * y for x, y in zip(q[b], k[c], strict=True))
+            / math.sqrt(sum(x * x for x in q[b]))
+            / math.sqrt(sum(y * y for y in k[c]))
+            for c in range(n)
+        ]
+        top = max(rho)
+        total -= (rho[b] - top) / tau - math.log(sum(math.exp((r - top) / tau) for r in rho))
+    return total / n
+
+
+@given(st.integers(1, 6), st.integers(2, 5), st.sampled_from([0.07, 0.2, 1.0]), st.integers(0, 10**6))
+def test_info_nce_matches_the_loop(n, d, tau, seed):
+    draw = np.random.default_rng(seed)
+    q, k = draw.standard_normal((n, d)), draw.standard_normal((n, d))
+    expected = naive_info_nce(q.tolist(), k.tolist(), tau)
+    assert info_nce(torch.tensor(q), torch.tensor(k), tau).item() == pytest.approx(expected, abs=1e-4, rel=1e-4)
+
+
+@given(st.integers(2, 6), st.floats(0.1, 50), st.integers(0, 10**6))
+def test_info_nce_ignores_length_and_the_order_of_images(n, scale, seed):
+    torch.manual_seed(seed)
+    q, k, order = torch.randn(n, 4), torch.randn(n, 4), torch.randperm(n)
+    loss = info_nce(q, k, 0.1)
+    assert loss >= 0
+    torch.testing.assert_close(info_nce(q * scale, k / scale, 0.1), loss, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(info_nce(q[order], k[order], 0.1), loss, atol=1e-4, rtol=1e-4)
+
+
+def test_info_nce_limits():
+    eye = torch.eye(4)
+    assert info_nce(eye, eye, 0.01) < 1e-6  # every image finds itself
+    assert info_nce(torch.ones(4, 3), torch.ones(4, 3), 0.07).item() == pytest.approx(math.log(4), rel=1e-5)
+
+
+def test_info_nce_keys_get_no_gradient_and_queries_do():
+    q, k = torch.randn(4, 3, requires_grad=True), torch.randn(4, 3, requires_grad=True)
+    info_nce(q, k, 0.1).backward()
+    assert k.grad is None and q.grad.abs().sum() > 0
+
+
+# ---------------------------------------------------------------------------------------- teacher, schedule, optimizer
+
+
+@given(st.floats(0, 1), st.integers(1, 12))
+def test_ema_has_its_closed_form(mu, n):
+    """After n steps toward constant weights θ_s: θ_t = μⁿ θ_0 + (1 - μⁿ) θ_s."""
+    teacher, student = torch.nn.Linear(3, 2), torch.nn.Linear(3, 2)
+    start = [p.detach().double().clone() for p in teacher.parameters()]
+    before = [p.detach().clone() for p in student.parameters()]
+    for _ in range(n):
+        ema_update(teacher, student, mu)
+    for t, s, o in zip(teacher.parameters(), student.parameters(), start, strict=True):
+        torch.testing.assert_close(t.double(), mu**n * o + (1 - mu**n) * s.double(), atol=1e-5, rtol=1e-5)
+    assert all(torch.equal(p, b) for p, b in zip(student.parameters(), before, strict=True))
+
+
+def test_ema_fixed_point_and_ends():
+    student = torch.nn.Linear(3, 2)
+    teacher = torch.nn.Linear(3, 2)
+    kept = teacher.weight.clone()
+    ema_update(teacher, student, 1.0)
+    assert torch.equal(teacher.weight, kept)
+    ema_update(teacher, student, 0.0)
+    assert torch.equal(teacher.weight, student.weight)
+    ema_update(teacher, student, 0.996)
+    assert torch.equal(teacher.weight, student.weight)
+
+
+@given(st.floats(-3, 3), st.floats(-3, 3), st.floats(0, 1))
+def test_cosine_runs_from_start_to_end(a, b, progress):
+    assert cosine(a, b, 0) == pytest.approx(a) and cosine(a, b, 1) == pytest.approx(b)
+    assert cosine(a, b, 0.5) == pytest.approx((a + b) / 2)
+    assert min(a, b) - 1e-9 <= cosine(a, b, progress) <= max(a, b) + 1e-9
+
+
+@given(st.integers(1, 50), st.integers(1, 200), st.floats(0, 1e-4))
+def test_learning_rate_warms_up_and_decays(warmup, rest, floor):
+    steps, peak = warmup + rest, 1e-3
+    rates = [learning_rate(t, steps, warmup, peak, floor) for t in range(steps + 1)]
+    assert rates[0] == 0 and rates[warmup] == pytest.approx(peak) and rates[-1] == pytest.approx(floor)
+    for t in range(warmup):
+        assert rates[t] == pytest.approx(peak * t / warmup)
+    for t in range(warmup, steps + 1):
+        share = (t - warmup) / rest
+        assert rates[t] == pytest.approx(floor + (peak - floor) * 0.5 * (1 + math.cos(math.pi * share)))
+    assert learning_rate(0, 10, 0, peak) == peak  # no warm-up
+
+
+def test_parameter_groups_are_maes_and_optionally_cmaes():
+    vit = ViT(32, 8, 32, 1, 4, layer_scale=0.1)
+    names = {id(p): n for n, p in vit.named_parameters()}
+    vit.norm.weight.requires_grad_(False)
+    decayed, exempt = ({names[id(p)] for p in g["params"]} for g in parameter_groups(vit, 0.05))
+    assert [g["weight_decay"] for g in parameter_groups(vit, 0.05)] == [0.05, 0.0]
+    assert {"cls_token", "patch_embed.proj.weight", "blocks.0.attn.qkv.weight"} <= decayed
+    assert {"blocks.0.norm1.weight", "blocks.0.ls1.gamma", "blocks.0.mlp.fc1.bias"} <= exempt
+    assert not decayed & exempt and decayed | exempt | {"norm.weight"} == set(names.values())
+    exempt = {names[id(p)] for p in parameter_groups(vit, 0.05, ("cls_token", "mask_token"))[1]["params"]}
+    assert "cls_token" in exempt and "patch_embed.proj.weight" not in exempt
