@@ -123,6 +123,9 @@ class CMAE(nn.Module):
             return  # MAE
         if c.feature_decoder_depth:
             self.feature_decoder = mae.Decoder(encoder, c.decoder_width, c.feature_decoder_depth, c.decoder_heads, D)
+            # A vector added to every image's feature vanishes in the projector's batch norm: these would only drift.
+            self.feature_decoder.norm.bias.requires_grad_(False)
+            self.feature_decoder.predict.bias.requires_grad_(False)
             if c.share_decoder:
                 self.feature_decoder.embed = self.decoder.embed
                 self.feature_decoder.mask_token = self.decoder.mask_token

@@ -297,7 +297,11 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # (B, T, D) → (B, T, D)
         B, T, D = x.shape
-        q, k, v = self.qkv(x).reshape(B, T, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)
+        # The keys' bias adds one number to all of a query's scores, which softmax ignores: its exact gradient is zero,
+        # and cut off here, because Adam would blow the rounding noise in its place up to full steps.
+        q_bias, k_bias, v_bias = self.qkv.bias.chunk(3)
+        x = F.linear(x, self.qkv.weight, torch.cat([q_bias, k_bias.detach(), v_bias]))
+        q, k, v = x.reshape(B, T, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)
         return self.proj(attend(q, k, v).transpose(1, 2).reshape(B, T, D))
 
 
@@ -499,7 +503,7 @@ class Head(nn.Module):
 
     def __init__(self, width: int, hidden: int, out: int):
         super().__init__()
-        self.hidden = nn.Linear(width, hidden)
+        self.hidden = nn.Linear(width, hidden, bias=False)  # batch norm would remove it
         self.norm = BatchNorm(hidden)
         self.out = nn.Linear(hidden, out, bias=False)
         initialize(self)

@@ -43,7 +43,7 @@ class Config:
     mask_cell: int = 1  # hide squares of this many patches a side; 1 as in the paper
     decoder_width: int = 512  # (Table 1b)
     decoder_depth: int = 8  # blocks (Table 1a)
-    decoder_heads: int = 16
+    decoder_heads: int = 16  # as in its code
     norm_pixels: bool = True  # predict each patch standardised by its own mean and variance (Table 1d)
     crop_scale: float = 0.2  # smallest share of the image's area that a crop keeps (1.0 is the largest)
 

@@ -285,7 +285,12 @@ def test_attention_matches_torch():
         "out_proj.weight": ours.proj.weight, "out_proj.bias": ours.proj.bias,
     })  # fmt: skip
     x = torch.randn(2, 7, 24)
+    ours.qkv.bias.data.normal_()
+    theirs.in_proj_bias.data.copy_(ours.qkv.bias)
     torch.testing.assert_close(ours(x), theirs(x, x, x)[0], atol=1e-5, rtol=1e-4)
+    ours(x).square().sum().backward()
+    q, k, v = ours.qkv.bias.grad.chunk(3)
+    assert (k == 0).all() and (q != 0).all() and (v != 0).all()  # exactly zero, not noise for Adam to blow up
     with pytest.raises(InputError, match="24 is not divisible by 5"):
         Attention(24, 5)
 
@@ -417,7 +422,7 @@ def test_head_is_linear_norm_relu_linear():
     x = torch.randn(5, 6)
     hidden = torch.relu(torch.nn.functional.batch_norm(head.hidden(x), None, None, training=True, eps=1e-6))
     torch.testing.assert_close(head(x), hidden @ head.out.weight.T, atol=1e-5, rtol=1e-4)
-    assert head.hidden.bias is not None and head.out.bias is None
+    assert head.hidden.bias is None and head.out.bias is None
 
 
 def naive_info_nce(q, k, tau):

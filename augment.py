@@ -1,0 +1,295 @@
+"""Augmentations of whole batches, with parameters of their own for every image; each is tested against torchvision's.
+
+What is random is drawn by `crop_boxes` and `draw_color_jitter`, or straight from `common.StepRandom`; all else here is
+a pure function of images and parameters. Images are float32 (B, 3, H, W) in [0, 1] unless said otherwise; parameters
+are (B,), and `where` (B,) bool says which images an augmentation touches (None: all).
+
+A `where` on the CPU picks the images there and only those are computed, on a GPU too. One on a GPU computes all of
+them and keeps the chosen, since counting those would make the CPU wait for the GPU; as drawn, nothing here waits.
+No matrix product is involved, so neither autocast nor TF32 changes a result.
+"""
+
+import copy
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from common import MEAN, STD, StepRandom
+
+GRAY = (0.2989, 0.587, 0.114)  # ITU-R 601 luma as torchvision rounds it
+
+
+def on_host(rng: StepRandom) -> StepRandom:
+    """The same generator, whose draws stay on the CPU: where they decide what is computed, nobody waits for a GPU."""
+    rng = copy.copy(rng)
+    rng.device = torch.device("cpu")
+    return rng
+
+
+def change(images: Tensor, where: Tensor | None, function: Callable, *parameters: Tensor) -> Tensor:
+    """`function(images, *parameters)` for the images chosen by `where`, and the others as they were."""
+    if where is None:
+        return function(images, *parameters)
+    if where.device.type != "cpu":
+        return torch.where(where[:, None, None, None], function(images, *parameters), images)
+    chosen = where.nonzero()[:, 0].to(images.device, non_blocking=True)
+    return images.index_copy(0, chosen, function(images[chosen], *(p[chosen] for p in parameters)))
+
+
+# ------------------------------------------------------------------------------------------------- crops and resizing
+
+
+def sizes(images: Tensor | list[Tensor]) -> tuple[int, int] | Tensor:
+    """(H, W) of a batch, int64 (B, 2) of a list of images (3, H_i, W_i)."""
+    return torch.tensor([i.shape[1:] for i in images]) if isinstance(images, list) else tuple(images.shape[2:])
+
+
+def crop_boxes(rng: StepRandom, sizes, scale=(0.2, 1.0), ratio=(3 / 4, 4 / 3)) -> Tensor:
+    """int64 (B, 4) on the CPU: top, left, height, width of torchvision's RandomResizedCrop in images of `sizes`.
+
+    Ten tries at an area uniform in `scale` and an aspect ratio log-uniform in `ratio`; the first that fits is placed
+    uniformly. If none does: the largest central box whose aspect is allowed. `sizes` is (H, W), or int64 (B, 2). The
+    draws are unit numbers, so that they do not depend on the sizes of images that other ranks hold.
+    """
+    rng = on_host(rng)
+    tries, place = rng.uniform(2, 10).double(), rng.uniform(2).double()
+    sides = torch.as_tensor(sizes).double().expand(len(place), 2)  # (B, 2)
+    H, W = sides[:, :1], sides[:, 1:]
+    low, high = math.log(ratio[0]), math.log(ratio[1])
+    area = H * W * (scale[0] + (scale[1] - scale[0]) * tries[:, 0])  # (B, 10)
+    aspect = (low + (high - low) * tries[:, 1]).exp()
+    # The fallback stands in an eleventh column, and always fits.
+    h = torch.cat([(area / aspect).sqrt().round(), torch.minimum(H, (W / ratio[0]).round().clamp(min=1))], dim=1)
+    w = torch.cat([(area * aspect).sqrt().round(), torch.minimum(W, (H * ratio[1]).round().clamp(min=1))], dim=1)
+    first = ((h > 0) & (h <= H) & (w > 0) & (w <= W)).int().argmax(dim=1, keepdim=True)
+    box = torch.cat([h.gather(1, first), w.gather(1, first)], dim=1)
+    corner = torch.where(first == 10, (sides - box) / 2, place * (sides - box + 1)).floor()
+    return torch.cat([corner, box], dim=1).long()
+
+
+def cubic_taps(start: Tensor, length: Tensor, n: int, size: int) -> tuple[Tensor, Tensor]:
+    """The pixels and weights that make `size` samples of [start, start + length), (B,) each, of a line of n pixels.
+
+    Keys' cubic with a = -1/2, stretched where it shrinks the image (antialiasing), cut off at the ends of the crop and
+    normalised: what PIL and torch's `interpolate(antialias=True)` compute. Returns int64 and float32 (B, size, K).
+    """
+    length, line = length[:, None, None], torch.arange(size, device=start.device)[:, None]
+    scale = length / size
+    stretch = scale.clamp(min=1)
+    center = (line + 0.5) * scale
+    K = math.ceil(4 * max(1, n / size))  # pixel centres in an open interval of length 4 · stretch
+    pixel = (center - 2 * stretch + 0.5).floor() + torch.arange(K, device=start.device)  # (B, size, K)
+    x = (pixel + 0.5 - center).abs() / stretch
+    near, far = (1 - x).clamp(min=0), (2 - x).clamp(min=0)
+    weight = far.square() * (far - 1) / 2 + near.square() * (1 - 2 * near)  # Keys' two branches, without a branch
+    weight = weight * ((pixel >= 0) & (pixel < length))
+    pixel = pixel.clamp(min=0).minimum(length - 1).long() + start[:, None, None]
+    return pixel, weight / weight.sum(dim=2, keepdim=True)
+
+
+def weighted_rows(x: Tensor, pixel: Tensor, weight: Tensor) -> Tensor:
+    """(B, n, C) and (B, size, K) → (B, size, C): every row out is a weighted sum of K rows in.
+
+    That is what `embedding_bag` computes; the matrix product with its zeros would take over ten times as long.
+    """
+    B, n, _ = x.shape
+    rows = pixel + n * torch.arange(B, device=x.device)[:, None, None]
+    out = F.embedding_bag(rows.flatten(0, 1), x.flatten(0, 1), per_sample_weights=weight.flatten(0, 1), mode="sum")
+    return out.reshape(B, pixel.shape[1], x.shape[2])
+
+
+def separable(images: Tensor, rows: tuple[Tensor, Tensor], columns: tuple[Tensor, Tensor]) -> Tensor:
+    """(B, 3, H, W) → float32 (B, 3, h, w), filtered down the rows and then across the columns with per-image taps."""
+    x = weighted_rows(images.transpose(1, 2).flatten(2).float(), *rows)  # (B, h, 3 · W)
+    x = x.unflatten(2, (3, -1)).permute(0, 3, 2, 1)  # (B, W, 3, h)
+    x = weighted_rows(x.flatten(2), *columns)  # (B, w, 3 · h)
+    return x.unflatten(2, (3, -1)).permute(0, 2, 3, 1).contiguous()
+
+
+def crop_resize(images: Tensor | list[Tensor], boxes: Tensor, size: int, hflip: Tensor | None = None) -> Tensor:
+    """uint8 (B, 3, H, W), or a list of (3, H_i, W_i), cropped to `boxes` (B, 4) → float32 (B, 3, size, size) in [0, 1].
+
+    Bicubic and antialiased as torchvision's `resized_crop`, though not rounded to whole grey levels; `hflip` (B,) bool
+    mirrors the views it marks.
+    """
+    if isinstance(images, list):
+        crops = [x[None, :, t : t + h, s : s + w] for x, (t, s, h, w) in zip(images, boxes.tolist(), strict=True)]
+        views = torch.cat([resize(crop, (size, size)) for crop in crops])
+        return views if hflip is None else change(views, hflip, lambda x: x.flip(3))
+    top, left, height, width = boxes.to(images.device, non_blocking=True).unbind(1)
+    rows, columns = cubic_taps(top, height, images.shape[2], size), cubic_taps(left, width, images.shape[3], size)
+    if hflip is not None:
+        mirror = hflip.to(images.device, non_blocking=True)[:, None, None]
+        columns = tuple(torch.where(mirror, taps.flip(1), taps) for taps in columns)
+    return separable(images, (rows[0], rows[1] / 255), columns).clamp_(0, 1)
+
+
+def resize(images: Tensor, size: tuple[int, int]) -> Tensor:
+    """uint8 (B, 3, H, W) → float32 (B, 3, *size) in [0, 1], bicubic and antialiased, by torch's own kernel."""
+    return F.interpolate(images.float(), size, mode="bicubic", antialias=True).div_(255).clamp_(0, 1)
+
+
+def center_crop_resize(images: Tensor | list[Tensor], size: int) -> Tensor:
+    """uint8 (B, 3, H, W), or a list of (3, H_i, W_i) → float32 (B, 3, size, size) in [0, 1], for evaluation.
+
+    The shorter side becomes 256/224 of `size` and the centre is cut out, as torchvision's Resize and CenterCrop do;
+    images that have the right size already are taken whole.
+    """
+    if isinstance(images, list):
+        return torch.cat([center_crop_resize(image[None], size) for image in images])
+    H, W = images.shape[2:]
+    if H == W == size:
+        return images.float().div_(255)
+    short, shorter = round(size * 256 / 224), min(H, W)
+    h, w = (short * side // shorter for side in (H, W))
+    top, left = round((h - size) / 2), round((w - size) / 2)
+    return resize(images, (h, w))[:, :, top : top + size, left : left + size]
+
+
+def shift_crop(master: Tensor, offsets: Tensor, size: int) -> Tensor:
+    """(B, 3, H, W) → (B, 3, size, size): CMAE's pixel shift (§3.2), windows `offsets` (B, 2) down and right.
+
+    Offsets go from 0 to H - size and W - size; two views of one master agree to the bit wherever they overlap.
+    """
+    down, right = offsets.to(master.device, non_blocking=True).unbind(1)
+    windows = master.unfold(2, size, 1).unfold(3, size, 1)  # (B, 3, H - size + 1, W - size + 1, size, size), a view
+    return windows[torch.arange(len(master), device=master.device), :, down, right]
+
+
+def hflip(images: Tensor, where: Tensor | None = None) -> Tensor:
+    return change(images, where, lambda x: x.flip(3))
+
+
+# ------------------------------------------------------------------------------------------------------------- colour
+
+
+def luminance(images: Tensor) -> Tensor:
+    """(B, 3, H, W) → (B, 1, H, W)."""
+    red, green, blue = images.split(1, dim=1)
+    return (red * GRAY[0]).add_(green, alpha=GRAY[1]).add_(blue, alpha=GRAY[2])
+
+
+def blend(images: Tensor, other: Tensor, factor: Tensor) -> Tensor:
+    """From `other` (factor 0) to the images (1) and beyond, cut to [0, 1]. `factor` is (B, 1, 1, 1), here and below."""
+    return (images * factor).add_(other * (1 - factor)).clamp_(0, 1)
+
+
+def adjust_brightness(images: Tensor, factor: Tensor) -> Tensor:
+    return (images * factor).clamp_(0, 1)
+
+
+def adjust_contrast(images: Tensor, factor: Tensor) -> Tensor:
+    return blend(images, luminance(images.mean((2, 3), keepdim=True)), factor)  # the mean gray
+
+
+def adjust_saturation(images: Tensor, factor: Tensor) -> Tensor:
+    return blend(images, luminance(images), factor)
+
+
+def adjust_hue(images: Tensor, factor: Tensor) -> Tensor:
+    """The hue of HSV turned by `factor` full turns.
+
+    With V the largest, m the least of r, g, b and C = V - m, the hue in sixths of a turn is ±(1 + (g + b - r - m) / C),
+    with the sign of g - b, and back: r, g, b = m + C · clamp((|hue - 3| - 1, 2 - |hue - 2|, 2 - |hue - 4|), 0, 1).
+    """
+    red, green, blue = images.split(1, dim=1)
+    least, chroma = images.amin(1, keepdim=True), images.amax(1, keepdim=True)
+    chroma = chroma.sub_(least)
+    angle = (green + blue).sub_(red).sub_(least).div_(chroma.clamp(min=1e-12)).add_(1)  # from red, in 0 … 3
+    hue = angle.copysign_(green - blue).add_(6 * factor)
+    hue = hue.sub_((hue / 6).floor_().mul_(6))  # in 0 … 6
+    red, green, blue = (hue - 3).abs_().sub_(1), 2 - (hue - 2).abs_(), 2 - (hue - 4).abs_()
+    return torch.cat([red, green, blue], dim=1).clamp_(0, 1).mul_(chroma).add_(least)
+
+
+class ColorJitter(NamedTuple):
+    """Parameters of `color_jitter`, in its order. `order` and `where` stay on the CPU."""
+
+    order: Tensor  # (B, 4) int64: a permutation of 0 brightness, 1 contrast, 2 saturation, 3 hue
+    brightness: Tensor  # (B,) factors, 1 changes nothing; so the next two
+    contrast: Tensor
+    saturation: Tensor
+    hue: Tensor  # (B,) in turns, 0 changes nothing
+    where: Tensor | None = None  # (B,) bool
+
+
+def draw_color_jitter(
+    rng: StepRandom, brightness: float, contrast: float, saturation: float, hue: float, probability: float = 1.0
+) -> ColorJitter:
+    """Factors uniform in [max(0, 1 - s), 1 + s], the hue's in [-s, s], as torchvision's ColorJitter draws them."""
+    order, where = on_host(rng).permutation(4), on_host(rng).chance(probability)
+    factors = (rng.uniform(low=max(0.0, 1 - s), high=1 + s) for s in (brightness, contrast, saturation))
+    return ColorJitter(order, *factors, rng.uniform(low=-hue, high=hue), where)
+
+
+def color_jitter(
+    images: Tensor,
+    order: Tensor,
+    brightness: Tensor,
+    contrast: Tensor,
+    saturation: Tensor,
+    hue: Tensor,
+    where: Tensor | None = None,
+) -> Tensor:
+    """torchvision's ColorJitter, each image in its own order. Fastest with `order` and `where` on the CPU."""
+    images, order = images.clone(), order.cpu()
+    order = order if where is None else order.masked_fill(~where.cpu()[:, None], -1)
+    adjusts = adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue
+    factors = torch.stack([brightness, contrast, saturation, hue])[:, :, None, None, None]
+    factors = factors.to(images.device, non_blocking=True)
+    for place in range(4):
+        for kind, adjust in enumerate(adjusts):
+            chosen = (order[:, place] == kind).nonzero()[:, 0].to(images.device, non_blocking=True)
+            images[chosen] = adjust(images[chosen], factors[kind, chosen])
+    return images
+
+
+def grayscale(images: Tensor, where: Tensor | None = None) -> Tensor:
+    return change(images, where, lambda x: luminance(x).expand_as(x))
+
+
+def solarize(images: Tensor, threshold: float, where: Tensor | None = None) -> Tensor:
+    """Inverts the values of `threshold` and above."""
+    return change(images, where, lambda x: torch.where(x >= threshold, 1 - x, x))
+
+
+def gaussian_blur(images: Tensor, sigma: Tensor, where: Tensor | None = None, kernel_size: int = 13) -> Tensor:
+    """torchvision's GaussianBlur with `sigma` (B,) in pixels; 13 taps hold three σ of σ ≤ 2. σ = 0 changes nothing.
+
+    The border is reflected, so `kernel_size`, odd, must be less than twice the side.
+    """
+    reach = torch.arange(kernel_size, device=images.device) - kernel_size // 2
+
+    def taps(n: int, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        pixel = (torch.arange(n, device=images.device)[:, None] + reach).abs()
+        pixel = (n - 1) - ((n - 1) - pixel).abs()  # (n, K), reflected at both ends
+        weight = torch.exp(-0.5 * (reach / sigma.clamp(min=1e-3)[:, None]).square())  # (B, K)
+        weight = weight / weight.sum(dim=1, keepdim=True)
+        return pixel.expand(len(sigma), -1, -1), weight[:, None].expand(-1, n, -1)
+
+    def blur(x: Tensor, sigma: Tensor) -> Tensor:
+        return separable(x, taps(x.shape[2], sigma), taps(x.shape[3], sigma))
+
+    return change(images, where, blur, sigma.to(images.device, non_blocking=True))
+
+
+# ------------------------------------------------------------------------------------------------------- normalisation
+
+
+def statistics(images: Tensor) -> tuple[Tensor, Tensor]:
+    constants = torch.tensor([MEAN, STD], dtype=images.dtype)[:, :, None, None]
+    return constants.to(images.device, non_blocking=True).unbind(0)
+
+
+def normalize(images: Tensor) -> Tensor:
+    mean, std = statistics(images)
+    return (images - mean).div_(std)
+
+
+def denormalize(images: Tensor) -> Tensor:
+    mean, std = statistics(images)
+    return images * std + mean

@@ -1,0 +1,347 @@
+"""Every augmentation against torchvision's own function, image by image, and every draw against its definition."""
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torchvision.transforms as v1
+import torchvision.transforms.functional as tv
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from torch.testing import assert_close
+from torchvision.transforms import InterpolationMode, v2
+
+import augment
+from common import MEAN, STD, StepRandom
+
+seeds = st.integers(0, 2**32)
+SMALL = settings(max_examples=25)
+
+
+def pixels(seed: int, B: int, H: int, W: int) -> torch.Tensor:
+    """uint8 noise over a ramp, with patches of black, white and gray, where hue and chroma have their corners."""
+    g = torch.Generator().manual_seed(seed)
+    x = torch.rand(B, 3, H, W, generator=g) * 0.6 + torch.linspace(0, 0.4, W)
+    x[0, :, : H // 3] = x[0, :1, : H // 3]  # gray
+    x[-1, :, :, : W // 3] = torch.rand(3, 1, 1, generator=g).round()  # a corner of the colour cube
+    return (x * 255).round().to(torch.uint8)
+
+
+def unit(seed: int, B: int, *shape: int) -> torch.Tensor:
+    return torch.rand(B, *shape, generator=torch.Generator().manual_seed(seed + 1))
+
+
+def boxes_in(seed: int, B: int, H: int, W: int) -> torch.Tensor:
+    """Any boxes at all: one pixel, whole images, thin strips."""
+    u = unit(seed, B, 4).double()
+    h, w = (1 + u[:, 0] * H).floor().clamp(max=H), (1 + u[:, 1] * W).floor().clamp(max=W)
+    return torch.stack([(u[:, 2] * (H - h + 1)).floor(), (u[:, 3] * (W - w + 1)).floor(), h, w], 1).long()
+
+
+# ------------------------------------------------------------------------------------------------- crops and resizing
+
+
+def resized_crop(image, box, size):
+    """torchvision's, in float32, without the rounding to whole grey levels that it does for uint8."""
+    view = tv.resized_crop(image.float() / 255, *box, [size, size], InterpolationMode.BICUBIC, antialias=True)
+    return view.clamp(0, 1)
+
+
+@SMALL
+@given(seeds, st.integers(1, 5), st.integers(1, 40), st.integers(1, 40), st.integers(1, 40))
+def test_crop_resize_matches_torchvision(seed, B, H, W, size):
+    images, boxes, flips = pixels(seed, B, H, W), boxes_in(seed, B, H, W), unit(seed, B) < 0.5
+    views = augment.crop_resize(images, boxes, size, flips)
+    assert views.dtype == torch.float32 and views.shape == (B, 3, size, size) and views.is_contiguous()
+    for image, box, flip, view in zip(images, boxes.tolist(), flips, views, strict=True):
+        expected = resized_crop(image, box, size)
+        assert_close(view, tv.hflip(expected) if flip else expected, atol=2e-5, rtol=0)
+    assert_close(augment.crop_resize(list(images), boxes, size, flips), views, atol=2e-5, rtol=0)
+    assert_close(augment.crop_resize(images, boxes, size), augment.hflip(views, flips), atol=0, rtol=0)
+
+
+def test_crop_resize_matches_pil_up_to_its_rounding():
+    images, boxes = pixels(0, 8, 64, 64) // 2 + 64, boxes_in(3, 8, 64, 64)  # no overshoot, which PIL cuts off twice
+    for image, box, view in zip(images, boxes.tolist(), augment.crop_resize(images, boxes, 64), strict=True):
+        pil = tv.resized_crop(tv.to_pil_image(image), *box, [64, 64], InterpolationMode.BICUBIC)
+        assert (tv.to_tensor(pil) - view).abs().max() <= 1.51 / 255  # PIL rounds after either direction
+
+
+def test_crop_resize_takes_a_list_of_differing_sizes():
+    images = [pixels(i, 1, 20 + 7 * i, 50 - 9 * i)[0] for i in range(4)]
+    boxes = augment.crop_boxes(StepRandom(0, 0, 4), augment.sizes(images))
+    flips = torch.tensor([True, False, True, False])
+    for image, box, flip, view in zip(
+        images, boxes.tolist(), flips, augment.crop_resize(images, boxes, 24, flips), strict=True
+    ):
+        expected = resized_crop(image, box, 24)
+        assert_close(view, tv.hflip(expected) if flip else expected, atol=1e-5, rtol=0)
+
+
+def test_crop_resize_of_the_whole_image_is_the_image():
+    images = pixels(0, 3, 16, 16)
+    whole = torch.tensor([[0, 0, 16, 16]]).expand(3, -1)
+    assert_close(augment.crop_resize(images, whole, 16), images.float() / 255, atol=1e-6, rtol=0)
+
+
+def test_crop_resize_ignores_autocast():
+    images, boxes = pixels(0, 2, 16, 16), boxes_in(0, 2, 16, 16)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = augment.crop_resize(images, boxes, 24)
+    assert torch.equal(inside, augment.crop_resize(images, boxes, 24))
+
+
+ranges = st.tuples(st.floats(0.05, 1.0), st.floats(0.05, 1.0)).map(sorted)
+ratios = st.tuples(st.floats(0.3, 3.0), st.floats(0.3, 3.0)).map(sorted)
+
+
+@settings(max_examples=60)
+@given(seeds, st.integers(1, 300), st.integers(1, 300), ranges, ratios)
+@example(0, 1, 1, (0.5, 0.5), (0.5, 0.5))
+@example(0, 1, 1, (0.5, 0.5), (3.0, 3.0))
+def test_crop_boxes_are_those_of_torchvision_given_the_same_draws(seed, H, W, scale, ratio):
+    """torchvision's get_params runs on a stand-in for torch that hands out our unit numbers."""
+    B = 6
+    rng = StepRandom(seed, 0, B)
+    tries, place = rng.uniform(2, 10).double(), rng.uniform(2).double()
+    boxes = augment.crop_boxes(StepRandom(seed, 0, B), (H, W), scale, ratio)
+    assert boxes.dtype == torch.int64 and boxes.device.type == "cpu"
+    for b in range(B):
+        units, places = iter(tries[b].T.flatten().tolist()), iter(place[b].tolist())
+
+        def uniform(low, high, units=units):
+            u = next(units)
+            return torch.tensor(float(low) + (float(high) - float(low)) * u, dtype=torch.float64)
+
+        fake = SimpleNamespace(
+            empty=lambda n, uniform=uniform: SimpleNamespace(uniform_=uniform),
+            tensor=lambda x: torch.tensor(x, dtype=torch.float64),
+            randint=lambda low, high, size, places=places: torch.tensor(low + math.floor(next(places) * (high - low))),
+            log=torch.log,
+            exp=torch.exp,
+        )
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(v1.transforms, "torch", fake)
+            patch.setattr(v1.transforms.F, "get_dimensions", lambda image: (3, H, W))
+            theirs = v1.RandomResizedCrop.get_params(None, scale, ratio)
+        if min(theirs[2:]) > 0:
+            assert tuple(boxes[b].tolist()) == theirs
+        else:  # torchvision's fallback in an image of a pixel or two can be empty; ours keeps a pixel
+            assert boxes[b, 2:].min() == 1
+
+
+@SMALL
+@given(seeds, st.integers(1, 500), st.integers(1, 500))
+def test_crop_boxes_stay_inside(seed, H, W):
+    top, left, height, width = augment.crop_boxes(StepRandom(seed, 0, 64), (H, W)).unbind(1)
+    assert (top >= 0).all() and (left >= 0).all() and (height >= 1).all() and (width >= 1).all()
+    assert (top + height <= H).all() and (left + width <= W).all()
+
+
+@pytest.mark.parametrize("H, W", [(64, 64), (60, 100), (300, 120)])
+def test_crop_boxes_are_distributed_as_torchvision_draws_them(H, W):
+    """Kolmogorov-Smirnov distance of area, aspect and position between 4,000 boxes of ours and 4,000 of torchvision."""
+    n, image = 4000, torch.empty(3, H, W)
+    torch.manual_seed(0)
+    theirs = torch.tensor([v1.RandomResizedCrop.get_params(image, [0.2, 1.0], [3 / 4, 4 / 3]) for _ in range(n)])
+    ours = augment.crop_boxes(StepRandom(0, 0, n), (H, W))
+    for value in (
+        lambda t, s, h, w: h * w,
+        lambda t, s, h, w: w / h,
+        lambda t, s, h, w: (t + 0.5) / (H - h + 1),
+        lambda t, s, h, w: (s + 0.5) / (W - w + 1),
+    ):
+        a, b = (value(*boxes.double().unbind(1)).sort().values for boxes in (ours, theirs))
+        every = torch.cat([a, b])
+        distance = (torch.searchsorted(a, every, right=True) - torch.searchsorted(b, every, right=True)).abs().max() / n
+        assert distance < 1.95 * math.sqrt(2 / n)  # exceeded by one in a thousand
+
+
+@pytest.mark.parametrize("H, W, box", [(10, 200, (0, 93, 10, 13)), (200, 10, (93, 0, 13, 10))])
+def test_crop_boxes_fall_back_to_the_centre(H, W, box):
+    boxes = augment.crop_boxes(StepRandom(0, 0, 5), (H, W))  # no box of a fifth of the area fits
+    assert boxes.tolist() == [list(box)] * 5
+    assert v1.RandomResizedCrop.get_params(torch.empty(3, H, W), [0.2, 1.0], [3 / 4, 4 / 3]) == box
+
+
+@SMALL
+@given(seeds, st.integers(1, 3), st.integers(1, 5))
+def test_draws_of_ranks_are_rows_of_the_whole(seed, ranks, rows):
+    """… though a rank does not know the sizes of the others' images."""
+    total = ranks * rows
+    sizes = (unit(seed, total, 2) * 100 + 1).long()
+
+    def draw(mine: slice):
+        rng = StepRandom(seed, 3, total, mine)
+        return [
+            augment.crop_boxes(rng, sizes[mine]),
+            *augment.draw_color_jitter(rng, 0.4, 0.4, 0.2, 0.1, 0.8),
+            rng.uniform(),  # what is drawn next, too
+        ]
+
+    parts = [draw(slice(r * rows, (r + 1) * rows)) for r in range(ranks)]
+    for whole, *pieces in zip(draw(slice(0, total)), *parts, strict=True):
+        assert torch.equal(whole, torch.cat(pieces))
+
+
+@SMALL
+@given(seeds, st.integers(1, 90), st.integers(1, 90), st.integers(1, 64))
+def test_center_crop_resize_matches_torchvision(seed, H, W, size):
+    image = pixels(seed, 1, H, W)[0]
+    short = round(size * 256 / 224)
+    expected = image.float() / 255
+    if not H == W == size:
+        expected = tv.resize(expected, [short], InterpolationMode.BICUBIC, antialias=True)
+        expected = tv.center_crop(expected, [size, size]).clamp(0, 1)
+    assert_close(augment.center_crop_resize(image[None], size)[0], expected, atol=2e-5, rtol=0)
+    assert_close(augment.center_crop_resize([image, image], size)[1], expected, atol=2e-5, rtol=0)
+
+
+@SMALL
+@given(seeds, st.integers(1, 12), st.integers(0, 6))
+def test_shift_crop_is_a_window_of_the_master(seed, size, p):
+    """Offsets 0 and p are both reached; p + 1 is refused; two views agree exactly where they overlap."""
+    B, side = 4, size + p
+    master = unit(seed, B, 3, side, side)
+    offsets = (unit(seed + 7, B, 2) * (p + 1)).long()
+    offsets[0], offsets[1] = 0, p
+    views = augment.shift_crop(master, offsets, size)
+    for image, (down, right), view in zip(master, offsets.tolist(), views, strict=True):
+        assert torch.equal(view, image[:, down : down + size, right : right + size])
+    assert torch.equal(views[0], master[0, :, :size, :size]) and torch.equal(views[1], master[1, :, p:, p:])
+    for b, (down, right) in enumerate(offsets.tolist()):  # against the unshifted view
+        if down < size and right < size:
+            assert torch.equal(views[b, :, : size - down, : size - right], master[b, :, down:size, right:size])
+    with pytest.raises(IndexError):
+        augment.shift_crop(master, torch.tensor([[0, p + 1]] * B), size)
+
+
+# ------------------------------------------------------------------------------------------------------------- colour
+
+ADJUST = {
+    augment.adjust_brightness: (tv.adjust_brightness, st.floats(0, 3, width=32)),
+    augment.adjust_contrast: (tv.adjust_contrast, st.floats(0, 3, width=32)),
+    augment.adjust_saturation: (tv.adjust_saturation, st.floats(0, 3, width=32)),
+    augment.adjust_hue: (tv.adjust_hue, st.floats(-0.5, 0.5, width=32)),
+}
+
+
+@pytest.mark.parametrize("ours", ADJUST, ids=lambda f: f.__name__)
+@given(data=st.data(), seed=seeds, B=st.integers(1, 4))
+@SMALL
+def test_adjustments_match_torchvision(ours, data, seed, B):
+    theirs, strengths = ADJUST[ours]
+    images, factors = pixels(seed, B, 9, 12).float() / 255, [data.draw(strengths) for _ in range(B)]
+    kept = images.clone()
+    for image, factor, out in zip(
+        images, factors, ours(images, torch.tensor(factors)[:, None, None, None]), strict=True
+    ):
+        assert_close(out, theirs(image, factor), atol=5e-6, rtol=0)
+    assert torch.equal(images, kept)  # none works in place on what it was given
+
+
+@SMALL
+@given(seeds, st.integers(1, 12), st.booleans())
+def test_color_jitter_matches_torchvision_in_every_image_s_own_order(seed, B, everywhere):
+    images = pixels(seed, B, 8, 8).float() / 255
+    jitter = augment.draw_color_jitter(StepRandom(seed, 0, B), 0.4, 0.8, 1.5, 0.5, 0.5)
+    if everywhere:
+        jitter = jitter._replace(where=None)
+    out = augment.color_jitter(images, *jitter)
+    functions = tv.adjust_brightness, tv.adjust_contrast, tv.adjust_saturation, tv.adjust_hue
+    for b in range(B):
+        expected = images[b]
+        if everywhere or jitter.where[b]:
+            for kind in jitter.order[b].tolist():
+                expected = functions[kind](expected, float(jitter[1 + kind][b]))
+        assert_close(out[b], expected, atol=2e-5, rtol=0)
+
+
+def test_color_jitter_draws_what_torchvision_draws():
+    n = 20_000
+    jitter = augment.draw_color_jitter(StepRandom(1, 0, n), 0.4, 1.5, 0.2, 0.1, 0.8)
+    for drawn, low, high in zip(jitter[1:5], (0.6, 0.0, 0.8, -0.1), (1.4, 2.5, 1.2, 0.1), strict=True):
+        assert low <= drawn.min() < low + 0.01 * (high - low) and high - 0.01 * (high - low) < drawn.max() <= high
+        assert abs(drawn.mean() - (low + high) / 2) < 0.02 * (high - low)
+    orders, counts = jitter.order.unique(dim=0, return_counts=True)
+    assert len(orders) == 24 and (counts / n - 1 / 24).abs().max() < 0.007  # five standard deviations
+    assert abs(jitter.where.float().mean() - 0.8) < 0.015
+
+
+def test_color_jitter_of_zero_strength_changes_nothing():
+    images = pixels(0, 5, 8, 8).float() / 255
+    jitter = augment.draw_color_jitter(StepRandom(0, 0, 5), 0, 0, 0, 0)
+    assert_close(augment.color_jitter(images, *jitter), images, atol=1e-6, rtol=0)
+    one = torch.ones(5, 1, 1, 1)
+    for adjust in (augment.adjust_brightness, augment.adjust_contrast, augment.adjust_saturation):
+        assert torch.equal(adjust(images, one), images)
+
+
+@SMALL
+@given(seeds, st.integers(1, 6), st.integers(0, 255).map(lambda grey: grey / 255))
+def test_flip_gray_and_solarize_match_torchvision_where_chosen(seed, B, threshold):
+    images, where = pixels(seed, B, 7, 10).float() / 255, unit(seed, B) < 0.5
+    for ours, theirs in (
+        (augment.hflip(images, where), tv.hflip),
+        (augment.grayscale(images, where), lambda x: tv.rgb_to_grayscale(x, 3)),
+        (augment.solarize(images, threshold, where), lambda x: tv.solarize(x, threshold)),
+    ):
+        for image, chosen, out in zip(images, where, ours, strict=True):
+            assert_close(out, theirs(image) if chosen else image, atol=1e-6 if chosen else 0, rtol=0)
+
+
+@SMALL
+@given(seeds, st.integers(1, 5), st.integers(7, 20), st.integers(7, 20), st.sampled_from([1, 3, 5, 13]), st.booleans())
+def test_gaussian_blur_matches_torchvision_where_chosen(seed, B, H, W, kernel_size, everywhere):
+    images, sigma = pixels(seed, B, H, W).float() / 255, unit(seed, B) * 2 + 0.05
+    where = None if everywhere else unit(seed + 7, B) < 0.5
+    out = augment.gaussian_blur(images, sigma, where, kernel_size)
+    for b in range(B):
+        if everywhere or where[b]:
+            expected = tv.gaussian_blur(images[b], [kernel_size] * 2, [float(sigma[b])] * 2)
+            assert_close(out[b], expected, atol=2e-6, rtol=0)
+        else:
+            assert torch.equal(out[b], images[b])
+
+
+def test_gaussian_blur_without_width_changes_nothing():
+    images = pixels(0, 2, 16, 16).float() / 255
+    assert torch.equal(augment.gaussian_blur(images, torch.zeros(2)), images)
+
+
+def test_normalize_matches_torchvision_and_denormalize_is_its_inverse():
+    images = pixels(0, 3, 8, 8).float() / 255
+    assert_close(augment.normalize(images), v2.functional.normalize(images, list(MEAN), list(STD)))
+    assert_close(augment.denormalize(augment.normalize(images)), images, atol=1e-6, rtol=0)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("where_on", ["cpu", "cuda"])
+def test_a_gpu_gives_what_the_cpu_gives_without_waiting(where_on):
+    """A synchronisation inside would raise. TF32 and autocast are on, and must not matter."""
+    images, B = pixels(0, 32, 40, 48), 32
+    rng = StepRandom(0, 0, B)
+    boxes, flips, where = augment.crop_boxes(rng, (40, 48)), rng.chance(0.5), rng.chance(0.5)
+    jitter, sigma, offsets = (
+        augment.draw_color_jitter(rng, 0.4, 0.4, 0.4, 0.1, 0.8),
+        rng.uniform(),
+        rng.integers(0, 9, 2),
+    )
+
+    def views(images, flips, where, sigma, offsets):
+        x = augment.shift_crop(augment.crop_resize(images, boxes, 40, flips), offsets, 32)
+        x = augment.grayscale(augment.color_jitter(x, *jitter), where)
+        return augment.normalize(augment.solarize(augment.gaussian_blur(x, sigma, where), 0.5, where.logical_not()))
+
+    here = views(images, flips, where, sigma, offsets)
+    there = images.cuda(), flips.cuda(), where.to(where_on), sigma.cuda(), offsets.cuda()
+    torch.set_float32_matmul_precision("high")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with torch.autocast("cuda", dtype=torch.bfloat16):
+            out = views(*there)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+        torch.set_float32_matmul_precision("highest")
+    assert (out.cpu() - here).abs().flatten().quantile(0.999) < 1e-4  # a value at solarize's threshold may tip over

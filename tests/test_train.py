@@ -1,0 +1,420 @@
+"""train.py with real processes: exact resume, any number of processes, every error, what is written and printed."""
+
+import json
+import os
+import random
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import launch
+from common import InputError
+from options import METHODS, build_parser, field_comments, options
+
+ROOT = Path(__file__).parent.parent
+SMALL = (
+    "--image-size 32 --patch-size 8 --width 16 --depth 2 --heads 2 --decoder-width 8 --decoder-depth 1 "
+    "--decoder-heads 2 --batch-size 16 --epochs 5 --warmup-epochs 1 --precision fp32 --device cpu --log-every 1"
+).split()
+EXTRA = {"cmae": "--projector-width 16 --projector-out 8".split()}  # to keep it as small
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory):
+    """A folder of 80 + 20 small smooth images in two classes."""
+    root, draw = tmp_path_factory.mktemp("photos"), np.random.default_rng(0)
+    for split, n in (("train", 40), ("val", 10)):
+        for name in ("cat", "dog"):
+            (root / split / name).mkdir(parents=True)
+            for i in range(n):
+                coarse = Image.fromarray(draw.integers(0, 256, (5, 5, 3), dtype=np.uint8))
+                coarse.resize((40, 40), Image.Resampling.BICUBIC).save(root / split / name / f"{i}.png")
+    return root
+
+
+@pytest.fixture(scope="session")
+def environment(tmp_path_factory):
+    return os.environ | dict(MINMIM_CACHE=str(tmp_path_factory.mktemp("cache")), OMP_NUM_THREADS="1")
+
+
+@pytest.fixture
+def train(photos, environment, tmp_path):
+    """train("--flag", …, processes=2) → the finished process; its run directory is `tmp_path / "run"` unless given."""
+
+    def command(*flags, method="mae", processes=1, out="run", torchrun=("--standalone",)):
+        script = [str(ROOT / "train.py"), "--method", method, "--data", str(photos), "--out", str(tmp_path / out)]
+        if processes > 1 or torchrun != ("--standalone",):
+            torchrun = ["-m", "torch.distributed.run", *torchrun, f"--nproc_per_node={processes}"]
+            return [sys.executable, *torchrun, *script, *SMALL, *EXTRA.get(method, []), *map(str, flags)]
+        return [sys.executable, *script, *SMALL, *EXTRA.get(method, []), *map(str, flags)]
+
+    def run(*flags, **where):
+        return subprocess.run(
+            command(*flags, **where), env=environment, capture_output=True, text=True, timeout=300, cwd=tmp_path
+        )
+
+    run.start = lambda *flags, **where: subprocess.Popen(
+        command(*flags, **where),
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=tmp_path,
+    )
+    return run
+
+
+def state(run: Path):
+    """The checkpoint, less the settings' own directory."""
+    checkpoint = launch.load(run / "checkpoint.pt")
+    del checkpoint["settings"]["out"]
+    return checkpoint
+
+
+def log(run: Path):
+    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+
+
+def assert_same_bits(a, b):
+    """Checkpoints: step, weights, teacher and optimizer state."""
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b)
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert_same_bits(a[key], b[key])
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b)
+        for x, y in zip(a, b, strict=True):
+            assert_same_bits(x, y)
+    else:
+        assert a == b
+
+
+def assert_fine(done):
+    assert done.returncode == 0, done.stderr
+
+
+def assert_refused(done, *words):
+    """One line on standard error, exit status 2, no traceback."""
+    lines = [x for x in done.stderr.splitlines() if x.strip() and "decoding" not in x]
+    assert done.returncode == 2 and len(lines) == 1, done.stderr
+    assert all(word in lines[0] for word in words), lines[0]
+
+
+# ------------------------------------------------------------------------------------------------- a run, its files
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_run_leaves_its_files_and_says_where(train, tmp_path, method):
+    done = train("--max-steps", 12, method=method)
+    assert_fine(done)
+    run = tmp_path / "run"
+    assert {p.name for p in run.iterdir()} == {
+        "config.json", "log.jsonl", "checkpoint.pt", "encoder.pt", "reconstruction.png", ".lock",
+    }  # fmt: skip
+    rows = log(run)
+    assert rows[0]["settings"]["seed"] == 0 and rows[0]["config"]["mask_ratio"] == 0.75
+    assert rows[0] == json.loads((run / "config.json").read_text())
+    assert [r["step"] for r in rows[1:]] == list(range(1, 13))
+    assert {"step", "epoch", "loss", "lr", "images_per_second", "seconds"} <= rows[1].keys()
+    assert rows[1]["lr"] == 0 and rows[5]["epoch"] == 1  # five steps an epoch
+    encoder = launch.load(run / "encoder.pt")
+    assert encoder["settings"]["width"] == 16 and "blocks.1.attn.qkv.weight" in encoder["state_dict"]
+    rows = 4 if method == "cmae" else 3
+    assert Image.open(run / "reconstruction.png").size == (8 * 34 * 4 + 8, rows * 34 * 4 + 8)
+    assert "loss" in done.stderr and str(run / "reconstruction.png") in done.stderr
+    assert "it/s" not in done.stderr and re.search(r"12/12 .*images/s", done.stderr)  # the bar
+
+
+def test_weights_move_and_the_loss_falls(train, tmp_path):
+    assert_fine(train("--epochs", 20, "--lr", 3e-3))
+    losses = [r["loss"] for r in log(tmp_path / "run")[1:]]
+    assert sum(losses[-10:]) / 10 < 0.95 * sum(losses[:5]) / 5
+
+
+def test_summary_compares_with_an_untrained_encoder(train, tmp_path):
+    done = train("--max-steps", 5, "--evaluate")
+    assert_fine(done)
+    assert re.search(r"untrained encoder +[\d.]+ % +[\d.]+ %\n +trained encoder +[\d.]+ % +[\d.]+ %", done.stderr)
+    assert json.loads((tmp_path / "run/summary.json").read_text())["trained"]["knn"]["n"] == 20
+
+
+# ------------------------------------------------------------------------------------------------------ exact resume
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+def test_killed_at_random_moments_and_resumed_ends_with_the_same_bits(train, tmp_path, method):
+    flags = ("--epochs", 40, "--drop-path", 0.2, "--clip-grad", 1)
+    assert_fine(train(*flags, method=method, out="whole"))
+    draw, kills, alive = random.Random(0), 0, 0.0
+    while kills < 10:
+        process = train.start(*flags, method=method)
+        before = time.time()
+        while process.poll() is None and not (tmp_path / "run/log.jsonl").exists():
+            time.sleep(0.05)
+        # Somewhere in start-up, loading or training; a little later each time, so that the run gets on.
+        alive = max(alive, time.time() - before)
+        time.sleep(draw.uniform(0, alive * 0.3) if kills else 0.3)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        kills += 1
+        if (tmp_path / "run/checkpoint.pt").exists() and state(tmp_path / "run")["step"] == 200:
+            break
+    assert_fine(train(*flags, method=method))
+    assert_same_bits(state(tmp_path / "run"), state(tmp_path / "whole"))
+    ours, theirs = ([(r["step"], r["loss"]) for r in log(tmp_path / name)[1:]] for name in ("run", "whole"))
+    assert ours == theirs
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_sigterm_saves_mid_epoch_and_the_same_command_continues(train, tmp_path, processes):
+    assert_fine(train("--epochs", 30, processes=processes, out="whole"))
+    process = train.start("--epochs", 30, processes=processes)
+    while not (tmp_path / "run/log.jsonl").exists() or len(log(tmp_path / "run")) < 8:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 143 if processes == 1 else process.returncode != 0, err
+    stopped = state(tmp_path / "run")["step"]
+    assert 7 <= stopped < 150
+    if processes == 1:
+        assert f"stopped at step {stopped} of 150" in err
+    done = train("--epochs", 30, processes=processes)
+    assert_fine(done)
+    assert f"from step {stopped}" in done.stderr
+    assert_same_bits(state(tmp_path / "run"), state(tmp_path / "whole"))
+
+
+def test_ctrl_c_ends_with_130(train, tmp_path):
+    process = train.start("--epochs", 500)
+    while not (tmp_path / "run/log.jsonl").exists() or len(log(tmp_path / "run")) < 3:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in err and (tmp_path / "run/checkpoint.pt").exists()
+
+
+def test_a_finished_run_says_so_again_and_changes_nothing(train, tmp_path):
+    assert_fine(train("--max-steps", 5))
+    before = state(tmp_path / "run")
+    done = train("--max-steps", 5)
+    assert_fine(done)
+    assert_same_bits(state(tmp_path / "run"), before)
+    assert "loss" in done.stderr and len(log(tmp_path / "run")) == 6
+
+
+def test_resume_never_starts_over(train, tmp_path):
+    assert_fine(train("--max-steps", 5))
+    done = train("--max-steps", 5, "--seed", 1, "--resume", "never")
+    assert_fine(done)
+    assert state(tmp_path / "run")["settings"]["seed"] == 1 and len(log(tmp_path / "run")) == 6
+
+
+# --------------------------------------------------------------------------------------------- numbers of processes
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_one_process_and_two_end_alike(train, tmp_path, method):
+    """Twenty steps; batch 64 in one process against 32 in each of two, and against two accumulated parts for MAE."""
+    flags = ("--max-steps", 20, "--epochs", 20, "--batch-size", 64)
+    assert_fine(train(*flags, method=method, out="one"))
+    done = train(*flags, method=method, processes=2, out="two")
+    assert_fine(done)
+    assert done.stderr.count("20 steps of 64 on 2 x cpu") == 1
+    others = ["two"]
+    if method == "mae":  # accumulation shows a contrast fewer negatives
+        assert_fine(train(*flags, "--accumulate", 2, method=method, out="parts"))
+        others.append("parts")
+    for other in others:
+        for a, b in zip(log(tmp_path / "one")[1:], log(tmp_path / other)[1:], strict=True):
+            assert a["loss"] == pytest.approx(b["loss"], abs=1e-5)
+        one, two = state(tmp_path / "one")["method"], state(tmp_path / other)["method"]
+        for name in one:
+            torch.testing.assert_close(two[name], one[name], atol=1e-5, rtol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_two_agents_train_log_once_and_save_once(train, tmp_path):
+    """A two-node run in small."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    agents = [
+        train.start("--max-steps", 10, processes=1, torchrun=(
+            "--nnodes=2", f"--node_rank={r}", "--master_addr=127.0.0.1", f"--master_port={port}"))
+        for r in range(2)
+    ]  # fmt: skip
+    errors = [agent.communicate(timeout=120)[1] for agent in agents]
+    assert [agent.returncode for agent in agents] == [0, 0], errors
+    assert [r["step"] for r in log(tmp_path / "run")[1:]] == list(range(1, 11))
+    assert sum("10 steps of 16 on 2 x cpu" in e for e in errors) == 1
+    assert not list((tmp_path / "run").glob("*.tmp"))
+
+
+# ------------------------------------------------------------------------------------------------------------ errors
+
+
+def test_wrong_options_get_one_line_and_status_2(train, tmp_path):
+    done = train(method="simclr")
+    assert_refused(done, "simclr", "mae", "cmae")
+    assert_refused(train("--patch-size", 7), "image size 32x32 is not divisible by patch size 7")
+    assert not (tmp_path / "run").exists()  # nothing half-written
+
+
+@pytest.mark.parametrize("flags,words", [
+    (["--mask-ratio", "1.0"], ["mask ratio 1", "visible"]),
+    (["--mask-ratio", "0"], ["mask ratio 0", "masked"]),
+    (["--batch-size", "10000"], ["batch size 10000", "80 images"]),
+    (["--batch-size", "0"], ["batch size 0"]),
+    (["--accumulate", "3"], ["batch size 16", "3 accumulated"]),
+    (["--recipe", "huge"], ["recipe 'huge'", "paper, tiny, demo"]),
+    (["--feature-decoder-depth", "2"], ["unrecognized", "--feature-decoder-depth"]),
+    (["--lr", "fast"], ["--lr", "fast"]),
+    (["--heads", "3"], ["width 16 is not divisible by 3 heads"]),
+    (["--data", "nowhere"], ["nowhere"]),
+    (["--classes", "0"], ["classes"]),
+    (["--resume", "nowhere.pt"], ["nowhere.pt", "no such"]),
+])  # fmt: skip
+def test_bad_input_is_refused(photos, environment, tmp_path, monkeypatch, capsys, flags, words):
+    """In this process, for speed; the test above shows one such line from a real one."""
+    from train import main
+
+    monkeypatch.setenv("MINMIM_CACHE", environment["MINMIM_CACHE"])
+    out = tmp_path / "run"
+    argv = ["train.py", "--method", "mae", "--data", str(photos), "--out", str(out), *SMALL, *flags]
+    monkeypatch.setattr(sys, "argv", argv)
+    with pytest.raises(InputError) as refused:
+        main()
+    assert "\n" not in str(refused.value) and all(word in str(refused.value) for word in words), refused.value
+    assert not (out / "checkpoint.pt").exists()
+
+
+def test_more_gpus_than_there_are(train):
+    gpus = torch.cuda.device_count()
+    done = train("--device", "cuda", processes=gpus + 1)
+    assert done.returncode != 0 and f"device cuda: {gpus + 1} GPUs asked for, {gpus} found" in done.stderr
+
+
+def test_batch_size_not_divisible_by_the_processes(train):
+    done = train("--batch-size", 15, processes=2)
+    assert done.returncode != 0 and done.stderr.count("batch size 15: not divisible by 2 processes") == 1
+
+
+def test_a_checkpoint_of_another_run_is_refused_with_what_differs(train, tmp_path):
+    assert_fine(train("--max-steps", 5))
+    done = train("--max-steps", 5, "--mask-ratio", "0.5", "--lr", "0.1")
+    assert_refused(done, "checkpoint.pt", "mask_ratio 0.75 there, 0.5 here", "lr ")
+    assert_refused(train("--max-steps", 5, method="cmae"), "method 'mae' there, 'cmae' here")
+
+
+@pytest.mark.parametrize("damage", ["cut", "flip", "pickle", "text", "other"])
+def test_a_damaged_checkpoint_is_refused(train, tmp_path, damage):
+    assert_fine(train("--max-steps", 5))
+    path = tmp_path / "run/checkpoint.pt"
+    content = bytearray(path.read_bytes())
+    if damage == "cut":
+        content = content[: len(content) // 2]
+    elif damage == "flip":
+        content[len(content) // 2] ^= 1  # in the middle of some weight
+    elif damage == "text":
+        content = b"not a checkpoint"
+    elif damage == "other":
+        torch.save([1, 2], path)
+        content = path.read_bytes()
+    else:  # a pickle that would run a command
+
+        class Payload:
+            def __reduce__(self):
+                return os.system, (f"touch {tmp_path / 'executed'}",)
+
+        torch.save(dict(step=0, settings=Payload()), path)
+        content = path.read_bytes()
+    path.write_bytes(content)
+    assert_refused(train("--max-steps", 5), str(path))
+    assert not (tmp_path / "executed").exists()
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(train, tmp_path):
+    done = train("--epochs", 30, "--lr", "1e30", "--warmup-epochs", 3)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    step = int(re.search(r"^loss: not finite at step (\d+)", done.stderr, re.MULTILINE)[1])
+    path = tmp_path / "run/checkpoint.pt"
+    if path.exists():
+        assert state(tmp_path / "run")["step"] < step
+        assert all(v.isfinite().all() for v in state(tmp_path / "run")["method"].values())
+
+
+def test_two_runs_cannot_write_one_directory(train, tmp_path):
+    first = train.start("--epochs", 1000)
+    while not (tmp_path / "run/log.jsonl").exists():
+        time.sleep(0.05)
+    assert_refused(train("--epochs", 1000), "another run is writing here")
+    first.kill()
+    first.communicate()
+
+
+def test_a_place_that_cannot_be_written_is_refused(train, tmp_path):
+    (tmp_path / "run").write_text("a file where the directory should be")
+    assert_refused(train("--max-steps", 5), str(tmp_path / "run"))
+
+
+# ------------------------------------------------------------------------------------------------------ whole files
+
+
+def test_files_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "x.pt"
+    launch.save(path, dict(a=torch.ones(3)))
+
+    def full(file):
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(InputError, match="x.pt: cannot be written .*No space left"):
+        launch.write_whole(path, full)
+    assert torch.equal(launch.load(path)["a"], torch.ones(3)) and [p.name for p in tmp_path.iterdir()] == ["x.pt"]
+    with pytest.raises(InputError, match="no such file"):
+        launch.load(tmp_path / "y.pt")
+
+
+# ----------------------------------------------------------------------------------------------------- command line
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_help_shows_every_knob_with_its_comment_and_default(method):
+    text = build_parser(method, METHODS[method]).format_help()
+    flat = re.sub(r"\s+", " ", text)
+    for name, comment in field_comments(METHODS[method].Config).items():
+        assert "--" + name.replace("_", "-") in text and comment in flat, name
+    assert max(map(len, text.splitlines())) <= 100
+    for title in ("what to train on what", "encoder", "optimisation", "machine", "run directory", f"{method}: "):
+        assert title in text
+
+
+def test_settings_come_from_defaults_then_recipe_then_flags():
+    args, config, Method = options("--method mae --recipe tiny --decoder-depth 3 --device cpu".split())
+    assert (args.model, args.batch_size, config.decoder_depth, config.decoder_width) == ("tiny", 512, 3, 128)
+    assert args.lr == pytest.approx(Method.RECIPES["tiny"]["base_lr"] * 2)  # times B / 256
+    args, _, _ = options("--method mae --data imagenet --device cpu --lr 0.5".split())
+    assert (args.recipe, args.model, args.lr, args.batch_size) == ("paper", "base", 0.5, 4096)
+    assert options("--method mae --device cpu".split())[0].recipe == "demo"
+    args, config, _ = options("--method cmae --no-pixel-shift --no-compile --device cpu".split())
+    assert not config.pixel_shift and config.target_color and args.out == "runs/cmae-shapes"
+
+
+def test_the_papers_recipe_is_the_papers():
+    for method in ("mae", "cmae"):
+        args, config, _ = options(f"--method {method} --recipe paper --device cpu".split())
+        assert args.lr == pytest.approx(1.5e-4 * 4096 / 256) and args.batch_size == 4096 and args.warmup_epochs == 40
+        assert args.betas == [0.9, 0.95] and args.weight_decay == 0.05 and config.mask_ratio == 0.75
+        assert (config.decoder_width, config.decoder_depth, config.decoder_heads) == (512, 8, 16)
+    assert (config.tau, config.lambda_c, config.momentum, config.feature_decoder_depth) == (0.07, 1.0, 0.996, 2)

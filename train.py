@@ -1,0 +1,413 @@
+"""Pretrain any method on one process or many, the same way.
+
+    python train.py --method cmae                                    built-in images, about two minutes on two cores
+    python train.py --method cmae --data tiny-imagenet --download    one GPU
+    torchrun --nproc_per_node=8 train.py --method cmae --data imagenet --data-root DIR --recipe paper
+
+A run lives in its directory (`--out`): config.json, log.jsonl, checkpoint.pt, encoder.pt, reconstruction.png. The same
+command continues it. Everything random in step t comes from (seed, t) and the order of epoch e from (seed, e), so a
+resumed run ends with the bits of one that never stopped, and the number of processes does not change the result.
+"""
+
+import dataclasses
+import inspect
+import json
+import math
+import os
+import platform
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+from torchvision.utils import make_grid, save_image
+from tqdm import tqdm
+
+import data
+import evaluate
+import launch
+from common import (
+    InputError,
+    StepRandom,
+    ViT,
+    command,
+    epoch_order,
+    learning_rate,
+    parameter_groups,
+    rank,
+    start,
+    stop,
+    world_size,
+)
+from options import build_encoder, options
+
+# What may differ between a run and its continuation: where and how it runs, not what it computes.
+FREE = {"out", "resume", "data_root", "download", "workers", "device", "compile", "save_every", "log_every", "evaluate"}
+
+
+# ------------------------------------------------------------------------------------------------------------ a run
+
+
+def main() -> None:
+    args, config, Method = options(sys.argv[1:])
+    device = start(args.device)
+    run = Run(args.out)
+    train(args, config, Method, device, run)
+    stop()
+    if run.stopped_by:
+        sys.exit(128 + run.stopped_by)
+
+
+def train(args, config, Method, device: torch.device, run: "Run") -> None:
+    share = divide(args.batch_size, args.accumulate)
+    image_set = open_set(args, "train").to(device)
+    steps_per_epoch = len(image_set) // args.batch_size
+    if steps_per_epoch == 0:
+        raise InputError(f"batch size {args.batch_size}: larger than the {len(image_set)} images of {args.data}")
+    steps = args.epochs * steps_per_epoch
+    warmup = round(args.warmup_epochs * steps_per_epoch)
+    if args.max_steps and args.max_steps < steps:  # a shorter run of the same shape
+        steps, warmup = args.max_steps, round(warmup * args.max_steps / steps)
+
+    torch.manual_seed(args.seed)
+    if args.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    method = Method(build_encoder(args), config).to(device).train()
+    groups = parameter_groups(method, args.weight_decay, tuple(args.no_decay))
+    optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=tuple(args.betas), fused=device.type in ("cpu", "cuda"))
+    scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
+    first = run.open(args, config, method, optimizer, scaler)
+    run.listen()
+
+    network = method
+    if world_size() > 1:  # buffers are constants, so nothing has to be broadcast before each step
+        known = inspect.signature(DistributedDataParallel).parameters  # the option was renamed in torch 2.15
+        name = next(n for n in ("forward_sync_buffers", "broadcast_buffers") if n in known)
+        network = DistributedDataParallel(method, gradient_as_bucket_view=True, **{name: False})
+    synchronised = network
+    if args.compile:
+        network = torch.compile(network)
+    autocast = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(args.precision)
+    say(f"{args.method} on {args.data}: {len(image_set):,} images, {count(method):,} parameters, {steps} steps of "
+        f"{args.batch_size} on {world_size()} x {device.type} in {args.precision}; run directory {args.out}")  # fmt: skip
+
+    def rows_of(step: int, part: int) -> slice:  # of the global batch, for this rank
+        begin = (part * world_size() + rank()) * share
+        return slice(begin, begin + share)
+
+    def indices():
+        for step in range(first, steps):
+            epoch, place = divmod(step, steps_per_epoch)
+            batch = epoch_order(args.seed, epoch, len(image_set))[place * args.batch_size :][: args.batch_size]
+            yield from (batch[rows_of(step, part)] for part in range(args.accumulate))
+
+    batches = image_set.batches(indices(), device, workers=args.workers)
+    show = Pictures(args, method, device)
+    rarely = 0.5 if sys.stderr.isatty() else 30  # seconds between redraws, on a screen or in a log file
+    with tqdm(total=steps, initial=first, disable=rank() > 0, bar_format=BAR, mininterval=rarely) as bar:
+        meter = Meter(args, first, steps_per_epoch, bar, run, device)
+        for step in range(first, steps):
+            rate = learning_rate(step, steps, warmup, args.lr, args.min_lr)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            torch.manual_seed(args.seed + (step * world_size() + rank()) * 1_000_003)  # drop path's only
+            losses: dict[str, Tensor] = {}
+            for part in range(args.accumulate):
+                images, index = next(batches)
+                rng = StepRandom(args.seed, step, args.batch_size, rows_of(step, part), device)
+                batch = method.draw(images, index, rng)
+                if world_size() > 1:
+                    synchronised.require_backward_grad_sync = part == args.accumulate - 1  # once a step is enough
+                with torch.autocast(device.type, autocast, enabled=autocast is not None):
+                    parts = network(batch)
+                scaler.scale(parts["loss"] / args.accumulate).backward()
+                losses = {k: losses.get(k, 0) + v.detach() / args.accumulate for k, v in parts.items()}
+            if args.clip_grad:
+                scaler.unscale_(optimizer)
+                torch.nn.utils.clip_grad_norm_(method.parameters(), args.clip_grad)
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad(set_to_none=True)
+            method.update_teacher((step + 1) / steps)
+
+            done, epoch_done = step + 1, (step + 1) % steps_per_epoch == 0
+            if epoch_done:
+                method.end_epoch(step // steps_per_epoch, image_set)
+            meter.update(done, losses, rate, last=done == steps)
+            stopping = run.asked_to_stop()
+            epoch = done / steps_per_epoch
+            if stopping or done == steps or (epoch_done and epoch % args.save_every == 0):
+                meter.check_finite()
+                run.save(done, args, method, optimizer, scaler)
+                show(run.directory)
+            if stopping:
+                say(f"stopped at step {done} of {steps}; the same command continues from there")
+                break
+    if not run.stopped_by:
+        summary(args, method.encoder, meter, run, device)
+
+
+BAR = "{percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}, {remaining} left]"
+
+
+def divide(batch_size: int, accumulate: int) -> int:
+    """Images of the global batch that one process takes at a time."""
+    share, rest = divmod(batch_size, world_size() * accumulate)
+    if rest or not share:
+        raise InputError(
+            f"batch size {batch_size}: not divisible by {world_size()} processes x {accumulate} accumulated parts"
+        )
+    return share
+
+
+def open_set(args, split: str):
+    image_set = data.open_set(
+        args.data, args.data_root, split, download=args.download, skip_bad_images=args.skip_bad_images
+    )
+    return image_set.subset(classes=args.classes) if args.classes else image_set
+
+
+def count(module) -> int:
+    return sum(p.numel() for p in module.parameters() if p.requires_grad)
+
+
+def say(line: str) -> None:
+    if rank() == 0:
+        tqdm.write(line, file=sys.stderr)
+
+
+def summary(args, encoder: ViT, meter: "Meter", run: "Run", device) -> None:
+    """What a person wants to know at the end: the loss, the pictures, and whether the encoder learned something."""
+    say(f"\nloss      {meter.first_loss:.4f} -> {meter.loss:.4f}")
+    say(f"pictures  {run.directory / 'reconstruction.png'}\nencoder   {run.directory / 'encoder.pt'}")
+    if not args.evaluate:
+        say(f"evaluate  python evaluate.py --run {run.directory} --protocol knn")
+        return
+    sets = [open_set(args, split).to(device) for split in ("train", "val")]
+    torch.manual_seed(args.seed)
+    rows = {"untrained": build_encoder(args).to(device), "trained": encoder}
+    results = {
+        name: evaluate.evaluate(e.eval(), *sets, protocols=("knn", "linear"), device=device) for name, e in rows.items()
+    }
+    say(f"accuracy on {len(sets[1]):,} validation images   kNN       linear")
+    for name, result in results.items():
+        say(f"  {name + ' encoder':38}{result['knn']['top1']:5.1f} %   {result['linear']['top1']:5.1f} %")
+    if rank() == 0:
+        launch.write_text(run.directory / "summary.json", json.dumps(results, indent=1) + "\n")
+
+
+# ------------------------------------------------------------------------------------------ log, pictures, directory
+
+
+class Meter:
+    """Loss, rate and speed to the bar and to log.jsonl; reads the device only when it writes."""
+
+    def __init__(self, args, first: int, steps_per_epoch: int, bar: tqdm, run: "Run", device):
+        self.args, self.steps_per_epoch, self.bar, self.run = args, steps_per_epoch, bar, run
+        self.bad_step = torch.full((), math.inf, device=device)  # first step whose loss was not finite
+        self.begin = self.since = time.perf_counter()
+        self.logged = first
+        self.first_loss, self.loss = run.logged_losses()
+
+    def update(self, step: int, losses: dict[str, Tensor], rate: float, last: bool) -> None:
+        bad = torch.where(losses["loss"].isfinite(), math.inf, float(step))
+        self.bad_step = torch.minimum(self.bad_step, bad)
+        self.bar.update()
+        if step % self.args.log_every and not last and step > 1:
+            return
+        values = torch.stack([v.float() for v in losses.values()])
+        if world_size() > 1:
+            dist.all_reduce(values)
+        values = (values / world_size()).tolist()
+        now = time.perf_counter()
+        speed = (step - self.logged) * self.args.batch_size / (now - self.since)
+        row = dict(step=step, epoch=round(step / self.steps_per_epoch, 4), **dict(zip(losses, values, strict=True)))
+        row |= dict(lr=rate, images_per_second=round(speed, 1), seconds=round(now - self.begin, 3))
+        self.check_finite()
+        self.run.log(row)
+        self.loss = row["loss"]
+        self.first_loss = self.first_loss or self.loss
+        self.logged, self.since = step, now
+        self.bar.set_postfix_str(f"loss {self.loss:.3f}, {speed:,.0f} images/s", refresh=False)
+
+    def check_finite(self) -> None:
+        if world_size() > 1:
+            dist.all_reduce(self.bad_step, dist.ReduceOp.MIN)
+        if (step := self.bad_step.item()) < math.inf:
+            raise InputError(
+                f"loss: not finite at step {int(step)}; the last checkpoint is kept. "
+                "Try a lower --lr, --clip-grad 1, or --precision bf16 or fp32"
+            )
+
+
+class Pictures:
+    """reconstruction.png: eight validation images, their masks and what the method predicts, the same each time."""
+
+    def __init__(self, args, method, device, n: int = 8):
+        images = open_set(args, "val")  # on every rank: one of them may have to build the cache for the others
+        if rank() > 0:
+            return
+        index = torch.linspace(0, len(images) - 1, n).long()
+        with torch.no_grad():
+            self.batch = method.draw(images.images(index, device), index, StepRandom(args.seed, 2**40, n, None, device))
+        self.method, self.zoom = method, max(1, 128 // args.image_size)
+
+    def __call__(self, directory: Path) -> None:
+        if rank() > 0:
+            return
+        self.method.eval()
+        rows = self.method.picture(self.batch)  # (rows, n, 3, H, W)
+        self.method.train()
+        if rows is None:
+            return
+        grid = make_grid(rows.flatten(0, 1).cpu(), nrow=rows.shape[1], padding=2, pad_value=1.0)
+        grid = grid.repeat_interleave(self.zoom, dim=1).repeat_interleave(self.zoom, dim=2)
+        save_image(grid, directory / "reconstruction.tmp.png")
+        os.replace(directory / "reconstruction.tmp.png", directory / "reconstruction.png")
+
+
+class Run:
+    """A run directory, which rank 0 alone writes, and the wish to stop, which any rank may receive."""
+
+    def __init__(self, directory):
+        self.directory, self.stopped_by, self.signal = Path(directory), 0, 0
+        # Agreement goes over gloo on the CPU, so that asking every step never waits for a GPU.
+        self.control = dist.new_group(backend="gloo") if world_size() > 1 else None
+
+    def listen(self) -> None:
+        """From here on the first SIGTERM or Ctrl-C lets the running step finish; a second one acts at once."""
+
+        def wish(number, frame):
+            self.signal = number
+            signal.signal(number, signal.SIG_DFL)
+
+        signal.signal(signal.SIGTERM, wish)
+        signal.signal(signal.SIGINT, wish)
+
+    def asked_to_stop(self) -> bool:
+        number = torch.tensor(self.signal)
+        if self.control is not None:
+            dist.all_reduce(number, dist.ReduceOp.MAX, group=self.control)
+        self.stopped_by = int(number)
+        return self.stopped_by != 0
+
+    def open(self, args, config, method, optimizer, scaler) -> int:
+        """Lay out the directory and load its checkpoint if there is one; returns the first step to do."""
+        found: list = [None]
+        settings = {k: v for k, v in vars(args).items()} | dataclasses.asdict(config)
+        if rank() == 0:
+            try:
+                self.directory.mkdir(parents=True, exist_ok=True)
+                self.lock()
+            except OSError as error:
+                raise InputError(
+                    f"{self.directory}: cannot be written ({error.strerror}); give another --out"
+                ) from None
+            found = [self.read(args, settings)]
+        if world_size() > 1:
+            dist.broadcast_object_list(found, group=self.control)
+        step = 0
+        if found[0] is not None:
+            step = found[0]["step"]
+            method.load_state_dict(found[0]["method"])
+            optimizer.load_state_dict(found[0]["optimizer"])
+            scaler.load_state_dict(found[0]["scaler"])
+            say(f"continuing {self.directory} from step {step}")
+        if rank() == 0:
+            about = dict(
+                method=args.method, settings=vars(args), config=dataclasses.asdict(config), world_size=world_size(),
+                argv=sys.argv, versions=versions(), git=git_state(),
+            )  # fmt: skip
+            launch.write_text(self.directory / "config.json", json.dumps(about, indent=1) + "\n")
+            self.open_log(about, step)
+        return step
+
+    def lock(self) -> None:
+        """Two runs must not write one directory. The lock dies with the process; where there is none, there is none."""
+        try:
+            import fcntl
+        except ImportError:  # Windows
+            return
+        self.lock_file = open(self.directory / ".lock", "w")
+        try:
+            fcntl.flock(self.lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"{self.directory}: another run is writing here; give another --out") from None
+
+    def read(self, args, settings: dict):
+        path = self.directory / "checkpoint.pt" if args.resume in ("auto", "never") else Path(args.resume)
+        if args.resume == "never" or (args.resume == "auto" and not path.exists()):
+            return None
+        if not path.exists():
+            raise InputError(f"{path}: no such checkpoint; give a file, auto or never to --resume")
+        checkpoint = launch.load(path)
+        if not isinstance(checkpoint, dict) or "settings" not in checkpoint:
+            raise InputError(f"{path}: not a checkpoint of train.py; give another --resume")
+        theirs = checkpoint["settings"]
+        differs = [
+            f"{k} {theirs.get(k)!r} there, {settings.get(k)!r} here"
+            for k in sorted(settings.keys() | theirs.keys())
+            if k not in FREE and theirs.get(k) != settings.get(k)
+        ]
+        if differs:
+            raise InputError(
+                f"{path}: of another run ({'; '.join(differs)}); give the same settings, another --out or --resume never"
+            )
+        return checkpoint
+
+    def save(self, step: int, args, method, optimizer, scaler) -> None:
+        if rank() > 0:
+            return
+        settings = vars(args) | dataclasses.asdict(method.config)
+        states = dict(method=method.state_dict(), optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
+        launch.save(self.directory / "checkpoint.pt", dict(step=step, settings=settings) | states)
+        encoder = dict(settings=method.encoder.settings, state_dict=method.encoder.state_dict())
+        launch.save(self.directory / "encoder.pt", encoder)
+
+    def open_log(self, about: dict, step: int) -> None:
+        """One configuration line, then the steps that the checkpoint has seen; what came after it is done again."""
+        path, lines = self.directory / "log.jsonl", []
+        if step and path.exists():
+            for line in path.read_text().splitlines():
+                row = json.loads(line) if line.endswith("}") else {}
+                if row.get("step", math.inf) <= step:
+                    lines.append(line)
+        launch.write_text(path, "\n".join([json.dumps(about), *lines]) + "\n")
+        self.log_file = open(path, "a", buffering=1)
+
+    def logged_losses(self) -> tuple[float | None, float | None]:
+        """The first and the last loss in the log, of a run that is continued."""
+        rows = [json.loads(line) for line in (self.directory / "log.jsonl").read_text().splitlines()[1:]]
+        return (rows[0]["loss"], rows[-1]["loss"]) if rows else (None, None)
+
+    def log(self, row: dict) -> None:
+        if rank() == 0:
+            self.log_file.write(json.dumps(row) + "\n")
+
+
+def versions() -> dict:
+    names = dict(python=platform.python_version(), torch=torch.__version__, machine=platform.machine())
+    return names | (dict(gpu=torch.cuda.get_device_name()) if torch.cuda.is_available() else {})
+
+
+def git_state() -> dict:
+    """Commit and dirty flag of the checkout that these files lie in; nothing where there is none."""
+
+    def git(*words):  # fmt: skip
+        here = Path(__file__).parent
+        return subprocess.run(["git", "-C", here, *words], capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return dict(commit=git("rev-parse", "HEAD"), dirty=bool(git("status", "--porcelain")))
+    except (OSError, subprocess.CalledProcessError):
+        return {}
+
+
+if __name__ == "__main__":
+    command(main)
