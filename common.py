@@ -12,9 +12,6 @@ not; both hold indices into the grid read row by row, and side by side they are 
 
 import itertools
 import math
-import os
-import sys
-import time
 from typing import NamedTuple
 
 import numpy as np
@@ -279,11 +276,31 @@ def sincos_positions(width: int, grid: tuple[int, int]) -> Tensor:
     return torch.cat([torch.zeros(1, width, dtype=torch.float64), positions])[None].float()
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q kᵀ / √d) v over (B, heads, tokens, d). Short sequences on a CPU are faster in plain matrix products."""
+def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
+    """softmax(q kᵀ / √d + bias) v over (B, heads, tokens, d); a bias is (B or 1, heads, queries, keys).
+
+    Short sequences on a CPU are faster in plain matrix products.
+    """
+    bias = None if bias is None else bias.to(q.dtype)
     if q.device.type == "cpu" and q.shape[-2] * k.shape[-2] <= 256 * 256:
-        return (q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)).softmax(dim=-1).to(v.dtype) @ v
-    return F.scaled_dot_product_attention(q, k, v)
+        scores = q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)
+        return (scores if bias is None else scores + bias).softmax(dim=-1).to(v.dtype) @ v
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+
+
+def relative_places(grid: tuple[int, int]) -> Tensor:
+    """int64 (1 + N, 1 + N): which row of BEiT's table of relative positions stands for query i and key j.
+
+    One row for each of the (2h-1)(2w-1) offsets between patches, then three: class token to patch, patch to class
+    token, class token to itself.
+    """
+    h, w = grid
+    row, column = (x.flatten() for x in torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij"))
+    down, right = row[:, None] - row + h - 1, column[:, None] - column + w - 1
+    offsets = (2 * h - 1) * (2 * w - 1)
+    places = F.pad(down * (2 * w - 1) + right, (1, 0, 1, 0), value=offsets)
+    places[1:, 0], places[0, 0] = offsets + 1, offsets + 2
+    return places
 
 
 class Attention(nn.Module):
@@ -295,14 +312,14 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x: Tensor) -> Tensor:  # (B, T, D) → (B, T, D)
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:  # (B, T, D) → (B, T, D)
         B, T, D = x.shape
         # The keys' bias adds one number to all of a query's scores, which softmax ignores: its exact gradient is zero,
         # and cut off here, because Adam would blow the rounding noise in its place up to full steps.
         q_bias, k_bias, v_bias = self.qkv.bias.chunk(3)
         x = F.linear(x, self.qkv.weight, torch.cat([q_bias, k_bias.detach(), v_bias]))
         q, k, v = x.reshape(B, T, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)
-        return self.proj(attend(q, k, v).transpose(1, 2).reshape(B, T, D))
+        return self.proj(attend(q, k, v, bias).transpose(1, 2).reshape(B, T, D))
 
 
 class MLP(nn.Module):
@@ -347,8 +364,8 @@ class Block(nn.Module):
         self.ls1, self.ls2 = (LayerScale(width, layer_scale) if layer_scale else nn.Identity() for _ in range(2))
         self.drop_path = drop_path
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + drop_path(self.ls1(self.attn(self.norm1(x))), self.drop_path, self.training)
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        x = x + drop_path(self.ls1(self.attn(self.norm1(x), bias)), self.drop_path, self.training)
         return x + drop_path(self.ls2(self.mlp(self.norm2(x))), self.drop_path, self.training)
 
 
@@ -406,6 +423,8 @@ class ViT(nn.Module):
     """A plain Vision Transformer with timm's parameter names: class token, fixed positions, final norm.
 
     `stem` is "linear" (a ViT) or "conv" (CMAE*). `drop_path` grows linearly over the blocks from 0 to its value.
+    `positions` are "sincos", or "relative": none on the tokens, but one learned table, shared by all blocks, of what an
+    offset between two patches adds to the attention of each head (BEiT's, as in ConMIM's code).
     """
 
     def __init__(
@@ -418,11 +437,12 @@ class ViT(nn.Module):
         layer_scale: float = 0.0,
         drop_path: float = 0.0,
         stem: str = "linear",
+        positions: str = "sincos",
     ):
         super().__init__()
         self.settings = dict(
             image_size=image_size, patch_size=patch_size, width=width, depth=depth, heads=heads,
-            layer_scale=layer_scale, drop_path=drop_path, stem=stem,
+            layer_scale=layer_scale, drop_path=drop_path, stem=stem, positions=positions,
         )  # fmt: skip
         H, W = pair(image_size)
         self.image_size = image_size
@@ -431,7 +451,13 @@ class ViT(nn.Module):
         self.width, self.patch_size, self.grid = width, patch_size, (H // patch_size, W // patch_size)
         self.patch_embed = {"linear": PatchEmbed, "conv": ConvEmbed}[stem](patch_size, width)
         self.cls_token = nn.Parameter(torch.empty(1, 1, width))
-        self.register_buffer("pos_embed", sincos_positions(width, self.grid))  # (1, 1 + N, D)
+        absolute = {"sincos": True, "relative": False}[positions]
+        fixed = sincos_positions(width, self.grid)
+        self.register_buffer("pos_embed", fixed if absolute else torch.zeros_like(fixed))  # (1, 1 + N, D)
+        self.relative_table = None
+        if not absolute:
+            self.register_buffer("relative_places", relative_places(self.grid), persistent=False)
+            self.relative_table = nn.Parameter(torch.zeros(int(self.relative_places.max()) + 1, heads))
         rates = [drop_path * i / max(1, depth - 1) for i in range(depth)]
         self.blocks = nn.ModuleList(Block(width, heads, 4, layer_scale, rate) for rate in rates)
         self.norm = nn.LayerNorm(width, eps=1e-6)
@@ -446,17 +472,31 @@ class ViT(nn.Module):
         tokens, positions = self.patch_embed(images, visible), self.pos_embed[:, 1:]
         return tokens + (positions if visible is None else positions[0][visible])
 
-    def encode(self, tokens: Tensor, norm: bool = True) -> Tensor:
-        """(B, T, D) embedded patches → (B, 1 + T, D): the class token first, then the patches in their order."""
+    def relative_bias(self, visible: Tensor | None = None) -> Tensor | None:
+        """(1, heads, 1 + N, 1 + N) for all queries and keys, (B, heads, 1 + V, 1 + V) for the `visible` (B, V)."""
+        if self.relative_table is None:
+            return None
+        places = self.relative_places[None]
+        if visible is not None:
+            tokens = F.pad(visible + 1, (1, 0))  # (B, 1 + V), the class token is token 0
+            places = self.relative_places[tokens[:, :, None], tokens[:, None, :]]
+        return self.relative_table[places].permute(0, 3, 1, 2).contiguous()  # fast kernels want it so
+
+    def encode(self, tokens: Tensor, norm: bool = True, visible: Tensor | None = None) -> Tensor:
+        """(B, T, D) embedded patches → (B, 1 + T, D): the class token first, then the patches in their order.
+
+        Relative positions must know which patches these are: the `visible` (B, T), or all in raster order.
+        """
         cls = self.cls_token + self.pos_embed[:, :1]
         x = torch.cat([cls.to(tokens.dtype).expand(len(tokens), -1, -1), tokens], dim=1)
+        bias = self.relative_bias(visible)
         for block in self.blocks:
-            x = block(x)
+            x = block(x, bias)
         return self.norm(x) if norm else x
 
     def forward(self, images: Tensor, visible: Tensor | None = None, norm: bool = True) -> Tensor:
         """Normalised images (B, 3, H, W) → (B, 1 + N, D); with `visible` (B, V), only those patches: (B, 1 + V, D)."""
-        return self.encode(self.embed(images, visible), norm)
+        return self.encode(self.embed(images, visible), norm, visible)
 
 
 def initialize(module: nn.Module) -> None:
@@ -554,55 +594,3 @@ def parameter_groups(module: nn.Module, weight_decay: float, no_decay: tuple[str
             free = parameter.ndim <= 1 or name.endswith("bias") or any(part in name for part in no_decay)
             (exempt if free else decayed).append(parameter)
     return [dict(params=decayed, weight_decay=weight_decay), dict(params=exempt, weight_decay=0.0)]
-
-
-# ---------------------------------------------------------------------------------------------------------- commands
-
-
-def start(device: str = "auto") -> torch.device:
-    """The device of this process; under torchrun with several processes also their group: gloo on CPUs, NCCL on GPUs.
-
-    "auto" takes CUDA where there is any, else Apple's GPU for a process on its own, else the CPU.
-    """
-    ranks, local = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # processes on this machine
-    if device == "auto":
-        alone = "mps" if ranks == 1 and torch.backends.mps.is_available() else "cpu"
-        device = "cuda" if torch.cuda.is_available() else alone
-    if device == "cuda":
-        if here > (gpus := torch.cuda.device_count()):
-            right = f"start at most {gpus} processes, or" if gpus else "give"
-            raise InputError(f"device cuda: {here} GPUs asked for, {gpus} found; {right} --device cpu")
-        torch.cuda.set_device(local)
-    elif device == "mps" and (ranks > 1 or not torch.backends.mps.is_available()):
-        raise InputError("device mps: serves one process on a Mac with Apple's GPU; give --device cpu")
-    chosen = torch.device(device, local) if device == "cuda" else torch.device(device)
-    if ranks > 1:
-        on_gpu = chosen.type == "cuda"
-        dist.init_process_group("nccl" if on_gpu else "gloo", device_id=chosen if on_gpu else None)
-    return chosen
-
-
-def stop() -> None:
-    """Leave the process group. Without the barrier some gloo processes abort at exit (seen with torch 2.15)."""
-    if dist.is_initialized():
-        dist.barrier()
-        dist.destroy_process_group()
-
-
-def command(main) -> None:
-    """Run a command's `main()`: what the user got wrong becomes one line on standard error and exit status 2."""
-    try:
-        main()
-    except InputError as error:
-        # Where all ranks fail alike, torchrun ends the others while they wait, so that the line stands once.
-        time.sleep(int(os.environ.get("RANK", 0)) > 0)
-        print(error, file=sys.stderr, flush=True)
-        status = 2
-    except KeyboardInterrupt:
-        status = 130
-    else:
-        return
-    if dist.is_initialized():
-        os._exit(status)  # the others may wait in a collective: leave without taking part, and without an abort
-    sys.exit(status)

@@ -10,18 +10,13 @@ file; old ones may be deleted at any time. Whatever is found wrong with the data
 
 import contextlib
 import hashlib
-import http.client
 import json
 import os
 import signal
-import stat
 import struct
 import sys
 import tempfile
 import threading
-import urllib.error
-import urllib.request
-import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
@@ -34,12 +29,12 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
 from torchvision.datasets import CIFAR10, CIFAR100
-from torchvision.io import ImageReadMode, decode_image
 from tqdm import tqdm
 
 import common
 import shapes
 from common import InputError
+from download import fetch, unpack
 
 NAMES = ("shapes", "tiny-imagenet", "cifar10", "cifar100", "imagenet")
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp")  # in either case
@@ -139,27 +134,19 @@ def chunks(orders: Iterable[Tensor]) -> Iterator[tuple[list[int], bool]]:
 
 
 def decode(path: Path) -> Tensor:
-    """uint8 RGB (3, H, W) from a file of any mode. 16 bits are scaled to 8, transparency and EXIF rotation ignored."""
+    """uint8 RGB (3, H, W) from a file of any mode. 16 bits are scaled to 8, transparency and EXIF rotation ignored.
+
+    By Pillow, as torchvision has announced the end of its own decoders.
+    """
     try:
-        data = torch.from_numpy(np.fromfile(path, dtype=np.uint8))
-        try:
-            image = decode_image(data, ImageReadMode.RGB)
-        except RuntimeError:  # BMP, TIFF under another name, …
-            image = decode_with_pillow(path)
-        if image.ndim == 4:  # an animation, under another name: its first frame
-            image = image[0]
-        return image if image.dtype == torch.uint8 else (image.int() // 257).to(torch.uint8)
+        with Image.open(path) as image:
+            if image.mode.startswith("I"):  # 16-bit grey, which Pillow's own conversion would clip at 255
+                grey = torch.from_numpy(np.asarray(image).astype(np.int32)).clamp(0, 65535)
+                return (grey // 257).to(torch.uint8).repeat(3, 1, 1)
+            return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
     except Exception as error:  # Pillow's plugins raise every kind there is, SyntaxError included
         what = f"{path}: does not decode as an image ({type(error).__name__})"
         raise InputError(f"{what}; repair or remove it, or give --skip-bad-images") from error
-
-
-def decode_with_pillow(path: Path) -> Tensor:
-    with Image.open(path) as image:
-        if image.mode.startswith("I"):  # 16-bit grey, which Pillow's own conversion would clip at 255
-            grey = torch.from_numpy(np.asarray(image).astype(np.int32))
-            return grey.clamp(0, 65535).expand(3, -1, -1)
-        return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
 
 
 def leave_signals_to_parent(_worker: int) -> None:
@@ -523,7 +510,7 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
-# ---------------------------------------------------------------------------------------------- ranks and downloads
+# ------------------------------------------------------------------------------------------------------------ ranks
 
 
 def first_on_node() -> bool:
@@ -558,67 +545,3 @@ def in_turn(work: Callable):
             raise error or InputError(next(filter(None, errors)))
     dist.destroy_process_group(group)
     return result
-
-
-def fetch(url: str, path: Path, md5: str, tries: int = 5) -> None:
-    """Download `url` to `path`, going on with what a broken transfer left in `path`.part, and verify the checksum."""
-    part = path.with_name(path.name + ".part")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    reason = "the transfer breaks off"
-    for _ in range(tries):
-        try:
-            if _fetch_rest(url, part):
-                break
-        except (OSError, http.client.HTTPException) as error:  # OSError covers urllib's and the disk's
-            reason = error
-    else:
-        raise InputError(f"{url}: download failed ({reason}); the same command goes on where it stopped")
-    with open(part, "rb") as file:
-        digest = hashlib.md5(usedforsecurity=False)
-        while block := file.read(1 << 20):
-            digest.update(block)
-    if digest.hexdigest() != md5:
-        part.unlink()
-        raise InputError(f"{url}: md5 is {digest.hexdigest()}, should be {md5}; removed, try again later")
-    os.replace(part, path)
-
-
-def _fetch_rest(url: str, part: Path) -> bool:
-    """Append to `part` what is missing; False if the transfer ended too early."""
-    have = part.stat().st_size if part.exists() else 0
-    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
-    try:
-        response = urllib.request.urlopen(request, timeout=60)
-    except urllib.error.HTTPError as error:
-        if error.code == 416:  # nothing is left to send
-            return True
-        raise
-    if response.status != 206:  # the server sends the whole file
-        have = 0
-    length = response.headers["Content-Length"]
-    total = have + int(length) if length else None
-    bar = tqdm(total=total, initial=have, desc="downloading", unit="B", unit_scale=True)
-    with response, bar, open(part, "ab" if have else "wb") as file:
-        while block := response.read(1 << 16):
-            file.write(block)
-            have += len(block)
-            bar.update(len(block))
-    return have == (total or have)
-
-
-def unpack(archive: Path, target: Path) -> None:
-    """Unpack a zip that holds the folder `target`.name next to it: into a temporary folder first, then renamed."""
-    try:
-        with zipfile.ZipFile(archive) as source, tempfile.TemporaryDirectory(dir=target.parent) as folder:
-            for member in source.infolist():
-                kind = stat.S_IFMT(member.external_attr >> 16)  # 0 where the packer gave no Unix mode
-                inside = Path(folder, member.filename).resolve().is_relative_to(Path(folder).resolve())
-                if not inside or kind not in (0, stat.S_IFREG, stat.S_IFDIR):
-                    raise InputError(
-                        f"{archive}: member {member.filename} is a link or lands outside; nothing unpacked"
-                    )
-            for member in tqdm(source.infolist(), desc="unpacking", unit=" files"):
-                source.extract(member, folder)
-            os.replace(Path(folder, target.name), target)
-    except (zipfile.BadZipFile, OSError) as error:
-        raise InputError(f"{archive}: cannot be unpacked ({error}); remove it and download again") from error

@@ -24,7 +24,7 @@ from tqdm import tqdm
 import augment
 import data
 import launch
-from common import InputError, ViT, command, gather_over_ranks, rank, start, stop, world_size
+from common import InputError, ViT, gather_over_ranks, rank, world_size
 
 # ---------------------------------------------------------------------------------------------------------- encoders
 
@@ -286,7 +286,7 @@ def main() -> None:
     args = options()
     if args.batch_size < 1:
         raise InputError(f"batch size {args.batch_size}: must be at least 1")
-    device = start(args.device)
+    device = launch.start(args.device)
     encoder = load_encoder(args.run, device)
     directory = Path(args.run) if Path(args.run).is_dir() else Path(args.run).parent
     settings = run_settings(directory)
@@ -310,8 +310,8 @@ def main() -> None:
         print(json.dumps(result), flush=True)
         name = f"evaluate-{args.protocol}{'-untrained' if args.untrained else ''}.json"
         launch.write_text(directory / name, json.dumps(result, indent=1) + "\n")
-    stop()
+    launch.stop()
 
 
 if __name__ == "__main__":
-    command(main)
+    launch.command(main)

@@ -1,14 +1,19 @@
 """How a command starts, fails, stops, and keeps its files whole. Nothing here is about learning."""
 
 import os
+import sys
+import time
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from pickle import UnpicklingError
 
 import torch
+import torch.distributed as dist
 
 from common import InputError
+
+# ------------------------------------------------------------------------------------------------------------ files
 
 
 def write_whole(path, write: Callable) -> None:
@@ -41,7 +46,7 @@ def save(path, tree) -> None:
 
 
 def load(path):
-    """What `save` wrote, on the CPU. Reads no pickled code, and checks every record's checksum, which torch does not."""
+    """What `save` wrote, on the CPU. Runs no pickled code, and checks every record's checksum, which torch does not."""
     damaged = f"{path}: damaged or not written by this program; delete it, or give another"
     try:
         with zipfile.ZipFile(path) as archive:
@@ -55,3 +60,55 @@ def load(path):
     except (OSError, EOFError, ValueError, KeyError, RuntimeError, NotImplementedError, zipfile.BadZipFile,
             UnpicklingError):  # fmt: skip
         raise InputError(damaged) from None
+
+
+# ---------------------------------------------------------------------------------------------------------- process
+
+
+def start(device: str = "auto") -> torch.device:
+    """The device of this process; under torchrun with several processes also their group: gloo on CPUs, NCCL on GPUs.
+
+    "auto" takes CUDA where there is any, else Apple's GPU for a process on its own, else the CPU.
+    """
+    ranks, local = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # processes on this machine
+    if device == "auto":
+        alone = "mps" if ranks == 1 and torch.backends.mps.is_available() else "cpu"
+        device = "cuda" if torch.cuda.is_available() else alone
+    if device == "cuda":
+        if here > (gpus := torch.cuda.device_count()):
+            right = f"start at most {gpus} processes, or" if gpus else "give"
+            raise InputError(f"device cuda: {here} GPUs asked for, {gpus} found; {right} --device cpu")
+        torch.cuda.set_device(local)
+    elif device == "mps" and (ranks > 1 or not torch.backends.mps.is_available()):
+        raise InputError("device mps: serves one process on a Mac with Apple's GPU; give --device cpu")
+    chosen = torch.device(device, local) if device == "cuda" else torch.device(device)
+    if ranks > 1:
+        on_gpu = chosen.type == "cuda"
+        dist.init_process_group("nccl" if on_gpu else "gloo", device_id=chosen if on_gpu else None)
+    return chosen
+
+
+def stop() -> None:
+    """Leave the process group. Without the barrier some gloo processes abort at exit (seen with torch 2.15)."""
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def command(main) -> None:
+    """Run a command's `main()`: what the user got wrong becomes one line on standard error and exit status 2."""
+    try:
+        main()
+    except InputError as error:
+        # Where all ranks fail alike, torchrun ends the others while they wait, so that the line stands once.
+        time.sleep(int(os.environ.get("RANK", 0)) > 0)
+        print(error, file=sys.stderr, flush=True)
+        status = 2
+    except KeyboardInterrupt:
+        status = 130
+    else:
+        return
+    if dist.is_initialized():
+        os._exit(status)  # the others may wait in a collective: leave without taking part, and without an abort
+    sys.exit(status)

@@ -47,9 +47,6 @@ def options(argv: list[str]):
         args.lr = base_lr * args.batch_size / 256  # the linear scaling rule of the papers
     args.out = args.out or f"runs/{args.method}-{re.sub(r'[^A-Za-z0-9]+', '-', str(args.data)).strip('-')}"
     args.betas = list(args.betas)
-    args.device, args.precision = resolve_device(args.device, args.precision)
-    if args.compile is None:
-        args.compile = args.device == "cuda"
     for name in ("epochs", "max_steps", "batch_size", "accumulate", "classes", "save_every", "log_every"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise InputError(f"{name.replace('_', ' ')} {getattr(args, name)}: must be at least 1")
@@ -58,17 +55,17 @@ def options(argv: list[str]):
     return args, config, Method
 
 
-def resolve_device(device: str, precision: str) -> tuple[str, str]:
-    if device == "auto":
-        mps = torch.backends.mps.is_available()
-        device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
-    if precision == "auto":
-        if device == "cuda":
-            precision = "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+def settle(args, device: torch.device) -> None:
+    """What the machine decides: the kind of device, the precision that is fast there, whether to compile."""
+    args.device = device.type
+    if args.precision == "auto":
+        if args.device == "cuda":
+            args.precision = "bf16" if torch.cuda.is_bf16_supported() else "fp16"
         else:  # processors without bf16 instructions emulate them, slowly
             flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-            precision = "bf16" if device == "cpu" and re.search("avx512_bf16|amx_bf16", flags) else "fp32"
-    return device, precision
+            args.precision = "bf16" if args.device == "cpu" and re.search("avx512_bf16|amx_bf16", flags) else "fp32"
+    if args.compile is None:
+        args.compile = args.device == "cuda"
 
 
 class Help(argparse.HelpFormatter):
@@ -112,11 +109,11 @@ def build_parser(name: str | None, Method) -> Parser:
         "what to train on what",
         ("--method", dict(choices=METHODS, help="one file each", metavar="NAME")),
         ("--data", dict(default="shapes", metavar="SET",
-                        help="shapes (built in), tiny-imagenet, cifar10, cifar100, imagenet, or a folder of class folders")),
+                        help="shapes, tiny-imagenet, cifar10, cifar100, imagenet, or a folder of class folders")),
         ("--data-root", dict(metavar="DIR", help="where the images of a named set are or shall be")),
         ("--download", dict(action="store_true", default=None, help="fetch the set if it is not there")),
         ("--classes", dict(type=int, metavar="K", help="only the first K classes of the set")),
-        ("--skip-bad-images", dict(action="store_true", default=None, help="count images that do not decode, and go on")),
+        ("--skip-bad-images", dict(action="store_true", default=None, help="leave out images that do not decode")),
         ("--recipe", dict(metavar="NAME", help="demo (two minutes on two cores), tiny (64 pixels), paper")),
     )  # fmt: skip
     group(
@@ -127,10 +124,12 @@ def build_parser(name: str | None, Method) -> Parser:
         ("--width", dict(type=int, metavar="D", help="in place of the model's")),
         ("--depth", dict(type=int, metavar="BLOCKS", help="in place of the model's")),
         ("--heads", dict(type=int, metavar="N", help="in place of the model's")),
-        ("--layer-scale", dict(type=float, default=0.0, metavar="X", help="initial scale of residual branches; 0: none")),
+        ("--layer-scale", dict(type=float, default=0.0, metavar="X", help="initial scale of residuals; 0: none")),
         ("--drop-path", dict(type=float, default=0.0, metavar="RATE", help="of the last block; grows from 0 linearly")),
         ("--stem", dict(default="linear", choices=["linear", "conv"], metavar="KIND",
                         help="patch embedding: linear, or conv (CMAE*)")),
+        ("--positions", dict(default="sincos", choices=["sincos", "relative"], metavar="KIND",
+                             help="sincos, on the tokens, or relative, a table in the attention (ConMIM's code)")),
     )  # fmt: skip
     group(
         "optimisation",
@@ -153,7 +152,7 @@ def build_parser(name: str | None, Method) -> Parser:
                           help="auto, cpu, cuda, mps")),
         ("--precision", dict(default="auto", choices=["auto", "fp32", "bf16", "fp16"], metavar="NAME",
                              help="auto, fp32, bf16, fp16")),
-        ("--compile", dict(action=argparse.BooleanOptionalAction, help="torch.compile the forward pass; on CUDA by default")),
+        ("--compile", dict(action=argparse.BooleanOptionalAction, help="torch.compile the method; on CUDA by default")),
         ("--workers", dict(type=int, metavar="N", help="processes that decode a set too large to hold")),
         ("--seed", dict(type=int, default=0, metavar="N", help="of everything random")),
         ("--deterministic", dict(action="store_true", help="CUDA too repeats itself bit by bit, more slowly")),
@@ -161,7 +160,7 @@ def build_parser(name: str | None, Method) -> Parser:
     group(
         "run directory",
         ("--out", dict(metavar="DIR", help="runs/METHOD-DATA if not given")),
-        ("--resume", dict(default="auto", metavar="HOW", help="auto (continue what --out holds), never, or a checkpoint")),
+        ("--resume", dict(default="auto", metavar="HOW", help="auto: continue what --out holds; never; or a file")),
         ("--save-every", dict(type=int, default=1, metavar="EPOCHS", help="between checkpoints and pictures")),
         ("--log-every", dict(type=int, default=10, metavar="STEPS", help="between lines of log.jsonl")),
         ("--evaluate", dict(action=argparse.BooleanOptionalAction, default=False,
@@ -187,4 +186,5 @@ def field_comments(Config) -> dict[str, str]:
 def build_encoder(args) -> ViT:
     width, depth, heads = (given or size for given, size in zip(
         (args.width, args.depth, args.heads), SIZES[args.model], strict=True))  # fmt: skip
-    return ViT(args.image_size, args.patch_size, width, depth, heads, args.layer_scale, args.drop_path, args.stem)
+    return ViT(args.image_size, args.patch_size, width, depth, heads, args.layer_scale, args.drop_path, args.stem,
+               args.positions)  # fmt: skip

@@ -35,16 +35,13 @@ from common import (
     InputError,
     StepRandom,
     ViT,
-    command,
     epoch_order,
     learning_rate,
     parameter_groups,
     rank,
-    start,
-    stop,
     world_size,
 )
-from options import build_encoder, options
+from options import build_encoder, options, settle
 
 # What may differ between a run and its continuation: where and how it runs, not what it computes.
 FREE = {"out", "resume", "data_root", "download", "workers", "device", "compile", "save_every", "log_every", "evaluate"}
@@ -55,10 +52,11 @@ FREE = {"out", "resume", "data_root", "download", "workers", "device", "compile"
 
 def main() -> None:
     args, config, Method = options(sys.argv[1:])
-    device = start(args.device)
+    device = launch.start(args.device)
+    settle(args, device)
     run = Run(args.out)
     train(args, config, Method, device, run)
-    stop()
+    launch.stop()
     if run.stopped_by:
         sys.exit(128 + run.stopped_by)
 
@@ -95,7 +93,7 @@ def train(args, config, Method, device: torch.device, run: "Run") -> None:
         network = torch.compile(network)
     autocast = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(args.precision)
     say(f"{args.method} on {args.data}: {len(image_set):,} images, {count(method):,} parameters, {steps} steps of "
-        f"{args.batch_size} on {world_size()} x {device.type} in {args.precision}; run directory {args.out}")  # fmt: skip
+        f"{args.batch_size} on {world_size()} x {device.type} in {args.precision}, into {args.out}")  # fmt: skip
 
     def rows_of(step: int, part: int) -> slice:  # of the global batch, for this rank
         begin = (part * world_size() + rank()) * share
@@ -357,7 +355,7 @@ class Run:
         ]
         if differs:
             raise InputError(
-                f"{path}: of another run ({'; '.join(differs)}); give the same settings, another --out or --resume never"
+                f"{path}: of another run ({'; '.join(differs)}); give the same, another --out or --resume never"
             )
         return checkpoint
 
@@ -410,4 +408,4 @@ def git_state() -> dict:
 
 
 if __name__ == "__main__":
-    command(main)
+    launch.command(main)

@@ -25,7 +25,7 @@ SMALL = (
     "--image-size 32 --patch-size 8 --width 16 --depth 2 --heads 2 --decoder-width 8 --decoder-depth 1 "
     "--decoder-heads 2 --batch-size 16 --epochs 5 --warmup-epochs 1 --precision fp32 --device cpu --log-every 1"
 ).split()
-EXTRA = {"cmae": "--projector-width 16 --projector-out 8".split()}  # to keep it as small
+EXTRA = {"cmae": ["--projector-width", "16", "--projector-out", "8"]}  # to keep it as small
 
 
 @pytest.fixture(scope="session")
@@ -379,7 +379,7 @@ def test_files_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
         file.write(b"half")
         raise OSError(28, "No space left on device")
 
-    with pytest.raises(InputError, match="x.pt: cannot be written .*No space left"):
+    with pytest.raises(InputError, match=r"x\.pt: cannot be written .*No space left"):
         launch.write_whole(path, full)
     assert torch.equal(launch.load(path)["a"], torch.ones(3)) and [p.name for p in tmp_path.iterdir()] == ["x.pt"]
     with pytest.raises(InputError, match="no such file"):
@@ -401,13 +401,13 @@ def test_help_shows_every_knob_with_its_comment_and_default(method):
 
 
 def test_settings_come_from_defaults_then_recipe_then_flags():
-    args, config, Method = options("--method mae --recipe tiny --decoder-depth 3 --device cpu".split())
+    args, config, Method = options(["--method", "mae", "--recipe", "tiny", "--decoder-depth", "3", "--device", "cpu"])
     assert (args.model, args.batch_size, config.decoder_depth, config.decoder_width) == ("tiny", 512, 3, 128)
     assert args.lr == pytest.approx(Method.RECIPES["tiny"]["base_lr"] * 2)  # times B / 256
-    args, _, _ = options("--method mae --data imagenet --device cpu --lr 0.5".split())
+    args, _, _ = options(["--method", "mae", "--data", "imagenet", "--device", "cpu", "--lr", "0.5"])
     assert (args.recipe, args.model, args.lr, args.batch_size) == ("paper", "base", 0.5, 4096)
-    assert options("--method mae --device cpu".split())[0].recipe == "demo"
-    args, config, _ = options("--method cmae --no-pixel-shift --no-compile --device cpu".split())
+    assert options(["--method", "mae", "--device", "cpu"])[0].recipe == "demo"
+    args, config, _ = options(["--method", "cmae", "--no-pixel-shift", "--no-compile", "--device", "cpu"])
     assert not config.pixel_shift and config.target_color and args.out == "runs/cmae-shapes"
 
 

@@ -1,0 +1,363 @@
+"""The other CMAE: improvements to self-supervised pretraining for masked autoencoders (arXiv 2205.10546).
+
+In a sentence: a masked autoencoder whose encoder must also recognise its image in another masked view and tell where
+each visible patch lies, on crops that, after some epochs, are drawn around the object the encoder itself has found.
+
+    q1 (visible) ─ E ─┬─ decoder ──────────────────────────────────────────────── L_con
+                      ├─ two layers ─ place of each patch ─────────────────────── L_loc  (Eq. 4, 5)
+    q2 (masked) ── E ─┴─ stop-gradient ─ h1 ─ mean ─ P ─┐
+    k1, k2 ─────── ME, stop-gradient ─── h2 ─ mean ─ MP ┴──────────────────────── L_ctr  (Eq. 2, 3)
+
+Changes from mae.py: ContrastiveCrop, the second view, the location task, the momentum branch, the weaker decoders.
+
+Where the paper is silent or unclear, and what stands here (it has no code)
+- "q2 belongs to the unmasked vector" (§3.3) means the masked one. Every part has a class token; none enters Eq. 2-5.
+- Eq. 3: mean over h, P of two layers, L2-normalised, τ = 0.2, μ = 0.996; z_k- are the other images of the batch.
+- Eq. 5's q is p; joint one-hot places, no softmax, summed over places, averaged over patches. E sees positions, which
+  makes the task nearly trivial; `withhold_positions` asks a second pass of E, without them.
+- The heat map: which of its two the paper kept is unsaid; here the class token's attention. For features, a token's
+  norm before the final layer norm: after it the channels' sum, ContrastiveCrop's map, is at first 0 for every patch.
+- Threshold, schedule and Beta's α are ContrastiveCrop's for small images. No colour is named, so there is none.
+- MLP decoder: across tokens in attention's place, as in MLP-Mixer; patch by patch, masked ones would learn nothing of
+  the others. Convolution: depth-wise, likewise. Hybrid: all layers between the first and the last are replaced.
+- Recipe: patch size, warm-up and Adam's β are missing and taken from mae.py's recipes.
+
+    python train.py --method cmae_loc        torchrun --nproc_per_node=8 train.py --method cmae_loc --data tiny-imagenet
+
+Measured: see the table in README.md; ImageNet: not run.
+"""
+
+import copy
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import augment
+import mae
+from common import (
+    MLP,
+    InputError,
+    Mask,
+    ViT,
+    ema_update,
+    info_nce,
+    initialize,
+    random_mask,
+    rank,
+    reconstruction_loss,
+    restore,
+    sum_over_ranks,
+    take,
+    visible_count,
+    world_size,
+)
+
+
+@dataclass(frozen=True)
+class Config:
+    mask_ratio: float = 0.75  # share of patches hidden in each view (§4.2)
+    decoder: str = "transformer"  # or, weaker: mlp, conv, hybrid-mlp, hybrid-conv, or less depth and width (§3.5)
+    decoder_width: int = 512  # 512, 256, 128 or 64 (§3.5)
+    decoder_depth: int = 8  # layers, two fewer at a time (§3.5)
+    decoder_heads: int = 16  # of the layers that attend
+    norm_pixels: bool = True  # predict each patch standardised by its own mean and variance (MAE's)
+    crop_scale: float = 0.2  # smallest share of the image's area that a crop keeps
+    crop_by: str = "attention"  # ContrastiveCrop's heat map: attention, features, or none for plain crops (§3.2)
+    crop_warmup: int = 60  # epochs of plain crops before the boxes are first computed (ContrastiveCrop: a fifth)
+    crop_interval: int = 60  # epochs between computing the boxes (ContrastiveCrop: a fifth)
+    crop_threshold: float = 0.1  # k of Eq. 1
+    crop_alpha: float = 0.1  # crop centres follow Beta(α, α), below 1 away from the box's centre (on ImageNet 0.6)
+    key_color: bool = False  # colour jitter and greyscale on the second view
+    projector_width: int = 0  # hidden width of P; 0 is the encoder's
+    projector_out: int = 128  # dimensions of the contrasted vectors
+    tau: float = 0.2  # temperature of Eq. 3
+    momentum: float = 0.996  # of ME and MP (§3.3)
+    withhold_positions: bool = False  # the location task sees patches without their positions
+    lambda_ctr: float = 1.0  # weight of the contrastive loss in Eq. 6
+    lambda_loc: float = 1.0  # weight of the location loss in Eq. 6
+    lambda_con: float = 1.0  # weight of the reconstruction loss in Eq. 6
+
+
+RECIPES = {
+    # §4.2, on Tiny-ImageNet; its base learning rate under MAE's rule is 2.5e-4 at batch 64.
+    "paper": dict(
+        model="base", image_size=64, patch_size=8, epochs=300, warmup_epochs=40, batch_size=64, base_lr=1e-3,
+        weight_decay=0.05, betas=(0.9, 0.95),
+    ),
+    "tiny": mae.RECIPES["tiny"] | dict(crop_warmup=20, crop_interval=20),
+    "demo": mae.RECIPES["demo"] | dict(crop_warmup=4, crop_interval=4),
+}  # fmt: skip
+
+DECODERS = ("transformer", "mlp", "conv", "hybrid-mlp", "hybrid-conv")
+
+
+class Batch(NamedTuple):
+    images: Tensor  # (B, 3, H, W) x_q, normalised
+    mask: Mask  # its q1 (visible) and q2 (masked)
+    key_images: Tensor  # (B, 3, H, W) x_k, normalised
+    key_mask: Mask  # its k1 and k2
+
+
+# -------------------------------------------------------------------------------------------- ContrastiveCrop (§3.2)
+
+
+def class_attention(encoder: ViT, images: Tensor) -> Tensor:
+    """(B, 3, H, W) → (B, N): what the class token attends to in the last block, averaged over heads."""
+    attention, inputs = encoder.blocks[-1].attn, []
+    watch = attention.register_forward_pre_hook(lambda _, arguments: inputs.extend(arguments))
+    encoder(images)
+    watch.remove()
+    q, k, _ = attention.qkv(inputs[0]).unflatten(2, (3, attention.heads, -1)).permute(2, 0, 3, 1, 4)
+    scores = q[:, :, :1] @ k.transpose(2, 3) * q.shape[3] ** -0.5  # (B, heads, 1, 1 + N)
+    return scores.softmax(dim=3)[:, :, 0, 1:].mean(dim=1)
+
+
+def feature_norms(encoder: ViT, images: Tensor) -> Tensor:
+    """(B, 3, H, W) → (B, N): sums of absolute features of the last block (a ResNet's are all positive)."""
+    return encoder(images, norm=False)[:, 1:].abs().sum(dim=2)
+
+
+HEAT = {"attention": class_attention, "features": feature_norms}
+
+
+def locate(heat: Tensor, size: tuple[int, int], k: float) -> Tensor:
+    """I = F(1[M > k]) of Eq. 1: heat (B, h, w) → (B, 4) top, left, bottom, right of the region, as shares of the sides.
+
+    Each map is stretched to [0, 1], enlarged bilinearly to the image, and framed from the first to the last row and
+    column that somewhere exceed k, as in ContrastiveCrop. Where nothing does: the whole image.
+    """
+    low, high = heat.amin((1, 2), keepdim=True), heat.amax((1, 2), keepdim=True)
+    heat = (heat - low) / (high - low).clamp(min=torch.finfo(heat.dtype).tiny)
+    hot = F.interpolate(heat[:, None], size, mode="bilinear")[:, 0] > k  # (B, H, W)
+    ends = []
+    for line in (hot.any(dim=2).int(), hot.any(dim=1).int()):  # rows (B, H), columns (B, W)
+        n = line.shape[1]
+        ends.append(torch.stack([line.argmax(dim=1), n - 1 - line.flip(1).argmax(dim=1)], dim=1) / n)  # first, last
+    boxes = torch.stack(ends, dim=2).flatten(1)  # (B, 2, 2) → (B, 4)
+    whole = heat.new_tensor([0.0, 0.0, 1.0, 1.0])
+    return torch.where(hot.any(dim=2).any(dim=1, keepdim=True), boxes, whole)
+
+
+def place_crops(crops: Tensor, sizes, boxes: Tensor, beta: Tensor) -> Tensor:
+    """R_crop of Eq. 1: int64 (B, 4) crops (top, left, height, width) keep their size and get a new place.
+
+    A crop's centre moves over its box (B, 4) as far as the crop stays in its image; `beta` (B, 2) in [0, 1] says where
+    from end to end. Drawn from Beta(α, α) with α < 1 it crowds at the ends: centre-suppressed. `sizes` is (H, W) or
+    int64 (B, 2).
+    """
+    sides, sizes = torch.as_tensor(sizes).expand(len(crops), 2), crops[:, 2:]
+    room = sides - sizes
+    low, high = ((edge * sides).long() - sizes // 2 for edge in boxes.split(2, dim=1))
+    low, high = low.clamp(min=0).minimum(room), high.clamp(min=0).minimum(room)
+    return torch.cat([low + ((high - low) * beta).long(), sizes], dim=1)
+
+
+# ------------------------------------------------------------------------------------------------------------ modules
+
+
+class TwoLayers(nn.Module):
+    """(…, D) → (…, out): linear, GELU, linear."""
+
+    def __init__(self, width: int, hidden: int, out: int):
+        super().__init__()
+        self.hidden = nn.Linear(width, hidden)
+        self.out = nn.Linear(hidden, out)
+        initialize(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(F.gelu(self.hidden(x)))
+
+
+class TokenMLP(nn.Module):
+    """An MLP across tokens, the same for every channel: (B, T, D) → (B, T, D)."""
+
+    def __init__(self, tokens: int):
+        super().__init__()
+        self.mlp = MLP(tokens, 4 * tokens)
+        initialize(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.mlp(x.transpose(1, 2)).transpose(1, 2)
+
+
+class DepthwiseConv(nn.Module):
+    """Kernel 3, stride 1, padding 1 over the grid of patches, channel by channel: (B, 1 + N, D) → (B, 1 + N, D)."""
+
+    def __init__(self, width: int, grid: tuple[int, int]):
+        super().__init__()
+        self.grid = grid
+        self.conv = nn.Conv2d(width, width, kernel_size=3, stride=1, padding=1, groups=width)
+        initialize(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        patches = x[:, 1:].transpose(1, 2).unflatten(2, self.grid)  # (B, D, h, w)
+        patches = self.conv(patches).flatten(2).transpose(1, 2)
+        return F.pad(patches, (0, 0, 1, 0))  # nothing is added to the class token
+
+
+class Decoder(mae.Decoder):
+    """mae.py's decoder, in which something weaker may stand in attention's place; tokens in raster order (§3.5)."""
+
+    def __init__(self, encoder: ViT, kind: str, width: int, depth: int, heads: int, out: int):
+        super().__init__(encoder, width, depth, heads, out)
+        if kind == "transformer":
+            return
+        for block in self.blocks[1:-1] if kind.startswith("hybrid") else self.blocks:
+            block.attn = TokenMLP(1 + encoder.patches) if kind.endswith("mlp") else DepthwiseConv(width, encoder.grid)
+
+    def features(self, latents: Tensor, mask: Mask) -> Tensor:
+        """(B, 1 + V, D) → (B, N, width): visible patches, then masked ones, though computed in raster order."""
+        x = self.embed(latents)
+        tokens = self.mask_token.to(x.dtype).expand(len(x), mask.masked.shape[1], -1)
+        x = torch.cat([x[:, :1], restore(x[:, 1:], tokens, mask)], dim=1) + self.pos_embed  # (B, 1 + N, width)
+        for block in self.blocks:
+            x = block(x)
+        return take(self.norm(x[:, 1:]), mask.order)
+
+
+# ------------------------------------------------------------------------------------------------------------- method
+
+
+class CMAELoc(nn.Module):
+    Config, RECIPES = Config, RECIPES
+
+    def __init__(self, encoder: ViT, config: Config):
+        super().__init__()
+        check(config)
+        visible_count(encoder.patches, config.mask_ratio)  # says at once if nothing would be left
+        c, D = config, encoder.width
+        self.config, self.encoder = c, encoder  # E
+        self.boxes = torch.zeros(0, 4)  # of all training images, once computed; on the CPU, where crops are drawn
+        if c.lambda_con:
+            P = 3 * encoder.patch_size**2
+            self.decoder = Decoder(encoder, c.decoder, c.decoder_width, c.decoder_depth, c.decoder_heads, P)
+        if c.lambda_loc:
+            self.location = TwoLayers(D, D, encoder.patches)
+        if c.lambda_ctr:
+            self.projector = TwoLayers(D, c.projector_width or D, c.projector_out)  # P
+            self.momentum_encoder = copy.deepcopy(encoder).requires_grad_(False)  # ME
+            self.momentum_projector = copy.deepcopy(self.projector).requires_grad_(False)  # MP
+
+    def get_extra_state(self) -> Tensor:
+        """The boxes go into the checkpoint; no buffer, as their number is not known before the first are computed."""
+        return self.boxes
+
+    def set_extra_state(self, boxes: Tensor) -> None:
+        self.boxes = boxes.cpu()
+
+    def draw(self, images, index, rng) -> Batch:
+        """uint8 images → the two views of §3.3, each with its mask. Index -1: not one of the training set."""
+        c, view = self.config, self.draw_view(images, index, rng)
+        key_view = self.draw_view(images, index, rng)
+        if c.key_color:
+            jitter = augment.draw_color_jitter(rng, 0.4, 0.4, 0.4, 0.1, probability=0.8)
+            key_view = augment.grayscale(augment.color_jitter(key_view, *jitter), rng.chance(0.2))
+        mask, key_mask = (random_mask(rng, self.encoder.grid, c.mask_ratio) for _ in range(2))
+        return Batch(augment.normalize(view), mask, augment.normalize(key_view), key_mask)
+
+    def draw_view(self, images, index, rng) -> Tensor:
+        """A random crop, around the image's box where it has one, perhaps flipped: (B, 3, H, W) in [0, 1]."""
+        c, sizes = self.config, augment.sizes(images)
+        crops = augment.crop_boxes(rng, sizes, scale=(c.crop_scale, 1.0))
+        beta = augment.on_host(rng).beta(c.crop_alpha, c.crop_alpha, 2)  # always, so that what follows is the same
+        if len(self.boxes):
+            index = index.cpu()
+            crops = torch.where(index[:, None] < 0, crops, place_crops(crops, sizes, self.boxes[index], beta))
+        return augment.crop_resize(images, crops, self.encoder.image_size, hflip=rng.chance(0.5))
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        c, losses = self.config, {}
+        q1 = self.encoder(batch.images, batch.mask.visible)  # (B, 1 + V, D)
+        if c.lambda_ctr:
+            losses["contrast"] = info_nce(self.query(q1, batch), self.key(batch), c.tau)  # Eq. 3
+        if c.lambda_loc:
+            p = self.location(self.place_tokens(q1, batch)[:, 1:])  # Eq. 4: (B, V, N)
+            losses["location"] = location_loss(p, batch.mask.visible)  # Eq. 5
+        if c.lambda_con:
+            pixels = mae.masked_pixels(batch.images, batch.mask, self.encoder.patch_size, c.norm_pixels)
+            losses["reconstruction"] = reconstruction_loss(self.decoder(q1, batch.mask), pixels)
+        weights = dict(contrast=c.lambda_ctr, location=c.lambda_loc, reconstruction=c.lambda_con)
+        return {"loss": sum(weights[name] * loss for name, loss in losses.items()), **losses}  # Eq. 6
+
+    def query(self, q1: Tensor, batch: Batch) -> Tensor:
+        """z_q: h1 = restore(concat[q1, detach(q2)]) (Eq. 2), its mean, P. (B, 1 + V, D) → (B, d)."""
+        with torch.no_grad():
+            q2 = self.encoder(batch.images, batch.mask.masked)  # (B, 1 + M, D)
+        h1 = restore(q1[:, 1:], q2[:, 1:], batch.mask)  # (B, N, D)
+        return self.projector(h1.mean(dim=1))
+
+    @torch.no_grad()
+    def key(self, batch: Batch) -> Tensor:
+        """z_k: h2 = restore(concat[k1, k2]) (Eq. 2) of the momentum encoder, its mean, MP. → (B, d)."""
+        k1, k2 = (self.momentum_encoder(batch.key_images, part)[:, 1:] for part in batch.key_mask)
+        h2 = restore(k1, k2, batch.key_mask)
+        return self.momentum_projector(h2.mean(dim=1))
+
+    def place_tokens(self, q1: Tensor, batch: Batch) -> Tensor:
+        """What the location task looks at: q1, or the same patches encoded without their positions. (B, 1 + V, D)."""
+        if not self.config.withhold_positions:
+            return q1
+        return self.encoder.encode(self.encoder.patch_embed(batch.images, batch.mask.visible))
+
+    def update_teacher(self, progress: float) -> None:
+        """ME and MP follow E and P (§3.3)."""
+        if self.config.lambda_ctr:
+            ema_update(self.momentum_encoder, self.encoder, self.config.momentum)
+            ema_update(self.momentum_projector, self.projector, self.config.momentum)
+
+    def end_epoch(self, epoch: int, image_set) -> None:
+        """Computes the boxes after `crop_warmup` epochs, and then every `crop_interval` epochs."""
+        c, done = self.config, epoch + 1
+        if c.crop_by != "none" and done >= c.crop_warmup and (done - c.crop_warmup) % c.crop_interval == 0:
+            self.boxes = self.compute_boxes(image_set)
+
+    @torch.no_grad()
+    def compute_boxes(self, image_set, chunk: int = 128) -> Tensor:
+        """The box of every image, seen whole, unflipped, without drop path: (images, 4) on the CPU, on every rank.
+
+        The ranks share chunks of images; as these are the same for any number of ranks, so is every box.
+        """
+        c, e, device = self.config, self.encoder, self.encoder.cls_token.device
+        boxes = torch.zeros(len(image_set), 4, device=device)
+        chunks = torch.arange(len(image_set)).split(chunk)[rank() :: world_size()]
+        training = e.training
+        e.eval()
+        # Indices are those asked for: an undecodable image's stand-in must not be counted twice.
+        for index, (images, _) in zip(chunks, image_set.batches(chunks, device), strict=True):
+            whole = torch.as_tensor(augment.sizes(images)).expand(len(images), 2)
+            views = augment.crop_resize(images, F.pad(whole, (2, 0)), e.image_size)
+            heat = HEAT[c.crop_by](e, augment.normalize(views))  # M: (B, N)
+            boxes[index.to(device)] = locate(heat.unflatten(1, e.grid), views.shape[2:], c.crop_threshold)
+        e.train(training)
+        return sum_over_ranks(boxes).cpu()
+
+    @torch.no_grad()
+    def picture(self, batch: Batch) -> Tensor | None:
+        """(4, B, 3, H, W) in [0, 1]: originals, what the encoder saw, reconstructions, the second views."""
+        if not self.config.lambda_con:
+            return None
+        predicted = self.decoder(self.encoder(batch.images, batch.mask.visible), batch.mask)
+        rows = mae.picture_rows(batch.images, batch.mask, predicted, self.encoder, self.config.norm_pixels)
+        return torch.cat([rows, augment.denormalize(batch.key_images.float()).clamp(0, 1)[None]])
+
+
+def location_loss(p: Tensor, visible: Tensor) -> Tensor:
+    """Eq. 5, ‖p - t‖² averaged over patches; t is the one-hot place of each. (B, V, N), (B, V) → scalar."""
+    t = F.one_hot(visible, p.shape[2])
+    return (p.float() - t).square().sum(dim=2).mean()
+
+
+def check(c: Config) -> None:
+    if c.decoder not in DECODERS:
+        raise InputError(f"decoder {c.decoder!r}: unknown; choose one of {', '.join(DECODERS)}")
+    if c.decoder.startswith("hybrid") and c.decoder_depth < 3:
+        raise InputError(f"decoder {c.decoder} of {c.decoder_depth} layers: has no middle; give it at least 3 layers")
+    if c.crop_by not in (*HEAT, "none"):
+        raise InputError(f"crop by {c.crop_by!r}: unknown; choose {', '.join(HEAT)} or none")
+    if c.crop_interval < 1 or c.crop_alpha <= 0:
+        raise InputError(f"crop interval {c.crop_interval}, alpha {c.crop_alpha:g}: both must be above 0")
+    if not (c.lambda_ctr or c.lambda_loc or c.lambda_con):
+        raise InputError("lambda: all three weights are 0, so nothing would be learned; give one above 0")

@@ -1,0 +1,303 @@
+"""ConMIM: masked image modeling with denoising contrast (Yi et al., arXiv 2205.09616).
+
+In a sentence: an encoder that sees an image with three quarters of its patches replaced by a mask token must find, for
+each of these, its own among all patches of the same image, as a slowly progressing copy sees them in the whole image.
+
+    student:  x̂ ─ mask tokens ─ encoder ────── projector ── f(x̂)_j, j masked ─┐
+    keys:     x, colours changed ─ slow copy ─ slow projector ─ sg ── f(x)_i ──── L  (Eq. 3)
+
+Where the paper is silent or unclear, and what stands here
+- Algorithm 1 puts the mask token into pixels; as in the code it replaces patch embeddings, positions are added after.
+  It leaves out the projector and the L2 norms that §3.1 names, and views the keys as (N, D, K): they are transposed.
+- f in Eq. (3) ends in MoCo v3's projector, whose batch norms see the patches of the whole batch, not the class token.
+- E over j ∈ M: the mean over the masked patches of all images. Cells of 32 pixels for ViT-B are 2 x 2 patches.
+- Jitter has no probability and always happens; solarisation's threshold is one half; blur's σ is 0.1-2 at 224 pixels.
+- Table 4's average of local tokens is taken before the projector. Table 5's GPU held 128 of 2048 images; here the keys
+  of a whole batch are of all ranks (`--accumulate 16` makes it 128). Its filter's threshold is unstated, and "highly
+  similar to the anchor" is read as the cosine with the prediction f(x̂)_j. Table 6's equal inputs are one view.
+Where the official code departs from the paper: greyscale (`gray=0.2`), jitter less often (`jitter=0.8`), block-wise
+masks of 75 of 196 patches (`masking="block", mask_ratio=0.382`), the class token in the projector's statistics
+(`project_class`), which it takes per GPU (not offered), no absolute positions (`--positions relative`), layer scale
+(`--layer-scale 0.1`), no decay of the class token (`--no-decay cls_token`), and the slow copy fine-tuned (`keep_slow`).
+
+    python train.py --method conmim          torchrun --nproc_per_node=8 train.py --method conmim --data tiny-imagenet
+
+Measured: see the table in README.md; ImageNet: not run.
+"""
+
+import copy
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import augment
+from common import (
+    BatchNorm,
+    InputError,
+    Mask,
+    ViT,
+    block_mask,
+    cosine,
+    ema_update,
+    gather_over_ranks,
+    initialize,
+    patchify,
+    random_mask,
+    rank,
+    restore,
+    take,
+    unpatchify,
+    visible_count,
+)
+
+
+@dataclass(frozen=True)
+class Config:
+    masking: str = "random"  # random, block (Table 7), or none (Table 4)
+    mask_ratio: float = 0.75  # share of patches hidden (Table 7)
+    mask_cell: int = 2  # random masking hides squares of this many patches a side (Table 10: 32 pixels; ViT-S 16)
+    contrast: str = "patch"  # Eq. (3), or instance: mean tokens over the images of the batch, Eq. (1) (Table 4)
+    dictionary: str = "image"  # keys of the same image, or batch: of all images (Table 5)
+    filter_above: float = 1.0  # leave out negative keys of a cosine with the anchor above this; 1: none (Table 5)
+    tau: float = 0.1  # temperature of Eq. (3) (Table 8)
+    slow: bool = True  # keys from the slowly progressing copy; without: from the encoder as it is (Table 6)
+    momentum: float = 0.996  # α of the copy at the start, 1 at the end (Table 9)
+    augmentation: str = "asymmetric"  # strong for the keys; or strong, basic: for both; or switched (Table 6)
+    crop_scale: float = 0.08  # smallest share of the image's area that a crop keeps
+    jitter: float = 1.0  # probability of colour jitter in the strong augmentation (official code: 0.8)
+    gray: float = 0.0  # probability of greyscale in the strong augmentation (official code: 0.2)
+    projector_width: int = 4096  # of the projector's two hidden layers, as in MoCo v3
+    projector_out: int = 256  # dimensions of the contrasted vectors, as in MoCo v3
+    project_class: bool = False  # the class token too enters the projector's batch norms (official code)
+    keep_slow: bool = False  # keep the slow copy as the encoder (official code), in place of the trained one
+
+
+CHOICES = dict(
+    masking=("random", "block", "none"),
+    contrast=("patch", "instance"),
+    dictionary=("image", "batch"),
+    augmentation=("asymmetric", "strong", "basic", "switched"),
+)
+
+RECIPES = {
+    # Table 10 for ViT-B/16, 800 epochs. ViT-S: model="small", epochs=300, drop_path=0.1, mask_cell=1.
+    "paper": dict(
+        model="base", image_size=224, patch_size=16, epochs=800, warmup_epochs=10, batch_size=2048, lr=5e-4,
+        min_lr=1e-5, weight_decay=0.05, betas=(0.9, 0.98), clip_grad=3.0,
+    ),
+    # Tiny-ImageNet at 64 x 64, with a projector in proportion.
+    "tiny": dict(
+        model="tiny", image_size=64, patch_size=8, epochs=100, warmup_epochs=10, batch_size=512, lr=5e-4,
+        min_lr=1e-5, weight_decay=0.05, betas=(0.9, 0.98), clip_grad=3.0, crop_scale=0.2, projector_width=1024,
+    ),
+    # The built-in images in a few minutes of two CPU cores.
+    "demo": dict(
+        model="nano", image_size=64, patch_size=8, epochs=20, warmup_epochs=2, batch_size=128, lr=1e-3,
+        weight_decay=0.05, betas=(0.9, 0.98), clip_grad=3.0, crop_scale=0.2, projector_width=256, projector_out=64,
+        evaluate=True,
+    ),
+}  # fmt: skip
+
+
+class Batch(NamedTuple):
+    images: Tensor  # (B, 3, H, W) what the student sees, but for the masked patches, normalised
+    mask: Mask | None  # None: nothing is masked, every patch is an anchor (Table 4)
+    full_images: Tensor  # (B, 3, H, W) what the keys are made of: the same crop and flip, other colours, normalised
+
+
+class Projector(nn.Module):
+    """(rows, D) → (rows, out): MoCo v3's three layers. Biases would vanish in the batch norms; the last has no scale."""
+
+    def __init__(self, width: int, hidden: int, out: int):
+        super().__init__()
+        self.fc1, self.norm1 = nn.Linear(width, hidden, bias=False), BatchNorm(hidden)
+        self.fc2, self.norm2 = nn.Linear(hidden, hidden, bias=False), BatchNorm(hidden)
+        self.fc3, self.norm3 = nn.Linear(hidden, out, bias=False), BatchNorm(out, affine=False)
+        initialize(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.normalize(self.norm1, self.fc1(x)))
+        x = F.relu(self.normalize(self.norm2, self.fc2(x)))
+        return self.normalize(self.norm3, self.fc3(x))
+
+    def normalize(self, norm: BatchNorm, x: Tensor) -> Tensor:
+        """Over all ranks when training; but one rank draws the pictures, and must not wait for the others."""
+        if self.training:
+            return norm(x)
+        return F.batch_norm(x, None, None, norm.weight, norm.bias, training=True, eps=norm.eps)
+
+
+class ConMIM(nn.Module):
+    Config, RECIPES = Config, RECIPES
+
+    def __init__(self, encoder: ViT, config: Config):
+        super().__init__()
+        c = config
+        for name, choices in CHOICES.items():
+            if (value := getattr(c, name)) not in choices:
+                raise InputError(f"{name} {value!r}: unknown; choose one of {', '.join(choices)}")
+        if c.keep_slow and not c.slow:
+            raise InputError("keep slow: there is no slow copy to keep; leave out one of the two switches")
+        self.config, self.student = c, encoder
+        if c.masking != "none":
+            cells = c.mask_cell**2 if c.masking == "random" else 1
+            visible_count(encoder.patches // cells, c.mask_ratio)  # says at once if nothing would be left
+            self.mask_token = nn.Parameter(torch.empty(1, 1, encoder.width).normal_(std=0.02))
+        # A vector added to every token's feature vanishes in the projector's first batch norm: it would only drift.
+        encoder.norm.bias.requires_grad_(False)
+        self.projector = Projector(encoder.width, c.projector_width, c.projector_out)
+        if c.slow:
+            self.slow_encoder = copy.deepcopy(encoder).requires_grad_(False)
+            self.slow_projector = copy.deepcopy(self.projector).requires_grad_(False)
+
+    @property
+    def encoder(self) -> ViT:
+        """What is kept: the paper does not say which of the two, its code fine-tunes the slow copy."""
+        return self.slow_encoder if self.config.keep_slow else self.student
+
+    # ------------------------------------------------------------------------------------------- views and masks
+
+    def draw(self, images, index, rng) -> Batch:
+        """uint8 images → one crop of each, perhaps flipped, in two colourings, and a mask (§4, asymmetric design)."""
+        c = self.config
+        boxes = augment.crop_boxes(rng, augment.sizes(images), scale=(c.crop_scale, 1.0))
+        basic = augment.crop_resize(images, boxes, self.student.image_size, hflip=rng.chance(0.5))
+        mask = self.draw_mask(rng)
+        strong = basic if c.augmentation == "basic" else self.strengthen(basic, rng)
+        seen, full = {
+            "asymmetric": (basic, strong), "strong": (strong, strong), "basic": (basic, basic),
+            "switched": (strong, basic),
+        }[c.augmentation]  # fmt: skip
+        return Batch(augment.normalize(seen), mask, augment.normalize(full))
+
+    def draw_mask(self, rng) -> Mask | None:
+        c, grid, N = self.config, self.student.grid, self.student.patches
+        if c.masking == "none":
+            return None
+        if c.masking == "random":
+            return random_mask(rng, grid, c.mask_ratio, c.mask_cell)
+        smallest = max(1, round(16 * N / 196))  # BEiT's 16 of 196 patches, in proportion
+        return block_mask(rng, grid, N - visible_count(N, c.mask_ratio), smallest)
+
+    def strengthen(self, images: Tensor, rng) -> Tensor:
+        """The strong augmentation of Table 10 on basic views in [0, 1]; nothing in it moves a patch."""
+        c, host = self.config, augment.on_host(rng)
+        jitter = augment.draw_color_jitter(rng, 0.4, 0.4, 0.2, 0.1, probability=c.jitter)
+        images = augment.color_jitter(images, *jitter)
+        images = augment.grayscale(images, host.chance(c.gray))
+        sigma = rng.uniform(low=0.1, high=2.0) * self.student.image_size / 224  # pixels
+        images = augment.gaussian_blur(images, sigma, host.chance(0.1))
+        return augment.solarize(images, 0.5, host.chance(0.2))
+
+    # --------------------------------------------------------------------------------------------------- the loss
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        anchors = self.anchors(batch.images, batch.mask)  # f(x̂): (B, K, d)
+        keys = self.keys(batch.full_images)  # sg[f(x)]: (B, K, d)
+        places = self.places(batch)  # j ∈ M: (B, M)
+        anchors = take(anchors, places)  # (B, M, d)
+        if self.config.dictionary == "batch" or self.config.contrast == "instance":
+            anchors, keys, places = whole_batch(anchors, keys, places)
+        loss, accuracy = denoising_contrast(anchors, keys, places, self.config.tau, self.config.filter_above)
+        return {"loss": loss, "accuracy": accuracy}
+
+    def anchors(self, images: Tensor, mask: Mask | None) -> Tensor:
+        """The corrupted images, seen by the student: (B, 3, H, W) → (B, K, d), or (B, 1, d) of whole images."""
+        return self.project(self.student.encode(self.corrupt(images, mask)), self.projector)
+
+    def corrupt(self, images: Tensor, mask: Mask | None) -> Tensor:
+        """x̂: patch embeddings with the mask token in place of the masked ones, then positions. → (B, N, D)"""
+        if mask is None:
+            return self.student.embed(images)
+        visible = self.student.patch_embed(images, mask.visible)  # (B, V, D)
+        masked = self.mask_token.to(visible.dtype).expand(*mask.masked.shape, -1)  # (B, M, D)
+        return restore(visible, masked, mask) + self.student.pos_embed[:, 1:]
+
+    @torch.no_grad()
+    def keys(self, images: Tensor) -> Tensor:
+        """The whole images, seen by the slow copy: (B, 3, H, W) → (B, K, d), or (B, 1, d), without gradient."""
+        if not self.config.slow:
+            return self.project(self.student(images), self.projector)
+        return self.project(self.slow_encoder(images), self.slow_projector)
+
+    def project(self, tokens: Tensor, projector: Projector) -> Tensor:
+        """(B, 1 + N, D) → (B, N, d) of the patches, or (B, 1, d) of their mean; the class token is dropped."""
+        if self.config.contrast == "instance":
+            tokens = tokens[:, 1:].mean(dim=1, keepdim=True)
+        elif not self.config.project_class:
+            tokens = tokens[:, 1:]
+        z = projector(tokens.flatten(0, 1)).unflatten(0, tokens.shape[:2])
+        return z[:, -self.student.patches :]
+
+    def places(self, batch: Batch) -> Tensor:
+        """(B, M): which of an image's keys are looked for, by the anchors of the same places."""
+        if batch.mask is not None and self.config.contrast == "patch":
+            return batch.mask.masked
+        K = self.student.patches if self.config.contrast == "patch" else 1
+        return torch.arange(K, device=batch.images.device).expand(len(batch.images), -1)
+
+    def update_teacher(self, progress: float) -> None:
+        """θ̃ ← (1 - α) θ + α θ̃ (§4), α from 0.996 to 1 on a cosine (Table 10), projector included."""
+        if self.config.slow:
+            alpha = cosine(self.config.momentum, 1.0, progress)
+            ema_update(self.slow_encoder, self.student, alpha)
+            ema_update(self.slow_projector, self.projector, alpha)
+
+    def end_epoch(self, epoch: int, image_set) -> None:
+        """Nothing to recompute."""
+
+    @torch.no_grad()
+    def picture(self, batch: Batch) -> Tensor | None:
+        """(4, B, 3, H, W) in [0, 1]: the crops, what the student saw, what it found, and what the keys were made of.
+
+        What it found: on each masked place the patch of the same image whose key fits the prediction best.
+        """
+        if batch.mask is None or self.config.contrast == "instance":
+            return None  # nothing hidden is predicted
+        anchors = take(self.anchors(batch.images, batch.mask), batch.mask.masked)
+        found = cosines(anchors, self.keys(batch.full_images)).argmax(dim=2)  # (B, M)
+        patches, grid = patchify(batch.images, self.student.patch_size), self.student.grid
+        index = batch.mask.masked[:, :, None].expand(-1, -1, patches.shape[2])
+        rows = [patches, patches.scatter(1, index, 0.0), patches.scatter(1, index, take(patches, found))]
+        rows = [*(unpatchify(x, self.student.patch_size, grid) for x in rows), batch.full_images]
+        return torch.stack([augment.denormalize(x.float()) for x in rows]).clamp(0, 1)
+
+
+# ---------------------------------------------------------------------------------------------------------- Eq. (3)
+
+
+def cosines(anchors: Tensor, keys: Tensor) -> Tensor:
+    """⟨·, ·⟩ of §3.1, the dot products of L2-normalised vectors: (S, M, d), (S, K, d) → float32 (S, M, K)."""
+    with torch.autocast(anchors.device.type, enabled=False):
+        return F.normalize(anchors.float(), dim=-1) @ F.normalize(keys.float(), dim=-1).transpose(1, 2)
+
+
+def denoising_contrast(
+    anchors: Tensor, keys: Tensor, places: Tensor, tau: float, filter_above: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """Eq. (3): E_{j∈M} -log(exp(⟨f(x̂)_j, sg[f(x)_j]⟩/τ) / Σ_i exp(⟨f(x̂)_j, sg[f(x)_i]⟩/τ)), in S dictionaries.
+
+    (S, M, d) anchors, (S, K, d) keys, (S, M) the places of the right ones among these → the loss, and how often the
+    right key is the most similar one. Negative keys more similar than `filter_above` are left out (Table 5).
+    """
+    similarity = cosines(anchors, keys.detach())  # (S, M, K)
+    if filter_above < 1:
+        negative = torch.arange(keys.shape[1], device=keys.device) != places[:, :, None]
+        similarity = similarity.masked_fill(negative & (similarity > filter_above), -math.inf)
+    loss = F.cross_entropy((similarity / tau).flatten(0, 1), places.flatten())
+    return loss, (similarity.detach().argmax(dim=2) == places).float().mean()
+
+
+def whole_batch(anchors: Tensor, keys: Tensor, places: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """B images with a dictionary each → one dictionary of the keys of all images on all ranks.
+
+    (B, M, d), (B, K, d), (B, M) → (1, B·M, d), (1, ranks·B·K, d), (1, B·M).
+    """
+    B, K, _ = keys.shape
+    first = (rank() * B + torch.arange(B, device=keys.device)) * K  # each image's first key
+    places = places + first[:, None]
+    return tuple(x.flatten(0, 1)[None] for x in (anchors, gather_over_ranks(keys), places))

@@ -1,0 +1,311 @@
+"""LC-MAE: understanding masked autoencoders from a local contrastive perspective (Yue et al., arXiv 2310.01994).
+
+In a sentence: a masked autoencoder sees one image under two masks, and what its loss implies is demanded openly: equal
+outputs for a patch hidden in both (L_cross), and outputs as alike as the patches they stand for (L_in).
+
+    x ─┬─ m_1 ─ MAE ─ h ─ projector ─ v ─┬─ L_in       h against the pixels: L_MAE
+       └─ m_2 ─ MAE ─ h ─ projector ─ v ─┴─ L_cross    one MAE, one projector, gradient through both views
+
+Changes from mae.py: the second mask, the projector, L_cross, L_in, two small decoders, the plain autoencoder.
+
+Where the paper is silent or unclear (there is no official code), and what stands here
+- h is the predicted pixels: Eq. (1) and (3) compare it with x_i. `project="tokens"` takes the decoder's tokens instead.
+- Eq. (5), (6) are sums; L_MAE is a mean, which a sum over ~20 000 pairs would drown. Here: the mean over the patches
+  masked in both, then over images; the mean over ordered pairs i ≠ j. L_MAE and L_in are averaged over the two views.
+  An image without a patch masked in both, which takes a mask ratio of at most one half, has L_cross = 0.
+- x in Eq. (6) is what the encoder is given, normalised by the set's statistics, also where L_MAE's target is per patch.
+- Without L_cross nothing compares two views, so there is one; weights (1, 0, 0) are mae.py to the bit, setting (b).
+- Small decoders keep MAE's embedding, mask tokens, positions, norm and output; the Gaussian or the convolution with
+  its 5 x 5 patches stands in place of the blocks and runs over mask tokens too; the class token has no place there.
+- Pixels of a block beyond the image's border are no target, and the Gaussian is normalised over what lies inside.
+- Weight decay and betas are MAE's. Tables 2 and 3 train MAE, hence --mae-weight 1 --cross-weight 0 --in-weight 0
+  --lr 6e-4 under the paper recipe; --block 48 alone makes the autoencoder of Table 3.
+
+    python train.py --method lcmae           torchrun --nproc_per_node=8 train.py --method lcmae --data tiny-imagenet
+
+One image (Table A.1) is a folder of links to it:  mkdir -p one/train/a one/val/a && cp photo.jpg one/val/a/
+    && for i in $(seq 1024); do ln -s ../../val/a/photo.jpg one/train/a/$i.jpg; done; python train.py … --data one
+
+Measured: see the table in README.md; ImageNet: not run.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import augment
+import mae
+from common import (
+    MLP,
+    InputError,
+    Mask,
+    ViT,
+    initialize,
+    patchify,
+    random_mask,
+    reconstruction_loss,
+    restore,
+    split,
+    take,
+    unpatchify,
+    visible_count,
+)
+
+
+@dataclass(frozen=True)
+class Config:
+    mask_ratio: float = 0.75  # share of patches hidden in each view (§5)
+    mask_cell: int = 1  # hide squares of this many patches a side; 1 as in the paper
+    mae_weight: float = 1.0  # of L_MAE, Eq. (1) (Table 1)
+    cross_weight: float = 1.0  # of L_cross, Eq. (5); 0 leaves one view (Table 1)
+    in_weight: float = 1.0  # of L_in, Eq. (6) (Table 1)
+    projector_out: int = 1024  # dimensions of v (§5)
+    project: str = "pixels"  # what the projector reads: h as in Eq. (1), or the decoder's last tokens (tokens)
+    decoder: str = "transformer"  # or average, a Gaussian of 5 x 5 patches and an MLP, or conv, 5 x 5 (Table 2)
+    decoder_width: int = 512  # as in MAE
+    decoder_depth: int = 2  # blocks of the transformer decoder (§3.3)
+    decoder_heads: int = 16  # as in MAE
+    norm_pixels: bool = True  # predict each patch or block standardised by its own mean and variance
+    block: int = 0  # plain autoencoder: nothing hidden, each token predicts so many pixels a side (Table 3); 0: off
+    crop_scale: float = 0.2  # smallest share of the image's area that a crop keeps
+
+
+RECIPES = {
+    # §5, on ImageNet-1K with ViT-B/16; what it leaves open is MAE's.
+    "paper": mae.RECIPES["paper"] | dict(epochs=100, warmup_epochs=20, batch_size=1024, base_lr=6e-4),
+    # The projector as much wider than a patch's pixels as in the paper: 256 / 192 = 1024 / 768.
+    "tiny": mae.RECIPES["tiny"] | dict(base_lr=6e-4, decoder_depth=2, projector_out=256),
+    "demo": mae.RECIPES["demo"] | dict(projector_out=256),
+}
+
+
+class Batch(NamedTuple):
+    images: Tensor  # (B, 3, H, W), normalised
+    mask: Mask  # m_1
+    second: Mask | None  # m_2; None where nothing compares two views
+
+
+class LCMAE(nn.Module):
+    Config, RECIPES = Config, RECIPES
+
+    def __init__(self, encoder: ViT, config: Config):
+        super().__init__()
+        c, p = config, encoder.patch_size
+        self.config, self.encoder = c, encoder
+        if c.decoder not in ("transformer", "average", "conv"):
+            raise InputError(f"decoder {c.decoder!r}: unknown; choose transformer, average or conv")
+        if c.project not in ("pixels", "tokens"):
+            raise InputError(f"project {c.project!r}: unknown; choose pixels or tokens")
+        if c.block and (c.block < p or (c.block - p) % 2):
+            raise InputError(f"block {c.block}: cannot be centred on a patch of {p}; give {p}, {p + 2}, {p + 4}, …")
+        if not (c.block or c.mae_weight or c.cross_weight or c.in_weight):
+            raise InputError("weights 0, 0, 0: nothing to learn; give --mae-weight, --cross-weight or --in-weight")
+        P = 3 * (c.block or p) ** 2
+        if c.decoder == "transformer":
+            self.decoder = mae.Decoder(encoder, c.decoder_width, c.decoder_depth, c.decoder_heads, P)
+        else:
+            self.decoder = LocalDecoder(encoder, c.decoder_width, c.decoder, P)
+        if c.block:
+            self.decoder.mask_token.requires_grad_(False)  # nothing is hidden
+            return
+        visible_count(encoder.patches, c.mask_ratio)  # says at once if nothing would be left
+        if c.cross_weight or c.in_weight:
+            self.projector = nn.Linear(P if c.project == "pixels" else c.decoder_width, c.projector_out)
+            initialize(self.projector)
+            if c.project == "tokens" and not c.mae_weight:
+                self.decoder.predict = None  # nobody asks for pixels
+
+    def draw(self, images, index, rng) -> Batch:
+        """uint8 images → a random crop, perhaps flipped, and one or two masks of it, drawn independently."""
+        c, grid = self.config, self.encoder.grid
+        boxes = augment.crop_boxes(rng, augment.sizes(images), scale=(c.crop_scale, 1.0))
+        views = augment.normalize(augment.crop_resize(images, boxes, self.encoder.image_size, hflip=rng.chance(0.5)))
+        if c.block:
+            return Batch(views, nothing_hidden(views, self.encoder.patches), None)
+        mask = random_mask(rng, grid, c.mask_ratio, c.mask_cell)
+        return Batch(views, mask, random_mask(rng, grid, c.mask_ratio, c.mask_cell) if c.cross_weight else None)
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        c, p = self.config, self.encoder.patch_size
+        if c.block:
+            return {"loss": block_loss(self.predict_blocks(batch), *self.blocks(batch.images))}
+        images, mask = both_views(batch) if c.cross_weight else (batch.images, batch.mask)  # B is now views · B
+        tokens, h = self.decode(images, mask)  # h(x, m): (B, M, P)
+        losses = {}
+        if c.mae_weight:
+            losses["reconstruction"] = reconstruction_loss(h, mae.masked_pixels(images, mask, p, c.norm_pixels))
+        if c.cross_weight or c.in_weight:
+            v = self.projector(h if c.project == "pixels" else tokens)  # v = p(h(x, m)): (B, M, d)
+        if c.cross_weight:
+            losses["cross"] = cross_view_loss(*v.chunk(2), batch.mask, batch.second)
+        if c.in_weight:
+            losses["in"] = in_view_loss(v, take(patchify(images, p), mask.masked))
+        weights = {"reconstruction": c.mae_weight, "cross": c.cross_weight, "in": c.in_weight}
+        return {"loss": sum(weights[name] * loss for name, loss in losses.items()), **losses}  # §3.3, overall loss
+
+    def decode(self, images: Tensor, mask: Mask) -> tuple[Tensor, Tensor | None]:
+        """The decoder's tokens of the masked patches (B, M, width), and the pixels they predict (B, M, P)."""
+        latents = self.encoder(images, mask.visible)  # f(x[1 - m]): (B, 1 + V, D)
+        tokens = self.decoder.features(latents, mask)[:, mask.visible.shape[1] :]
+        return tokens, self.decoder.predict and self.decoder.predict(tokens)
+
+    def predict_blocks(self, batch: Batch) -> Tensor:
+        """The plain autoencoder of Figure 7: every patch in, for every token a block out. → (B, N, 3·b·b)"""
+        return self.decoder.predict(self.decoder.features(self.encoder(batch.images), batch.mask))
+
+    def blocks(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """The autoencoder's target (B, N, 3·b·b), and which of its values lie in the image (N, 3·b·b)."""
+        blocks, inside = centred_blocks(images, self.encoder.patch_size, self.config.block)
+        if self.config.norm_pixels:
+            mean, variance = block_statistics(blocks, inside)
+            blocks = (blocks - mean) / (variance + 1e-6).sqrt()
+        return blocks, inside
+
+    def update_teacher(self, progress: float) -> None:
+        """LC-MAE has no teacher: §3.3 uses none, nor a predictor, nor a stop-gradient."""
+
+    def end_epoch(self, epoch: int, image_set) -> None:
+        """Nothing to recompute."""
+
+    @torch.no_grad()
+    def picture(self, batch: Batch) -> Tensor | None:
+        """(rows, B, 3, H, W) in [0, 1]: originals, then what is seen and what is made of it, for each mask.
+
+        The autoencoder sees the originals; of the blocks it predicts, the patches at their centres are shown.
+        """
+        c, encoder = self.config, self.encoder
+        if c.block:
+            centres = self.predict_blocks(batch).float()
+            if c.norm_pixels:  # by the statistics of what the encoder saw, as nothing is hidden
+                mean, variance = block_statistics(*centred_blocks(batch.images.float(), encoder.patch_size, c.block))
+                centres = centres * (variance + 1e-6).sqrt() + mean
+            r, p = (c.block - encoder.patch_size) // 2, encoder.patch_size
+            centres = centres.unflatten(2, (c.block, c.block, 3))[:, :, r : r + p, r : r + p].flatten(2)
+            rows = [batch.images.float(), unpatchify(centres, p, encoder.grid)]
+            return torch.stack([augment.denormalize(x) for x in rows]).clamp(0, 1)
+        if not c.mae_weight:
+            return None  # nothing was taught to be pixels
+        rows = [
+            mae.picture_rows(batch.images, m, self.decode(batch.images, m)[1], encoder, c.norm_pixels)
+            for m in (batch.mask, batch.second)
+            if m is not None
+        ]
+        return torch.cat([rows[0], *(more[1:] for more in rows[1:])])
+
+
+# ------------------------------------------------------------------------------------------------- views and losses
+
+
+def both_views(batch: Batch) -> tuple[Tensor, Mask]:
+    """The images twice, under m_1 and then under m_2: (2·B, 3, H, W), and a mask of 2·B rows."""
+    both = Mask(*(torch.cat(pair) for pair in zip(batch.mask, batch.second, strict=True)))
+    return torch.cat([batch.images, batch.images]), both
+
+
+def cross_view_loss(v: Tensor, w: Tensor, mask: Mask, second: Mask) -> Tensor:
+    """Eq. (5), as a mean: 1 - cos(v_i, w_i) over the patches i masked in both views, then over images.
+
+    v, w: (B, M, d), in the order of `mask.masked` and of `second.masked`. The gradient flows into both.
+    """
+    # Unit vectors in their places in the image, zero where a patch is visible: the product of two is the cosine.
+    v, w = (on_grid(F.normalize(x.float(), dim=-1), m) for x, m in ((v, mask), (w, second)))  # (B, N, d)
+    both = (mask.hidden & second.hidden).float()  # m_1 · m_2: (B, N)
+    distance = (1 - (v * w).sum(dim=-1)) * both
+    return (distance.sum(dim=1) / both.sum(dim=1).clamp(min=1)).mean()
+
+
+def on_grid(x: Tensor, mask: Mask) -> Tensor:
+    """(B, M, d) in the order of `mask.masked` → (B, N, d) in raster order, zero elsewhere."""
+    return restore(x.new_zeros(*mask.visible.shape, x.shape[2]), x, mask)
+
+
+def in_view_loss(v: Tensor, x: Tensor) -> Tensor:
+    """Eq. (6), as a mean: |cos(v_i, v_j) - cos(x_i, x_j)| over the ordered pairs i ≠ j of an image's masked patches.
+
+    v: (B, M, d), x: the input patches (B, M, P). A patch or vector of zeros has the cosine 0 to every other.
+    """
+    pairs = 1 - torch.eye(v.shape[1], device=v.device)
+    difference = (cosine_matrix(v) - cosine_matrix(x)).abs() * pairs
+    return difference.sum(dim=(1, 2)).mean() / pairs.sum().clamp(min=1)
+
+
+def cosine_matrix(x: Tensor) -> Tensor:
+    """(B, M, d) → (B, M, M), the cosine between each two of an image's vectors."""
+    with torch.autocast(x.device.type, enabled=False):
+        x = F.normalize(x.float(), dim=-1)
+        return x @ x.transpose(1, 2)
+
+
+# --------------------------------------------------------------------------------------- local decoders, autoencoder
+
+
+class LocalDecoder(mae.Decoder):
+    """MAE's decoder with its blocks replaced by one operation that reaches 5 x 5 patches (§4.1, Table 2).
+
+    "average": a fixed Gaussian mean, then the MLP half of a transformer block. "conv": a convolution.
+    """
+
+    def __init__(self, encoder: ViT, width: int, kind: str, out: int):
+        super().__init__(encoder, width, 0, 1, out)  # no blocks
+        self.grid, self.kind = encoder.grid, kind
+        if kind == "conv":
+            self.conv = nn.Conv2d(width, width, kernel_size=5, padding=2)
+            initialize(self.conv)
+        else:
+            self.register_buffer("weights", gaussian_weights(encoder.grid), persistent=False)
+            self.norm1, self.mlp = nn.LayerNorm(width, eps=1e-6), MLP(width, 4 * width)
+            initialize(self.mlp)
+
+    def features(self, latents: Tensor, mask: Mask) -> Tensor:
+        """(B, 1 + V, D) → (B, N, width): visible patches, then masked ones, as in MAE's."""
+        x = self.embed(latents[:, 1:])
+        tokens = self.mask_token.to(x.dtype).expand(len(x), mask.masked.shape[1], -1)
+        x = restore(x, tokens, mask) + self.pos_embed[:, 1:]  # (B, N, width), raster order
+        if self.kind == "conv":
+            x = self.conv(x.transpose(1, 2).unflatten(2, self.grid)).flatten(2).transpose(1, 2)
+        else:
+            x = self.weights @ x
+            x = x + self.mlp(self.norm1(x))
+        return self.norm(take(x, mask.order))
+
+
+def gaussian_weights(grid: tuple[int, int], sigma: float = 1.0, reach: int = 2) -> Tensor:
+    """(N, N): row i weighs the patches around patch i by exp(-d²/2σ²), `reach` to each side; each row sums to one."""
+    places = torch.arange(grid[0] * grid[1])
+    place = torch.stack([places // grid[1], places % grid[1]], dim=1)  # (N, 2) row and column
+    apart = (place[:, None] - place).abs()  # (N, N, 2)
+    weights = torch.exp(-apart.square().sum(-1) / (2 * sigma**2)) * (apart <= reach).all(-1)
+    return weights / weights.sum(dim=1, keepdim=True)
+
+
+def nothing_hidden(images: Tensor, n: int) -> Mask:
+    return split(torch.arange(n, device=images.device).expand(len(images), -1), n)
+
+
+def centred_blocks(images: Tensor, p: int, b: int) -> tuple[Tensor, Tensor]:
+    """(B, 3, H, W) → the b × b pixels around each patch, (B, N, 3·b·b), values in the order row, column, channel.
+
+    Also which of them lie in the image, float (N, 3·b·b); those beyond its border are zero.
+    """
+
+    def cut(x: Tensor) -> Tensor:
+        x = F.pad(x, [(b - p) // 2] * 4).unfold(2, b, p).unfold(3, b, p)  # (B, 3, h, w, b, b)
+        return x.permute(0, 2, 3, 4, 5, 1).flatten(3).flatten(1, 2)
+
+    return cut(images), cut(torch.ones_like(images[:1], dtype=torch.float32))[0]
+
+
+def block_statistics(blocks: Tensor, inside: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and variance (B, N, 1) of each block over what lies in the image; the variance divides by n-1, as MAE's."""
+    n = inside.sum(dim=-1, keepdim=True)
+    mean = (blocks.float() * inside).sum(dim=-1, keepdim=True) / n
+    return mean, ((blocks - mean) * inside).square().sum(dim=-1, keepdim=True) / (n - 1)
+
+
+def block_loss(predicted: Tensor, target: Tensor, inside: Tensor) -> Tensor:
+    """Mean squared error over each block's values in the image, then over tokens: Eq. (1), nothing masked, b × b."""
+    error = (predicted.float() - target.float()).square() * inside
+    return (error.sum(dim=-1) / inside.sum(dim=-1)).mean()
