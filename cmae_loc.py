@@ -1,4 +1,4 @@
-"""The other CMAE: improvements to self-supervised pretraining for masked autoencoders (arXiv 2205.10546).
+"""The other CMAE: Improvements to Self-Supervised Representation Learning for Masked Image Modeling, arXiv 2205.10546.
 
 In a sentence: a masked autoencoder whose encoder must also recognise its image in another masked view and tell where
 each visible patch lies, on crops that, after some epochs, are drawn around the object the encoder itself has found.
@@ -59,7 +59,7 @@ from common import (
 @dataclass(frozen=True)
 class Config:
     mask_ratio: float = 0.75  # share of patches hidden in each view (§4.2)
-    decoder: str = "transformer"  # or, weaker: mlp, conv, hybrid-mlp, hybrid-conv, or less depth and width (§3.5)
+    decoder: str = "transformer"  # transformer, or weaker: mlp, conv, hybrid-mlp, hybrid-conv, less depth, width (§3.5)
     decoder_width: int = 512  # 512, 256, 128 or 64 (§3.5)
     decoder_depth: int = 8  # layers, two fewer at a time (§3.5)
     decoder_heads: int = 16  # of the layers that attend
@@ -110,8 +110,10 @@ def class_attention(encoder: ViT, images: Tensor) -> Tensor:
     watch = attention.register_forward_pre_hook(lambda _, arguments: inputs.extend(arguments))
     encoder(images)
     watch.remove()
-    q, k, _ = attention.qkv(inputs[0]).unflatten(2, (3, attention.heads, -1)).permute(2, 0, 3, 1, 4)
+    x, bias = inputs  # (B, 1 + N, D), and the bias of relative positions or None
+    q, k, _ = attention.qkv(x).unflatten(2, (3, attention.heads, -1)).permute(2, 0, 3, 1, 4)
     scores = q[:, :, :1] @ k.transpose(2, 3) * q.shape[3] ** -0.5  # (B, heads, 1, 1 + N)
+    scores = scores if bias is None else scores + bias[:, :, :1]
     return scores.softmax(dim=3)[:, :, 0, 1:].mean(dim=1)
 
 
@@ -146,7 +148,7 @@ def place_crops(crops: Tensor, sizes, boxes: Tensor, beta: Tensor) -> Tensor:
 
     A crop's centre moves over its box (B, 4) as far as the crop stays in its image; `beta` (B, 2) in [0, 1] says where
     from end to end. Drawn from Beta(α, α) with α < 1 it crowds at the ends: centre-suppressed. `sizes` is (H, W) or
-    int64 (B, 2).
+    int64 (B, 2). ContrastiveCrop leaves RandomResizedCrop's rare fallback in the middle; here that moves too.
     """
     sides, sizes = torch.as_tensor(sizes).expand(len(crops), 2), crops[:, 2:]
     room = sides - sizes
@@ -179,7 +181,7 @@ class TokenMLP(nn.Module):
         self.mlp = MLP(tokens, 4 * tokens)
         initialize(self)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, bias: None = None) -> Tensor:  # called as attention is
         return self.mlp(x.transpose(1, 2)).transpose(1, 2)
 
 
@@ -192,7 +194,7 @@ class DepthwiseConv(nn.Module):
         self.conv = nn.Conv2d(width, width, kernel_size=3, stride=1, padding=1, groups=width)
         initialize(self)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, bias: None = None) -> Tensor:  # called as attention is
         patches = x[:, 1:].transpose(1, 2).unflatten(2, self.grid)  # (B, D, h, w)
         patches = self.conv(patches).flatten(2).transpose(1, 2)
         return F.pad(patches, (0, 0, 1, 0))  # nothing is added to the class token
@@ -226,7 +228,7 @@ class CMAELoc(nn.Module):
 
     def __init__(self, encoder: ViT, config: Config):
         super().__init__()
-        check(config)
+        check(config, encoder)
         visible_count(encoder.patches, config.mask_ratio)  # says at once if nothing would be left
         c, D = config, encoder.width
         self.config, self.encoder = c, encoder  # E
@@ -272,7 +274,8 @@ class CMAELoc(nn.Module):
         c, losses = self.config, {}
         q1 = self.encoder(batch.images, batch.mask.visible)  # (B, 1 + V, D)
         if c.lambda_ctr:
-            losses["contrast"] = info_nce(self.query(q1, batch), self.key(batch), c.tau)  # Eq. 3
+            z_q = self.projector(self.h1(q1, batch).mean(dim=1))  # (B, d)
+            losses["contrast"] = info_nce(z_q, self.z_k(batch), c.tau)  # Eq. 3
         if c.lambda_loc:
             p = self.location(self.place_tokens(q1, batch)[:, 1:])  # Eq. 4: (B, V, N)
             losses["location"] = location_loss(p, batch.mask.visible)  # Eq. 5
@@ -282,19 +285,21 @@ class CMAELoc(nn.Module):
         weights = dict(contrast=c.lambda_ctr, location=c.lambda_loc, reconstruction=c.lambda_con)
         return {"loss": sum(weights[name] * loss for name, loss in losses.items()), **losses}  # Eq. 6
 
-    def query(self, q1: Tensor, batch: Batch) -> Tensor:
-        """z_q: h1 = restore(concat[q1, detach(q2)]) (Eq. 2), its mean, P. (B, 1 + V, D) → (B, d)."""
+    def h1(self, q1: Tensor, batch: Batch) -> Tensor:
+        """restore(concat[q1, detach(q2)]), Eq. 2: all patches of x_q, in raster order. (B, 1 + V, D) → (B, N, D)."""
         with torch.no_grad():
             q2 = self.encoder(batch.images, batch.mask.masked)  # (B, 1 + M, D)
-        h1 = restore(q1[:, 1:], q2[:, 1:], batch.mask)  # (B, N, D)
-        return self.projector(h1.mean(dim=1))
+        return restore(q1[:, 1:], q2[:, 1:], batch.mask)
+
+    def h2(self, batch: Batch) -> Tensor:
+        """restore(concat[k1, k2]), Eq. 2: all patches of x_k as the momentum encoder sees them. → (B, N, D)."""
+        k1, k2 = (self.momentum_encoder(batch.key_images, part)[:, 1:] for part in batch.key_mask)
+        return restore(k1, k2, batch.key_mask)
 
     @torch.no_grad()
-    def key(self, batch: Batch) -> Tensor:
-        """z_k: h2 = restore(concat[k1, k2]) (Eq. 2) of the momentum encoder, its mean, MP. → (B, d)."""
-        k1, k2 = (self.momentum_encoder(batch.key_images, part)[:, 1:] for part in batch.key_mask)
-        h2 = restore(k1, k2, batch.key_mask)
-        return self.momentum_projector(h2.mean(dim=1))
+    def z_k(self, batch: Batch) -> Tensor:
+        """The mean of h2, through MP, all without gradient. → (B, d)."""
+        return self.momentum_projector(self.h2(batch).mean(dim=1))
 
     def place_tokens(self, q1: Tensor, batch: Batch) -> Tensor:
         """What the location task looks at: q1, or the same patches encoded without their positions. (B, 1 + V, D)."""
@@ -350,7 +355,7 @@ def location_loss(p: Tensor, visible: Tensor) -> Tensor:
     return (p.float() - t).square().sum(dim=2).mean()
 
 
-def check(c: Config) -> None:
+def check(c: Config, encoder: ViT) -> None:
     if c.decoder not in DECODERS:
         raise InputError(f"decoder {c.decoder!r}: unknown; choose one of {', '.join(DECODERS)}")
     if c.decoder.startswith("hybrid") and c.decoder_depth < 3:
@@ -359,5 +364,7 @@ def check(c: Config) -> None:
         raise InputError(f"crop by {c.crop_by!r}: unknown; choose {', '.join(HEAT)} or none")
     if c.crop_interval < 1 or c.crop_alpha <= 0:
         raise InputError(f"crop interval {c.crop_interval}, alpha {c.crop_alpha:g}: both must be above 0")
+    if c.withhold_positions and encoder.relative_table is not None:
+        raise InputError("positions relative: are part of the attention and cannot be withheld; give sincos")
     if not (c.lambda_ctr or c.lambda_loc or c.lambda_con):
         raise InputError("lambda: all three weights are 0, so nothing would be learned; give one above 0")

@@ -14,11 +14,24 @@ from pathlib import Path
 
 import torch
 
+import cae
 import cmae
+import cmae_loc
+import conmim
+import dvae
+import lcmae
 import mae
 from common import SIZES, InputError, ViT
 
-METHODS = {"mae": mae.MAE, "cmae": cmae.CMAE}
+METHODS = {
+    "mae": mae.MAE,
+    "cmae": cmae.CMAE,
+    "cmae_loc": cmae_loc.CMAELoc,
+    "cae": cae.CAE,
+    "conmim": conmim.ConMIM,
+    "lcmae": lcmae.LCMAE,
+    "dvae": dvae.DVAE,
+}
 
 
 def options(argv: list[str]):

@@ -19,6 +19,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -61,7 +62,8 @@ def main() -> None:
         sys.exit(128 + run.stopped_by)
 
 
-def train(args, config, Method, device: torch.device, run: "Run") -> None:
+def train(args, config, Method, device: torch.device, run: "Run"):
+    """One run from its first or next step to its last, or until it is asked to stop; returns the method."""
     share = divide(args.batch_size, args.accumulate)
     image_set = open_set(args, "train").to(device)
     steps_per_epoch = len(image_set) // args.batch_size
@@ -81,16 +83,11 @@ def train(args, config, Method, device: torch.device, run: "Run") -> None:
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=tuple(args.betas), fused=device.type in ("cpu", "cuda"))
     scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
     first = run.open(args, config, method, optimizer, scaler)
+    if first == 0 and hasattr(method, "prepare"):
+        method.prepare(partial(train_first, args, device))
     run.listen()
-
-    network = method
-    if world_size() > 1:  # buffers are constants, so nothing has to be broadcast before each step
-        known = inspect.signature(DistributedDataParallel).parameters  # the option was renamed in torch 2.15
-        name = next(n for n in ("forward_sync_buffers", "broadcast_buffers") if n in known)
-        network = DistributedDataParallel(method, gradient_as_bucket_view=True, **{name: False})
-    synchronised = network
-    if args.compile:
-        network = torch.compile(network)
+    network = distribute(method)
+    compiled = torch.compile(network) if args.compile else network
     autocast = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(args.precision)
     say(f"{args.method} on {args.data}: {len(image_set):,} images, {count(method):,} parameters, {steps} steps of "
         f"{args.batch_size} on {world_size()} x {device.type} in {args.precision}, into {args.out}")  # fmt: skip
@@ -121,9 +118,9 @@ def train(args, config, Method, device: torch.device, run: "Run") -> None:
                 rng = StepRandom(args.seed, step, args.batch_size, rows_of(step, part), device)
                 batch = method.draw(images, index, rng)
                 if world_size() > 1:
-                    synchronised.require_backward_grad_sync = part == args.accumulate - 1  # once a step is enough
+                    network.require_backward_grad_sync = part == args.accumulate - 1  # once a step is enough
                 with torch.autocast(device.type, autocast, enabled=autocast is not None):
-                    parts = network(batch)
+                    parts = compiled(batch)
                 scaler.scale(parts["loss"] / args.accumulate).backward()
                 losses = {k: losses.get(k, 0) + v.detach() / args.accumulate for k, v in parts.items()}
             if args.clip_grad:
@@ -149,6 +146,36 @@ def train(args, config, Method, device: torch.device, run: "Run") -> None:
                 break
     if not run.stopped_by:
         summary(args, method.encoder, meter, run, device)
+    return method
+
+
+def train_first(args, device: torch.device, name: str, **settings):
+    """Another method, trained before the one of `args` on the same images and machine, in `<out>/<name>`."""
+    same = "data data_root download classes skip_bad_images workers recipe max_steps device precision seed".split()
+    flags = ["--method", name, "--out", f"{args.out}/{name}", "--no-evaluate"]
+    for option, value in ({key: getattr(args, key) for key in same} | settings).items():
+        if value not in (None, False):
+            flags += ["--" + option.replace("_", "-")] + ([] if value is True else [str(value)])
+    theirs, config, Method = options(flags)
+    settle(theirs, device)
+    theirs.batch_size = min(theirs.batch_size, args.batch_size)
+    say(f"{args.method} needs a {name} first, which goes to {theirs.out}")
+    run = Run(theirs.out)
+    method = train(theirs, config, Method, device, run)
+    if run.stopped_by:
+        launch.stop()
+        sys.exit(128 + run.stopped_by)
+    return method
+
+
+def distribute(method: torch.nn.Module) -> torch.nn.Module:
+    """The method, with gradients averaged over ranks if there are several."""
+    if world_size() == 1:
+        return method
+    known = inspect.signature(DistributedDataParallel).parameters
+    name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # until torch 2.14
+    # Buffers are constants, so nothing has to be broadcast before each step.
+    return DistributedDataParallel(method, gradient_as_bucket_view=True, **{name: False})
 
 
 BAR = "{percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}, {remaining} left]"
@@ -184,14 +211,15 @@ def summary(args, encoder: ViT, meter: "Meter", run: "Run", device) -> None:
     """What a person wants to know at the end: the loss, the pictures, and whether the encoder learned something."""
     say(f"\nloss      {meter.first_loss:.4f} -> {meter.loss:.4f}")
     say(f"pictures  {run.directory / 'reconstruction.png'}\nencoder   {run.directory / 'encoder.pt'}")
+    if not isinstance(encoder, ViT):  # a tokenizer, say
+        return
     if not args.evaluate:
         say(f"evaluate  python evaluate.py --run {run.directory} --protocol knn")
         return
     sets = [open_set(args, split).to(device) for split in ("train", "val")]
-    torch.manual_seed(args.seed)
-    rows = {"untrained": build_encoder(args).to(device), "trained": encoder}
+    encoders = {"untrained": evaluate.untrained(encoder, args.seed), "trained": encoder.eval()}
     results = {
-        name: evaluate.evaluate(e.eval(), *sets, protocols=("knn", "linear"), device=device) for name, e in rows.items()
+        name: evaluate.evaluate(e, *sets, protocols=("knn", "linear"), device=device) for name, e in encoders.items()
     }
     say(f"accuracy on {len(sets[1]):,} validation images   kNN       linear")
     for name, result in results.items():

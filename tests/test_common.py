@@ -34,6 +34,7 @@ from common import (
     patchify,
     random_mask,
     reconstruction_loss,
+    relative_places,
     restore,
     sincos_positions,
     take,
@@ -276,6 +277,86 @@ def test_attend_matches_scaled_dot_product(heads, queries, keys):
     q, k, v = torch.randn(2, heads, queries, 8), torch.randn(2, heads, keys, 8), torch.randn(2, heads, keys, 8)
     expected = torch.nn.functional.scaled_dot_product_attention(q, k, v)
     torch.testing.assert_close(attend(q, k, v), expected, atol=1e-5, rtol=1e-4)
+
+
+@given(st.sampled_from([5, 300]), st.sampled_from([3, 280]), st.sampled_from([1, 2]))
+def test_attend_adds_a_bias_to_the_scores(queries, keys, images):
+    q, k, v = torch.randn(2, 3, queries, 8), torch.randn(2, 3, keys, 8), torch.randn(2, 3, keys, 8)
+    bias = torch.randn(images, 3, queries, keys)
+    expected = torch.softmax(q @ k.transpose(2, 3) / math.sqrt(8) + bias, dim=-1) @ v
+    torch.testing.assert_close(attend(q, k, v, bias), expected, atol=1e-5, rtol=1e-4)
+    half = attend(q.bfloat16(), k.bfloat16(), v.bfloat16(), bias)  # as under autocast
+    torch.testing.assert_close(half.float(), expected, atol=0.1, rtol=0.1)
+
+
+def relative(grid=(2, 3), **settings):
+    vit = ViT((8 * grid[0], 8 * grid[1]), 8, 16, 2, 4, positions="relative", **settings)
+    assert vit.relative_table.shape == ((2 * grid[0] - 1) * (2 * grid[1] - 1) + 3, 4)
+    assert (vit.relative_table == 0).all()
+    with torch.no_grad():
+        vit.relative_table.normal_()
+    return vit
+
+
+@given(st.integers(1, 4), st.integers(1, 4))
+def test_relative_bias_matches_a_loop(h, w):
+    vit = relative((h, w))
+    bias, n = vit.relative_bias(), (2 * h - 1) * (2 * w - 1)
+    assert bias.shape == (1, 4, 1 + h * w, 1 + h * w)
+    for i in range(h * w):
+        assert torch.equal(bias[0, :, 0, 1 + i], vit.relative_table[n])  # the class token looks at a patch
+        assert torch.equal(bias[0, :, 1 + i, 0], vit.relative_table[n + 1])
+        for j in range(h * w):
+            down, right = i // w - j // w, i % w - j % w
+            place = (down + h - 1) * (2 * w - 1) + right + w - 1
+            assert torch.equal(bias[0, :, 1 + i, 1 + j], vit.relative_table[place])
+    assert torch.equal(bias[0, :, 0, 0], vit.relative_table[n + 2])
+
+
+def test_relative_places_are_beits():
+    beit = pytest.importorskip("transformers.models.beit.modeling_beit").BeitRelativePositionBias
+    for grid in ((8, 8), (2, 5)):
+        assert torch.equal(relative_places(grid), beit.generate_relative_position_index(grid))
+
+
+def test_relative_positions_are_all_the_encoder_knows_of_places():
+    """Shifting every patch by one place and cutting off the border changes nothing; neither does the table's mean."""
+    vit = relative((4, 4))
+    images = torch.randn(2, 3, 32, 32)
+    assert (vit.pos_embed == 0).all()
+    here = torch.tensor([[0, 1, 4, 5]]).expand(2, -1)  # the top left square of four, then one down and right
+    torch.testing.assert_close(vit(images.roll((8, 8), (2, 3)), here + 5), vit(images, here), atol=1e-5, rtol=1e-4)
+    far = torch.tensor([[0, 1, 4, 15]]).expand(2, -1)
+    assert not torch.allclose(vit.encode(vit.embed(images, here), visible=far), vit(images, here), atol=1e-3)
+    before = vit(images)
+    with torch.no_grad():
+        vit.relative_table += 3.0  # the same for every key of a query, which softmax ignores
+    torch.testing.assert_close(vit(images), before, atol=1e-5, rtol=1e-4)
+
+
+def test_relative_bias_serves_every_block_and_any_visible_patches():
+    vit = relative((2, 3))
+    images, visible = torch.randn(2, 3, 16, 24), torch.tensor([[5, 0, 2], [3, 1, 4]])
+    for b in range(2):
+        tokens = [0, *(1 + visible[b]).tolist()]
+        torch.testing.assert_close(vit.relative_bias(visible)[b], vit.relative_bias()[0][:, tokens][:, :, tokens])
+    everything = torch.arange(6).expand(2, -1)
+    torch.testing.assert_close(vit(images, everything), vit(images), atol=1e-5, rtol=1e-4)
+    x = torch.cat([vit.cls_token.expand(2, -1, -1), vit.patch_embed(images)], dim=1)
+    for block in vit.blocks:
+        q, k, v = block.attn.qkv(block.norm1(x)).reshape(2, 7, 3, 4, 4).permute(2, 0, 3, 1, 4)
+        scores = q @ k.transpose(2, 3) / 2 + vit.relative_bias()
+        x = x + block.attn.proj((scores.softmax(-1) @ v).transpose(1, 2).reshape(2, 7, 16))
+        x = x + block.mlp(block.norm2(x))
+    torch.testing.assert_close(vit(images), vit.norm(x), atol=1e-5, rtol=1e-4)
+    vit(images).square().sum().backward()
+    assert (vit.relative_table.grad.abs().sum(1) > 0).all()
+    again = ViT(**vit.settings)
+    again.load_state_dict(vit.state_dict())
+    assert torch.equal(again(images), vit(images))
+    assert "relative_table" in vit.state_dict() and "relative_places" not in vit.state_dict()
+    plain = ViT((16, 24), 8, 16, 2, 4)
+    assert set(vit.state_dict()) - set(plain.state_dict()) == {"relative_table"} and plain.relative_bias() is None
 
 
 def test_attention_matches_torch():

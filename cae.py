@@ -1,0 +1,296 @@
+"""CAE: context autoencoder for self-supervised representation learning (Chen et al., arXiv 2202.03026).
+
+In a sentence: the encoder sees the visible patches only, a regressor predicts from their latents those of the masked
+patches, which must be what the encoder makes of them (alignment), and a decoder reads the targets off the prediction.
+
+    X_v ─ encoder ─ Z_v ─ regressor ─ Z_m ─┬─ decoder ─ Y_m ───────── decoding loss   (Eq. 1)
+    X_m ─ encoder ─ stop-gradient ─ Z̄_m ───┴───────────────────────── alignment loss  (Eq. 1, times λ)
+
+Where the paper is silent or unclear, and what stands here
+- Regressor block: positions are added to what becomes queries and keys, each with a norm of its own, not to the values;
+  then pre-norm residuals as in the encoder. Queries see each other and Z_v; Z_v never changes.
+- The class token takes part in the encoder and stops there. Regressor and decoder have the encoder's width, heads,
+  layer scale and drop path, the latter growing from 0 in each. Z_m leaves the regressor by a norm, as Z_v the encoder.
+- "Exactly half": ⌈N/2⌉ masked; blocks no smaller than BEiT's 16 of 196 patches, in proportion.
+- Pixel targets (§3.1): squared error on the masked patches as they are (`norm_pixels` standardises each).
+- Without decoder (Table 2): a linear layer on Z_m.
+Differences from the paper: DALL-E's weights do not come with this file, so the default is Table 7's d-VAE, trained first
+where no `--tokenizer` is given (dvae.py). The tokenizer sees the same crop, 8 pixels a patch, bicubic.
+Where the official code departs or adds: the regressor's residual is itself normalised (`official_residual`), that crop
+is resized by Lanczos (not offered), Z̄_m has its own draws of drop path (here too), clipping at 3 and a floor under the
+learning rate (in the recipe).
+
+    python train.py --method cae                 torchrun --nproc_per_node=8 train.py --method cae --data imagenet
+
+Measured: see the table in README.md; ImageNet: not run.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import augment
+import dvae
+import mae
+from common import (
+    MLP,
+    Block,
+    InputError,
+    LayerScale,
+    Mask,
+    ViT,
+    attend,
+    block_mask,
+    drop_path,
+    initialize,
+    reconstruction_loss,
+    sincos_positions,
+    unpatchify,
+    visible_count,
+)
+
+
+@dataclass(frozen=True)
+class Config:
+    target: str = "dvae"  # what is decoded: tokens of a dvae of ours (Table 7) or of dalle's (§2.2), or pixels (Fig. 4)
+    tokenizer: str = ""  # a run of --method dvae, or DALL-E's weights; not given: a dvae is trained first
+    mask_ratio: float = 0.5  # share of patches hidden, in blocks (§2.2)
+    regressor_depth: int = 4  # cross-attention blocks (§4.1)
+    decoder_depth: int = 4  # self-attention blocks (§4.1); 0: a linear layer in their place (Table 2)
+    lambda_z: float = 2.0  # λ of Eq. (1); 0: no alignment (Table 2)
+    norm_pixels: bool = False  # pixels: each patch standardised by its own mean and variance
+    official_residual: bool = False  # the regressor's residual itself is normalised before the MLP (official code)
+    crop_scale: float = 0.08  # smallest share of the image's area that a crop keeps
+    tokenizer_epochs: int = 20  # of the dvae trained first, and its codes, hidden, … below: see --method dvae
+    codes: int = 8192  # size of its codebook
+    hidden: int = 256  # its channels
+    blocks: int = 2  # its residual blocks
+    first_stride: int = 1  # of its first convolution
+
+
+def tokenizer(recipe: str) -> dict:
+    """The settings of the tokenizer that is trained first: those of dvae.py's recipe of that name."""
+    theirs = dvae.RECIPES[recipe]
+    ours = {name: theirs[name] for name in ("codes", "hidden", "blocks", "first_stride") if name in theirs}
+    return dict(tokenizer_epochs=theirs["epochs"]) | ours
+
+
+RECIPES = {
+    # Appendix A, on ImageNet-1K with ViT-B; 800 and 1600 epochs with 20 and 40 of warm-up for the best results. Betas,
+    # clipping, floor and layer scale are BEiT's ("almost the same as BEiT") and the official code's.
+    "paper": dict(
+        model="base", image_size=224, patch_size=16, layer_scale=0.1, drop_path=0.1, epochs=300, warmup_epochs=10,
+        batch_size=2048, lr=1.5e-3, min_lr=1e-5, weight_decay=0.05, betas=(0.9, 0.999), clip_grad=3.0,
+        **tokenizer("paper"),
+    ),
+    # Tiny-ImageNet at 64 x 64, with the learning rate in proportion to the batch.
+    "tiny": dict(
+        model="tiny", image_size=64, patch_size=8, layer_scale=0.1, drop_path=0.1, epochs=100, warmup_epochs=10,
+        batch_size=512, lr=3.75e-4, min_lr=1e-5, weight_decay=0.05, betas=(0.9, 0.999), clip_grad=3.0, crop_scale=0.2,
+        **tokenizer("tiny"),
+    ),
+    # The built-in images on two CPU cores.
+    "demo": dict(
+        model="nano", image_size=64, patch_size=8, layer_scale=0.1, epochs=20, warmup_epochs=2, batch_size=128,
+        lr=1e-3, weight_decay=0.05, betas=(0.9, 0.999), clip_grad=3.0, crop_scale=0.2, regressor_depth=2,
+        decoder_depth=2, evaluate=True, **tokenizer("demo"),
+    ),
+}  # fmt: skip
+
+
+class Batch(NamedTuple):
+    images: Tensor  # (B, 3, H, W), normalised
+    mask: Mask
+    token_images: Tensor | None  # (B, 3, 8h, 8w) in [0, 1], the same crops for the tokenizer; None for pixels
+
+
+# ---------------------------------------------------------------------------------------------------------- regressor
+
+
+class CrossBlock(nn.Module):
+    """Queries attend to Z_v and to each other: x + attention, then x + MLP. (B, M, D), (B, V, D) → (B, M, D)."""
+
+    def __init__(self, width: int, heads: int, layer_scale: float, rate: float, official_residual: bool):
+        super().__init__()
+        self.heads, self.drop_path, self.official_residual = heads, rate, official_residual
+        # A bias in the keys adds one number to all of a query's scores, which softmax ignores: it would never learn.
+        self.norm_q, self.norm_v, self.norm_mlp = (nn.LayerNorm(width, eps=1e-6) for _ in range(3))
+        self.norm_k = nn.LayerNorm(width, eps=1e-6, bias=False)
+        self.q, self.v, self.proj = (nn.Linear(width, width) for _ in range(3))
+        self.k = nn.Linear(width, width, bias=False)
+        self.mlp = MLP(width, 4 * width)
+        self.ls1, self.ls2 = (LayerScale(width, layer_scale) if layer_scale else nn.Identity() for _ in range(2))
+
+    def attend(self, x: Tensor, z_v: Tensor, position_m: Tensor, position_v: Tensor) -> Tensor:
+        context = torch.cat([z_v, x], dim=1)  # (B, V + M, D): keys and values are the same, but for positions
+        positions = torch.cat([position_v, position_m], dim=1)
+        q = self.q(self.norm_q(x + position_m))
+        k = self.k(self.norm_k(context + positions))
+        v = self.v(self.norm_v(context))
+        q, k, v = (y.unflatten(2, (self.heads, -1)).transpose(1, 2) for y in (q, k, v))
+        return self.proj(attend(q, k, v).transpose(1, 2).flatten(2))
+
+    def forward(self, x: Tensor, z_v: Tensor, position_m: Tensor, position_v: Tensor) -> Tensor:
+        y = self.attend(x, z_v, position_m, position_v)
+        x = x + drop_path(self.ls1(y), self.drop_path, self.training)
+        y = self.norm_mlp(x)
+        if self.official_residual:
+            x = y
+        return x + drop_path(self.ls2(self.mlp(y)), self.drop_path, self.training)
+
+
+# --------------------------------------------------------------------------------------------------------------- losses
+
+
+def token_loss(predicted: Tensor, tokens: Tensor) -> Tensor:
+    """ℓ_y(Y_m, Ȳ_m) of Eq. (1): cross entropy, averaged over the masked patches. (B, M, codes), (B, M) → scalar."""
+    return F.cross_entropy(predicted.float().flatten(0, 1), tokens.flatten())
+
+
+def alignment_loss(z_m: Tensor, target: Tensor) -> Tensor:
+    """ℓ_z(Z_m, sg[Z̄_m]) of Eq. (1): mean squared error, both (B, M, D); the target carries no gradient."""
+    return (z_m.float() - target.detach().float()).square().mean()
+
+
+class CAE(nn.Module):
+    Config, RECIPES = Config, RECIPES
+
+    def __init__(self, encoder: ViT, config: Config):
+        super().__init__()
+        c, D = config, encoder.width
+        if c.target not in ("dvae", "dalle", "pixels"):
+            raise InputError(f"target {c.target!r}: unknown; choose dvae, dalle or pixels")
+        if c.target == "dalle" and not c.tokenizer:
+            raise InputError(f"target dalle: no weights; give them to --tokenizer: {dvae.PUBLISHED}")
+        if c.regressor_depth < 1:
+            raise InputError(f"regressor of {c.regressor_depth} blocks: nothing would be predicted; give 1 or more")
+        self.config, self.encoder = c, encoder
+        self.masked = encoder.patches - visible_count(encoder.patches, c.mask_ratio)
+        self.tokenizer = None if c.target == "pixels" else self.new_tokenizer().requires_grad_(False)
+
+        heads, layer_scale = encoder.blocks[0].attn.heads, encoder.settings["layer_scale"]
+
+        def rates(depth: int) -> list[float]:
+            return [encoder.settings["drop_path"] * i / max(1, depth - 1) for i in range(depth)]
+
+        self.register_buffer("pos_embed", sincos_positions(D, encoder.grid)[0, 1:], persistent=False)  # (N, D)
+        self.mask_token = nn.Parameter(torch.empty(1, 1, D))  # Q_m, the same for all masked patches
+        self.regressor = nn.ModuleList(
+            CrossBlock(D, heads, layer_scale, rate, c.official_residual) for rate in rates(c.regressor_depth)
+        )
+        self.regressor_norm = nn.LayerNorm(D, eps=1e-6)
+        self.decoder = nn.ModuleList(Block(D, heads, 4, layer_scale, rate) for rate in rates(c.decoder_depth))
+        self.decoder_norm = nn.LayerNorm(D, eps=1e-6) if c.decoder_depth else nn.Identity()
+        out = 3 * encoder.patch_size**2 if self.tokenizer is None else self.tokenizer.settings["codes"]
+        self.predict = nn.Linear(D, out)
+        for part in (self.regressor, self.decoder, self.predict):
+            initialize(part)
+        nn.init.normal_(self.mask_token, std=0.02)
+
+    def new_tokenizer(self) -> dvae.Tokenizer:
+        c = self.config
+        if c.tokenizer:
+            return dvae.load_tokenizer(c.tokenizer)
+        return dvae.Tokenizer(c.codes, c.hidden, c.blocks, c.first_stride)  # `prepare` trains it
+
+    def prepare(self, pretrain) -> None:
+        """Before the first step, if there is no tokenizer: train one. From here on it is part of every checkpoint.
+
+        `pretrain(method, **settings)` trains another method on the same images and machine, in the run directory of
+        this one, and returns it.
+        """
+        c, (h, _) = self.config, self.encoder.grid
+        if c.target == "dvae" and not c.tokenizer:
+            trained = pretrain(
+                "dvae", image_size=dvae.STRIDE * h, patch_size=dvae.STRIDE, epochs=c.tokenizer_epochs, codes=c.codes,
+                hidden=c.hidden, blocks=c.blocks, first_stride=c.first_stride, crop_scale=c.crop_scale,
+            )  # fmt: skip
+            self.tokenizer.load_state_dict(trained.encoder.state_dict())
+
+    def draw(self, images, index, rng) -> Batch:
+        """uint8 images → a random crop, perhaps flipped, a block-wise mask, and the crop as the tokenizer wants it."""
+        grid, size = self.encoder.grid, self.encoder.image_size
+        boxes = augment.crop_boxes(rng, augment.sizes(images), scale=(self.config.crop_scale, 1.0))
+        flips = rng.chance(0.5)
+        views = augment.crop_resize(images, boxes, size, hflip=flips)
+        mask = block_mask(rng, grid, self.masked, smallest=max(1, round(16 / 196 * self.encoder.patches)))
+        token_images = None
+        if self.tokenizer is not None:
+            side = dvae.STRIDE * grid[0]
+            token_images = views if side == size else augment.crop_resize(images, boxes, side, hflip=flips)
+        return Batch(augment.normalize(views), mask, token_images)
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        z_v = self.encoder(batch.images, batch.mask.visible)[:, 1:]  # Z_v, without class token: (B, V, D)
+        z_m = self.regress(z_v, batch.mask)  # Z_m: (B, M, D)
+        y_m = self.decode(z_m, batch.mask.masked)  # Y_m: (B, M, codes or P)
+        l_y = self.decoding_loss(y_m, batch)
+        if self.config.lambda_z == 0:
+            return {"loss": l_y}
+        l_z = alignment_loss(z_m, self.masked_latents(batch))
+        return {"loss": l_y + self.config.lambda_z * l_z, "decoding": l_y, "alignment": l_z}  # Eq. (1)
+
+    def regress(self, z_v: Tensor, mask: Mask) -> Tensor:
+        """H: latents of the visible patches → predicted latents of the masked ones. (B, V, D) → (B, M, D)."""
+        position_m, position_v = (self.pos_embed[patches].to(z_v.dtype) for patches in (mask.masked, mask.visible))
+        x = self.mask_token.to(z_v.dtype).expand_as(position_m)
+        for block in self.regressor:
+            x = block(x, z_v, position_m, position_v)
+        return self.regressor_norm(x)
+
+    @torch.no_grad()
+    def masked_latents(self, batch: Batch) -> Tensor:
+        """Z̄_m: the same encoder, at this moment, on the masked patches alone; no gradient. → (B, M, D)."""
+        return self.encoder(batch.images, batch.mask.masked)[:, 1:]
+
+    def decode(self, z: Tensor, patches: Tensor) -> Tensor:
+        """G: latents and the places of their patches, nothing else. (B, M, D), (B, M) → (B, M, codes or P)."""
+        if self.decoder:
+            z = z + self.pos_embed[patches]
+        for block in self.decoder:
+            z = block(z)
+        return self.predict(self.decoder_norm(z))
+
+    def decoding_loss(self, predicted: Tensor, batch: Batch) -> Tensor:
+        if self.tokenizer is None:
+            return reconstruction_loss(predicted, self.masked_pixels(batch))
+        return token_loss(predicted, self.tokenizer.tokens(batch.token_images).gather(1, batch.mask.masked))
+
+    def masked_pixels(self, batch: Batch) -> Tensor:
+        return mae.masked_pixels(batch.images, batch.mask, self.encoder.patch_size, self.config.norm_pixels)
+
+    def update_teacher(self, progress: float) -> None:
+        """CAE has no teacher: the alignment's target is the encoder itself."""
+
+    def end_epoch(self, epoch: int, image_set) -> None:
+        """Nothing to recompute."""
+
+    # ------------------------------------------------------------------------------------------------------- pictures
+
+    def reconstruct(self, images: Tensor) -> Tensor:
+        """Figure 4: encode all patches, skip the regressor, decode. (B, 3, H, W) → (B, N, codes or P)."""
+        patches = torch.arange(self.encoder.patches, device=images.device).expand(len(images), -1)
+        return self.decode(self.encoder(images)[:, 1:], patches)
+
+    @torch.no_grad()
+    def picture(self, batch: Batch) -> Tensor:
+        """(4, B, 3, H, W) in [0, 1]: originals, what the encoder saw, the masked patches decoded, all as in Figure 4.
+
+        Tokens are shown as the d-VAE's decoder draws them; DALL-E's encoder has none, which leaves two rows.
+        """
+        everything = self.reconstruct(batch.images)  # (B, N, codes or P)
+        predicted = self.decode(self.regress(self.encoder(batch.images, batch.mask.visible)[:, 1:], batch.mask), batch.mask.masked)
+        if self.tokenizer is None:
+            rows = mae.picture_rows(batch.images, batch.mask, predicted, self.encoder, self.config.norm_pixels)
+            full = unpatchify(everything.float(), self.encoder.patch_size, self.encoder.grid)
+            return torch.cat([rows, augment.denormalize(full).clamp(0, 1)[None]])
+        pixels = torch.zeros(*predicted.shape[:2], 3 * self.encoder.patch_size**2, device=predicted.device)
+        rows = mae.picture_rows(batch.images, batch.mask, pixels, self.encoder, norm=False)[:2]
+        if self.tokenizer.decoder is None:
+            return rows
+        tokens = self.tokenizer.tokens(batch.token_images).scatter(1, batch.mask.masked, predicted.argmax(dim=2))
+        drawn = [self.tokenizer.images(t, self.encoder.grid) for t in (tokens, everything.argmax(dim=2))]
+        return torch.stack([*rows, *(F.interpolate(x, rows.shape[-1]) for x in drawn)])

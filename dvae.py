@@ -1,0 +1,305 @@
+"""d-VAE: the discrete autoencoder whose codes are CAE's targets (Ramesh et al., arXiv 2102.12092, §2.1 and App. A).
+
+In a sentence: a convolutional encoder gives each 8 x 8 pixels a distribution over a codebook, a decoder draws the image
+from relaxed samples of it, and both maximise the evidence lower bound; afterwards the likeliest codes are the tokens.
+
+    image ─ encoder ─ logits ─ Gumbel-softmax at τ ─ decoder ─ logit-Laplace ──── reconstruction   (App. A.3)
+                         └──────────── KL to the uniform prior, times β ───────── L = -ELBO        (Eq. 1)
+
+CAE (arXiv 2202.03026, Table 7) finds a d-VAE of its own as good as DALL-E's and says no more about it, so that DALL-E's
+stands here: its networks (§ A.2 and released code), its likelihood, its β and its annealing of τ, both by the share of
+training that is done. `Tokenizer` with its defaults is the released model; `load_tokenizer` reads its encoder's weights.
+
+Differences from DALL-E: no average of the weights; AdamW's rate follows train.py's cosine; fewer images; smaller and
+shorter in "tiny" and "demo". Initial weights are common.py's, with mid-grey at zero.
+The Gumbel noise is a hash of two integers per image and the place in the grid of logits, computed in the forward pass:
+a draw of images x tokens x codes numbers on the CPU would take longer than the step.
+
+    python train.py --method dvae           torchrun --nproc_per_node=8 train.py --method dvae --data imagenet
+
+Its encoder.pt holds the `Tokenizer`, not a ViT: `train.py --method cae --tokenizer` reads it, evaluate.py does not.
+Measured: see the table in README.md; ImageNet: not run.
+"""
+
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import augment
+import launch
+from common import InputError, ViT, cosine, initialize, sum_over_ranks
+
+STRIDE = 8  # pixels a side that a code stands for: three halvings
+PUBLISHED = (
+    "https://huggingface.co/facebook/flava-image-codebook (pytorch_model.bin), or the state dict, saved by torch.save, "
+    "of https://cdn.openai.com/dall-e/encoder.pkl"
+)
+
+
+@dataclass(frozen=True)
+class Config:
+    codes: int = 8192  # size of the codebook
+    hidden: int = 256  # channels at the finest resolution; twice as many after each halving
+    blocks: int = 2  # residual blocks at each resolution
+    first_stride: int = 1  # stride of the first convolution: DALL-E's is 1, with 2, 4 or 8 the finest resolutions are left out
+    kl_weight: float = 6.6  # β, relative to a likelihood per pixel value (App. A.2)
+    kl_warmup: float = 0.05  # share of training over which β rises from 0
+    tau: float = 1.0  # temperature of the Gumbel-softmax at the start
+    tau_end: float = 0.0625  # and at the end of its cosine (App. A.2)
+    tau_anneal: float = 0.5  # share of training that this takes
+    crop_scale: float = 0.08  # smallest share of the image's area that a crop keeps
+
+
+RECIPES = {
+    # App. A.2, on the 112 pixels at which CAE tokenizes; 20 epochs are ours (DALL-E: 3 million steps of 512 images).
+    "paper": dict(
+        image_size=112, patch_size=8, epochs=20, warmup_epochs=0, batch_size=512, lr=1e-4, min_lr=1.25e-6,
+        weight_decay=1e-4, betas=(0.9, 0.999),
+    ),
+    "tiny": dict(
+        image_size=64, patch_size=8, epochs=10, warmup_epochs=0.5, batch_size=256, lr=1e-3, weight_decay=1e-4,
+        betas=(0.9, 0.999), codes=1024, hidden=128, blocks=2, first_stride=2, crop_scale=0.2,
+    ),
+    "demo": dict(
+        image_size=64, patch_size=8, epochs=3, warmup_epochs=0.2, batch_size=128, lr=3e-3, weight_decay=1e-4,
+        betas=(0.9, 0.999), codes=256, hidden=64, blocks=1, first_stride=4, crop_scale=0.2,
+    ),
+}  # fmt: skip
+
+
+class Batch(NamedTuple):
+    images: Tensor  # (B, 3, H, W) in [0, 1]
+    seeds: Tensor  # (B, 2) int64 in [0, 2^32), of the Gumbel noise
+
+
+# ---------------------------------------------------------------------------------------------------------- networks
+
+
+class ConvBlock(nn.Module):
+    """x + gain · four convolutions with a ReLU before each, through a quarter of the channels."""
+
+    def __init__(self, n_in: int, n_out: int, kernels: tuple[int, ...], gain: float):
+        super().__init__()
+        widths = [n_in] + 3 * [n_out // 4] + [n_out]
+        self.skip = nn.Conv2d(n_in, n_out, 1) if n_in != n_out else nn.Identity()
+        self.convs = nn.ModuleList(nn.Conv2d(widths[i], widths[i + 1], k, padding=k // 2) for i, k in enumerate(kernels))
+        self.gain = gain
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x
+        for conv in self.convs:
+            y = conv(F.relu(y))
+        return self.skip(x) + self.gain * y
+
+
+class Stack(nn.Module):
+    """A first layer, a group of residual blocks per resolution with `resize` in between, ReLU, a 1 x 1 convolution."""
+
+    def __init__(self, first: nn.Conv2d, widths: list[int], out: int, blocks: int, kernels: tuple[int, ...], resize):
+        super().__init__()
+        self.input = first
+        before, gain = [first.out_channels, *widths], 1 / (len(widths) * blocks) ** 2
+        self.groups = nn.ModuleList(
+            nn.ModuleList(ConvBlock(before[g] if i == 0 else width, width, kernels, gain) for i in range(blocks))
+            for g, width in enumerate(widths)
+        )
+        self.output = nn.Conv2d(widths[-1], out, 1)
+        self.resize = resize
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.input(x)
+        for g, group in enumerate(self.groups):
+            x = self.resize(x) if g else x
+            for block in group:
+                x = block(x)
+        return self.output(F.relu(x))
+
+
+def halve(x: Tensor) -> Tensor:
+    return F.max_pool2d(x, 2)
+
+
+def double(x: Tensor) -> Tensor:
+    return F.interpolate(x, scale_factor=2, mode="nearest")
+
+
+class Tokenizer(nn.Module):
+    """DALL-E's encoder and, unless only tokens are wanted, its decoder. Pixels are in [0, 1] outside of it."""
+
+    def __init__(self, codes: int = 8192, hidden: int = 256, blocks: int = 2, first_stride: int = 1, decoder: bool = True):
+        super().__init__()
+        if codes < 2 or hidden < 4 or hidden % 4 or blocks < 1 or first_stride not in (1, 2, 4, 8):
+            raise InputError(
+                f"tokenizer of {codes} codes, {hidden} channels, {blocks} blocks, first stride {first_stride}: give two codes or more, "
+                "a multiple of 4 channels, a block or more, and a first stride of 1, 2, 4 or 8"
+            )
+        self.settings = dict(codes=codes, hidden=hidden, blocks=blocks, first_stride=first_stride, decoder=decoder)
+        widths = [hidden * 2**i for i in range(5 - first_stride.bit_length())]  # four for a first stride of 1, and one less for 2 …
+        first = nn.Conv2d(3, hidden, max(7, first_stride), stride=first_stride, padding=3 if first_stride < 8 else 0)
+        self.encoder = Stack(first, widths, codes, blocks, (3, 3, 3, 1), halve)
+        self.decoder = None
+        if decoder:  # its first layer is the codebook: 128 numbers a code
+            first = nn.Conv2d(codes, min(128, widths[-1]), 1)
+            self.decoder = Stack(first, widths[::-1], 6 * first_stride**2, blocks, (1, 3, 3, 3), double)
+        initialize(self)
+        # Grey maps to zero at first: the constant part of a picture would else give all places the same likeliest code.
+        self.encoder.input.bias.data = -self.encoder.input.weight.data.sum((1, 2, 3)) / 2
+
+    def decode(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Shares of the codes (B, K, h, w) → μ and log b (B, 3, H, W) of the logit-Laplace distribution of pixels."""
+        x = F.pixel_shuffle(self.decoder(z), self.settings["first_stride"])
+        return x.float().chunk(2, dim=1)
+
+    @torch.no_grad()
+    def tokens(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) in [0, 1] → (B, N) int64: the likeliest code of each 8 x 8 pixels, in raster order."""
+        return self.encoder(squeeze(images)).argmax(dim=1).flatten(1)
+
+    @torch.no_grad()
+    def images(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+        """(B, N) → (B, 3, H, W) in [0, 1]: what the decoder makes of codes."""
+        z = F.one_hot(tokens, self.settings["codes"]).float().transpose(1, 2).unflatten(2, grid)
+        return unsqueeze(self.decode(z)[0].sigmoid())
+
+
+def load_tokenizer(file: str) -> Tokenizer:
+    """A run of --method dvae (its directory or its encoder.pt), or DALL-E's encoder: a plain state dict. Never code."""
+    path = Path(file) / "encoder.pt" if Path(file).is_dir() else Path(file)
+    if not path.is_file():
+        raise InputError(f"tokenizer {path}: no such file; give a run of --method dvae, or DALL-E's from {PUBLISHED}")
+    try:
+        saved = launch.load(path)
+        if "state_dict" in saved:
+            tokenizer = Tokenizer(**saved["settings"])
+            tokenizer.load_state_dict(saved["state_dict"])
+            return tokenizer
+        weights = {our_name(name): value for name, value in saved.items()}
+        codes, width = weights["encoder.output.weight"].shape[:2]
+        tokenizer = Tokenizer(codes, width // 8, sum("skip" not in n for n in weights) // 32, decoder=False)
+        tokenizer.load_state_dict(weights)
+        return tokenizer
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError):  # InputError is a ValueError
+        raise InputError(
+            f"tokenizer {path}: not one; give a run of --method dvae, or DALL-E's from {PUBLISHED}"
+        ) from None
+
+
+def our_name(theirs: str) -> str:
+    """DALL-E's or Hugging Face's name of a weight → ours: blocks.group_1.block_2.res_path.conv_3.w …"""
+    name = theirs.replace("res_path.path.", "res_path.").replace(".group.", ".")
+    name = re.sub(r"group_(\d)\.block_(\d)", lambda m: f"groups.{int(m[1]) - 1}.{int(m[2]) - 1}", name)
+    name = re.sub(r"res_path\.conv_(\d)", lambda m: f"convs.{int(m[1]) - 1}", name)
+    name = name.replace("blocks.", "encoder.").replace("id_path", "skip").replace("output.conv", "output")
+    return re.sub(r"\.(w|b)$", lambda m: {"w": ".weight", "b": ".bias"}[m[1]], name)
+
+
+# ------------------------------------------------------------------------------------------- likelihood, relaxation, KL
+
+
+def squeeze(images: Tensor, eps: float = 0.1) -> Tensor:
+    """[0, 1] → [ε, 1 - ε], where the logit-Laplace distribution lives (App. A.3)."""
+    return (1 - 2 * eps) * images + eps
+
+
+def unsqueeze(x: Tensor, eps: float = 0.1) -> Tensor:
+    return ((x - eps) / (1 - 2 * eps)).clamp(0, 1)
+
+
+def logit_laplace_loss(x: Tensor, mu: Tensor, log_b: Tensor) -> Tensor:
+    """-log f(x | μ, b), f = exp(-|logit x - μ| / b) / (2 b x (1 - x)) (App. A.3, Eq. 2), averaged over all values."""
+    log_density = -(x.logit() - mu).abs() * (-log_b).exp() - log_b - (2 * x * (1 - x)).log()
+    return -log_density.mean()
+
+
+def uniform_kl(logits: Tensor) -> Tensor:
+    """KL(q ‖ uniform) = log K - H(q) in nats, averaged over tokens. (B, K, h, w) → scalar, in [0, log K]."""
+    log_q = logits.log_softmax(dim=1)
+    return math.log(logits.shape[1]) + (log_q.exp() * log_q).sum(dim=1).mean()
+
+
+def gumbel_noise(seeds: Tensor, shape: torch.Size) -> Tensor:
+    """(B, 2) integers below 2^32 → float32 (B, *shape), standard Gumbel: -log(-log u).
+
+    u comes from an integer hash of the place, once for each seed: a function of the image's seeds alone, hence
+    the same in any batch, on any device, for any number of processes.
+    """
+    x = torch.arange(math.prod(shape), device=seeds.device)
+    for seed in seeds.T:
+        x = x ^ seed[:, None]  # (B, places)
+        for _ in range(2):  # products stay below 2^59: no overflow
+            x = ((x >> 16) ^ x) * 0x45D9F3B & 0xFFFFFFFF
+        x = (x >> 16) ^ x
+    u = ((x >> 9).float() + 0.5) / 2**23  # 23 bits: never 0 and never 1 in float32
+    return -(-u.log()).log().unflatten(1, shape)
+
+
+def relax(logits: Tensor, noise: Tensor, tau: Tensor) -> Tensor:
+    """Gumbel-softmax: softmax((log q + g) / τ) over the codes, which tends to a sample of q as τ → 0. (B, K, h, w)."""
+    return ((logits + noise) / tau).softmax(dim=1)
+
+
+@torch.no_grad()
+def perplexity(tokens: Tensor, codes: int) -> Tensor:
+    """How many codes are in use over the images of all ranks: exp of the entropy of their frequencies."""
+    frequency = sum_over_ranks(F.one_hot(tokens.flatten(), codes).float().sum(dim=0))
+    frequency = frequency / frequency.sum()
+    return torch.special.entr(frequency).sum().exp()
+
+
+class DVAE(nn.Module):
+    Config, RECIPES = Config, RECIPES
+
+    def __init__(self, encoder: ViT, config: Config):
+        """Of `encoder` only the sizes matter: the tokenizer takes its place."""
+        super().__init__()
+        if encoder.patch_size != STRIDE:
+            raise InputError(f"patch size {encoder.patch_size}: a code stands for {STRIDE} pixels; give {STRIDE}")
+        if config.tau <= 0 or config.tau_end <= 0:
+            raise InputError(f"temperatures {config.tau:g} to {config.tau_end:g}: must be positive")
+        self.config, self.image_size, self.grid = config, encoder.image_size, encoder.grid
+        self.encoder = Tokenizer(config.codes, config.hidden, config.blocks, config.first_stride)
+        for name in ("tau", "beta"):  # buffers, so that a checkpoint keeps them
+            self.register_buffer(name, torch.zeros(()))
+        self.update_teacher(0.0)
+
+    def draw(self, images, index, rng) -> Batch:
+        """uint8 images → a random crop, perhaps flipped, and the seeds of its noise."""
+        boxes = augment.crop_boxes(rng, augment.sizes(images), scale=(self.config.crop_scale, 1.0))
+        views = augment.crop_resize(images, boxes, self.image_size, hflip=rng.chance(0.5))
+        return Batch(views, rng.integers(0, 2**32, 2))
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        x = squeeze(batch.images)
+        logits = self.encoder.encoder(x).float()  # (B, K, h, w)
+        z = relax(logits, gumbel_noise(batch.seeds, logits.shape[1:]), self.tau)
+        mu, log_b = self.encoder.decode(z)  # (B, 3, H, W) each
+        likelihood = logit_laplace_loss(x, mu, log_b)
+        kl = uniform_kl(logits)
+        # The bound sums over tokens and over pixel values; a mean over values leaves one token for 3 · 8 · 8 of them.
+        return {
+            "loss": likelihood + self.beta / (3 * STRIDE**2) * kl,
+            "likelihood": likelihood,
+            "kl": kl,
+            "reconstruction": (unsqueeze(mu.sigmoid()) - batch.images).square().mean(),  # of pixels in [0, 1]
+            "codes_used": perplexity(logits.argmax(dim=1), self.config.codes),
+        }
+
+    def update_teacher(self, progress: float) -> None:
+        """There is no teacher; τ falls and β rises with the share of training that is done (App. A.2)."""
+        c = self.config
+        self.tau.fill_(cosine(c.tau, c.tau_end, min(1.0, progress / c.tau_anneal) if c.tau_anneal else 1.0))
+        self.beta.fill_(cosine(0.0, c.kl_weight, min(1.0, progress / c.kl_warmup) if c.kl_warmup else 1.0))
+
+    def end_epoch(self, epoch: int, image_set) -> None:
+        """Nothing to recompute."""
+
+    @torch.no_grad()
+    def picture(self, batch: Batch) -> Tensor:
+        """(2, B, 3, H, W) in [0, 1]: originals, and what the decoder makes of their tokens."""
+        return torch.stack([batch.images, self.encoder.images(self.encoder.tokens(batch.images), self.grid)])
