@@ -7,11 +7,11 @@ from relaxed samples of it, and both maximise the evidence lower bound; afterwar
                          └──────────── KL to the uniform prior, times β ───────── L = -ELBO        (Eq. 1)
 
 CAE (arXiv 2202.03026, Table 7) finds a d-VAE of its own as good as DALL-E's and says no more about it, so that DALL-E's
-stands here: its networks (§ A.2 and released code), its likelihood, its β and its annealing of τ, both by the share of
-training that is done. `Tokenizer` with its defaults is the released model; `load_tokenizer` reads its encoder's weights.
+stands here: its networks (released code), its likelihood, its β and its annealing of τ (App. A), both by the share of
+training that is done. The defaults are the released model, and `load_tokenizer` reads its encoder's weights.
 
 Differences from DALL-E: no average of the weights; AdamW's rate follows train.py's cosine; fewer images; smaller and
-shorter in "tiny" and "demo". Initial weights are common.py's, with mid-grey at zero.
+shorter in "tiny" and "demo". Initial weights are common.py's, scaled (see `Tokenizer`).
 The Gumbel noise is a hash of two integers per image and the place in the grid of logits, computed in the forward pass:
 a draw of images x tokens x codes numbers on the CPU would take longer than the step.
 
@@ -47,7 +47,7 @@ class Config:
     codes: int = 8192  # size of the codebook
     hidden: int = 256  # channels at the finest resolution; twice as many after each halving
     blocks: int = 2  # residual blocks at each resolution
-    first_stride: int = 1  # stride of the first convolution: DALL-E's is 1, with 2, 4 or 8 the finest resolutions are left out
+    first_stride: int = 1  # of the first convolution: 1 in DALL-E; 2, 4 or 8 leave out the finest resolutions
     kl_weight: float = 6.6  # β, relative to a likelihood per pixel value (App. A.2)
     kl_warmup: float = 0.05  # share of training over which β rises from 0
     tau: float = 1.0  # temperature of the Gumbel-softmax at the start
@@ -64,11 +64,11 @@ RECIPES = {
     ),
     "tiny": dict(
         image_size=64, patch_size=8, epochs=10, warmup_epochs=0.5, batch_size=256, lr=1e-3, weight_decay=1e-4,
-        betas=(0.9, 0.999), codes=1024, hidden=128, blocks=2, first_stride=2, crop_scale=0.2,
+        betas=(0.9, 0.999), codes=1024, hidden=128, blocks=2, first_stride=2, kl_weight=1.0, crop_scale=0.2,
     ),
     "demo": dict(
-        image_size=64, patch_size=8, epochs=3, warmup_epochs=0.2, batch_size=128, lr=3e-3, weight_decay=1e-4,
-        betas=(0.9, 0.999), codes=256, hidden=64, blocks=1, first_stride=4, crop_scale=0.2,
+        image_size=64, patch_size=8, epochs=2, warmup_epochs=0.2, batch_size=128, lr=3e-3, weight_decay=1e-4,
+        betas=(0.9, 0.999), codes=128, hidden=32, blocks=1, first_stride=4, kl_weight=1.0, crop_scale=0.2,
     ),
 }  # fmt: skip
 
@@ -88,7 +88,9 @@ class ConvBlock(nn.Module):
         super().__init__()
         widths = [n_in] + 3 * [n_out // 4] + [n_out]
         self.skip = nn.Conv2d(n_in, n_out, 1) if n_in != n_out else nn.Identity()
-        self.convs = nn.ModuleList(nn.Conv2d(widths[i], widths[i + 1], k, padding=k // 2) for i, k in enumerate(kernels))
+        self.convs = nn.ModuleList(
+            nn.Conv2d(widths[i], widths[i + 1], k, padding=k // 2) for i, k in enumerate(kernels)
+        )
         self.gain = gain
 
     def forward(self, x: Tensor) -> Tensor:
@@ -132,15 +134,20 @@ def double(x: Tensor) -> Tensor:
 class Tokenizer(nn.Module):
     """DALL-E's encoder and, unless only tokens are wanted, its decoder. Pixels are in [0, 1] outside of it."""
 
-    def __init__(self, codes: int = 8192, hidden: int = 256, blocks: int = 2, first_stride: int = 1, decoder: bool = True):
+    def __init__(
+        self, codes: int = 8192, hidden: int = 256, blocks: int = 2, first_stride: int = 1, decoder: bool = True
+    ):
         super().__init__()
-        if codes < 2 or hidden < 4 or hidden % 4 or blocks < 1 or first_stride not in (1, 2, 4, 8):
-            raise InputError(
-                f"tokenizer of {codes} codes, {hidden} channels, {blocks} blocks, first stride {first_stride}: give two codes or more, "
-                "a multiple of 4 channels, a block or more, and a first stride of 1, 2, 4 or 8"
-            )
+        if codes < 2:
+            raise InputError(f"codes {codes}: must be at least 2")
+        if hidden < 4 or hidden % 4:
+            raise InputError(f"hidden {hidden}: must be a multiple of 4 channels")
+        if blocks < 1:
+            raise InputError(f"blocks {blocks}: must be at least 1")
+        if first_stride not in (1, 2, 4, 8):
+            raise InputError(f"first stride {first_stride}: must be 1, 2, 4 or 8")
         self.settings = dict(codes=codes, hidden=hidden, blocks=blocks, first_stride=first_stride, decoder=decoder)
-        widths = [hidden * 2**i for i in range(5 - first_stride.bit_length())]  # four for a first stride of 1, and one less for 2 …
+        widths = [hidden * 2**i for i in range(5 - first_stride.bit_length())]  # four from 1 pixel to 8, three from 2 …
         first = nn.Conv2d(3, hidden, max(7, first_stride), stride=first_stride, padding=3 if first_stride < 8 else 0)
         self.encoder = Stack(first, widths, codes, blocks, (3, 3, 3, 1), halve)
         self.decoder = None
@@ -148,8 +155,10 @@ class Tokenizer(nn.Module):
             first = nn.Conv2d(codes, min(128, widths[-1]), 1)
             self.decoder = Stack(first, widths[::-1], 6 * first_stride**2, blocks, (1, 3, 3, 3), double)
         initialize(self)
-        # Grey maps to zero at first: the constant part of a picture would else give all places the same likeliest code.
+        # At first grey gives zero, and pictures logits of order one, as the Gumbel noise: otherwise all places have the
+        # same likeliest code, and noise drowns the others, until the decoder no longer listens.
         self.encoder.input.bias.data = -self.encoder.input.weight.data.sum((1, 2, 3)) / 2
+        self.encoder.output.weight.data *= 10
 
     def decode(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Shares of the codes (B, K, h, w) → μ and log b (B, 3, H, W) of the logit-Laplace distribution of pixels."""
@@ -180,8 +189,9 @@ def load_tokenizer(file: str) -> Tokenizer:
             tokenizer.load_state_dict(saved["state_dict"])
             return tokenizer
         weights = {our_name(name): value for name, value in saved.items()}
-        codes, width = weights["encoder.output.weight"].shape[:2]
-        tokenizer = Tokenizer(codes, width // 8, sum("skip" not in n for n in weights) // 32, decoder=False)
+        (codes, _, _, _), (hidden, _, _, _) = (weights[f"encoder.{end}.weight"].shape for end in ("output", "input"))
+        blocks = sum(name.startswith("encoder.groups.0") for name in weights) // 8  # four weights and biases in each
+        tokenizer = Tokenizer(codes, hidden, blocks, decoder=False)
         tokenizer.load_state_dict(weights)
         return tokenizer
     except (LookupError, TypeError, ValueError, AttributeError, RuntimeError):  # InputError is a ValueError
@@ -212,7 +222,7 @@ def unsqueeze(x: Tensor, eps: float = 0.1) -> Tensor:
 
 
 def logit_laplace_loss(x: Tensor, mu: Tensor, log_b: Tensor) -> Tensor:
-    """-log f(x | μ, b), f = exp(-|logit x - μ| / b) / (2 b x (1 - x)) (App. A.3, Eq. 2), averaged over all values."""
+    """-log f(x | μ, b), f = exp(-|logit x - μ| / b) / (2 b x (1 - x)) (App. A.3), averaged over all values."""
     log_density = -(x.logit() - mu).abs() * (-log_b).exp() - log_b - (2 * x * (1 - x)).log()
     return -log_density.mean()
 

@@ -1,6 +1,6 @@
-"""LC-MAE: understanding masked autoencoders from a local contrastive perspective (Yue et al., arXiv 2310.01994).
+"""LC-MAE: masked autoencoders from a local contrastive perspective (Yue et al., arXiv 2310.01994v2).
 
-In a sentence: a masked autoencoder sees one image under two masks, and what its loss implies is demanded openly: equal
+In a sentence: one masked autoencoder sees an image under two masks, and what its loss implies is demanded openly: equal
 outputs for a patch hidden in both (L_cross), and outputs as alike as the patches they stand for (L_in).
 
     x ─┬─ m_1 ─ MAE ─ h ─ projector ─ v ─┬─ L_in       h against the pixels: L_MAE
@@ -9,24 +9,22 @@ outputs for a patch hidden in both (L_cross), and outputs as alike as the patche
 Changes from mae.py: the second mask, the projector, L_cross, L_in, two small decoders, the plain autoencoder.
 
 Where the paper is silent or unclear (there is no official code), and what stands here
-- h is the predicted pixels: Eq. (1) and (3) compare it with x_i. `project="tokens"` takes the decoder's tokens instead.
-- Eq. (5), (6) are sums; L_MAE is a mean, which a sum over ~20 000 pairs would drown. Here: the mean over the patches
-  masked in both, then over images; the mean over ordered pairs i ≠ j. L_MAE and L_in are averaged over the two views.
-  An image without a patch masked in both, which takes a mask ratio of at most one half, has L_cross = 0.
-- x in Eq. (6) is what the encoder is given, normalised by the set's statistics, also where L_MAE's target is per patch.
-- Without L_cross nothing compares two views, so there is one; weights (1, 0, 0) are mae.py to the bit, setting (b).
-- Small decoders keep MAE's embedding, mask tokens, positions, norm and output; the Gaussian or the convolution with
-  its 5 x 5 patches stands in place of the blocks and runs over mask tokens too; the class token has no place there.
-- Pixels of a block beyond the image's border are no target, and the Gaussian is normalised over what lies inside.
-- Weight decay and betas are MAE's. Tables 2 and 3 train MAE, hence --mae-weight 1 --cross-weight 0 --in-weight 0
-  --lr 6e-4 under the paper recipe; --block 48 alone makes the autoencoder of Table 3.
+- h is the predicted pixels, as Eq. (1) and (3) compare it with x_i; `project="tokens"`: the decoder's last tokens.
+- Eq. (5), (6) are sums, which would drown L_MAE, a mean: here means, over the patches masked in both views, then over
+  images (none, possible only if at most half is masked, counts as 0), and over ordered pairs i ≠ j. L_MAE and L_in are
+  averaged over the views. Without L_cross there is one view: weights (1, 0, 0), setting (b), are mae.py to the bit.
+- x in Eq. (6) is what the encoder is given, standardised per channel, though L_MAE's target is so per patch.
+- Small decoders (Table 2) keep MAE's embedding, mask tokens, positions, norm and output; the Gaussian (normalised over
+  what lies in the image) or the convolution replaces the blocks, runs over mask tokens too, leaves out the class token.
+- Autoencoder (Table 3): `--block 48` and MAE's decoder; pixels beyond the image's border are no target.
+- Weight decay and betas are MAE's; so is the base rate 1.5e-4 of Tables 2 and 3 (§5): `--lr 6e-4` at batch 1024.
 
     python train.py --method lcmae           torchrun --nproc_per_node=8 train.py --method lcmae --data tiny-imagenet
 
-One image (Table A.1) is a folder of links to it:  mkdir -p one/train/a one/val/a && cp photo.jpg one/val/a/
-    && for i in $(seq 1024); do ln -s ../../val/a/photo.jpg one/train/a/$i.jpg; done; python train.py … --data one
+One image (Table A.1) is a folder of links to it:  mkdir -p one/train/a one/val/a; cp photo.jpg one/val/a/photo.jpg;
+for i in $(seq 1024); do ln -s ../../val/a/photo.jpg one/train/a/$i.jpg; done; python train.py --method lcmae --data one
 
-Measured: see the table in README.md; ImageNet: not run.
+Measured: see the table in README.md; ImageNet: not run. That (c) collapses and (d), (e), (g) do not is a test.
 """
 
 from dataclasses import dataclass

@@ -71,7 +71,7 @@ class Picture:
         axis = (np.arange(SIZE, dtype=np.float32) + 0.5) / SIZE * 2 - 1
         self.x, self.y = self.frame = axis[None, None, :], -axis[None, :, None]
         self.pixels = SIZE / 2  # per unit of x
-        self.turn = rotation(self.uniform(-0.25, 0.25))  # of all hues
+        self.turn = rotation(self.uniform(-0.12, 0.12))  # of all hues
         self.light = self.uniform(-0.22, 0.22), self.uniform(0.06, 0.22)
         self.glow = 1 + 0.08 * self.texture
 
@@ -85,10 +85,10 @@ class Picture:
         chosen = np.float32(table)[self.uniform(0, len(rows))[:, 0, 0].astype(int)] / 255  # (B, k, 3)
         grey, (cos, sin) = chosen.mean(axis=2, keepdims=True), self.turn
         across = (np.roll(chosen, 1, axis=2) - np.roll(chosen, -1, axis=2)) / np.float32(math.sqrt(3))
-        turned = grey + cos * (chosen - grey) + sin * across + self.uniform(-0.08, 0.08)
+        turned = grey + cos * (chosen - grey) + sin * across + self.uniform(-0.05, 0.05)
         return turned.transpose(1, 0, 2)[..., None, None]
 
-    def scene(self, settings: tuple[str, ...], tilt: float, low=-0.2, high=0.25):
+    def scene(self, settings: tuple[str, ...], tilt: float, low=-0.3, high=0.4):
         """Two uneven halves with bushes, rocks or clouds, and a place `low` to `high` above the horizon for an object.
 
         From here on x and y are the object's, which is about one unit wide: moved, scaled, tilted, mirrored.
@@ -99,13 +99,13 @@ class Picture:
         ground = np.clip(0.5 - y * self.uniform(8, 40), 0, 1)
         sky = above + np.clip(y, 0, 1)[:, None] * (top - above)
         earth = below + np.clip(-y, 0, 1)[:, None] * (bottom - below)
-        self.canvas = sky + ground[:, None] * (earth - sky) + ((0.07 + 0.09 * ground) * self.texture)[:, None]
+        self.canvas = sky + ground[:, None] * (earth - sky) + ((0.05 + 0.06 * ground) * self.texture)[:, None]
         self.tones = above, below
-        for _ in range(3):
+        for _ in range(2):
             self.bush(level + self.uniform(-0.3, 0.5), self.uniform(0.06, 0.35))
-        dx = self.x - self.uniform(-0.45, 0.45)
-        dy = self.y - np.clip(level + self.uniform(low, high), -0.45, 0.4)
-        size, (cos, sin) = self.uniform(0.6, 1.2), rotation(self.uniform(-tilt / 2, tilt / 2))
+        dx = self.x - self.uniform(-0.5, 0.5)
+        dy = self.y - np.clip(level + self.uniform(low, high), -0.5, 0.45)
+        size, (cos, sin) = self.uniform(0.85, 1.4), rotation(self.uniform(-tilt / 2, tilt / 2))
         mirror = np.where(self.uniform(-1, 1) < 0, np.float32(-1), np.float32(1))
         self.glow = self.glow + (self.light[0] * dx + self.light[1] * dy) / size
         self.x, self.y = mirror * (cos * dx + sin * dy) / size, (cos * dy - sin * dx) / size
@@ -130,9 +130,9 @@ class Picture:
         """Sometimes a bush in front, then exposure and grain: uint8 (B, 3, 64, 64)."""
         (self.x, self.y), self.pixels = self.frame, SIZE / 2
         self.bush(self.uniform(-1.4, -0.8), self.uniform(0.15, 0.4))
-        gain = self.uniform(0.65, 1.2) * (1 + self.uniform(-0.25, 0.25) * self.x + self.uniform(-0.15, 0.2) * self.y)
+        gain = self.uniform(0.75, 1.15) * (1 + self.uniform(-0.15, 0.15) * self.x + self.uniform(-0.1, 0.15) * self.y)
         grain = self.numbers[:, -SIZE * SIZE :].reshape(-1, SIZE, SIZE) - np.float32(0.5)
-        values = self.canvas * gain[:, None] + (self.uniform(0.02, 0.1) * grain)[:, None]
+        values = self.canvas * gain[:, None] + (self.uniform(0.01, 0.05) * grain)[:, None]
         return (np.clip(values, 0, 1) * 255 + 0.5).astype(np.uint8)
 
 
@@ -202,7 +202,7 @@ def house(p):
 
 def tree(p):
     p.scene(LAND, tilt=0.2)
-    crown, bark = p.colours("#4a7a34 #5a4028", "#8a9a3a #77604a", "#c07a34 #4a3a30", "#38604a #6a5848")
+    crown, bark = p.colours("#4a7a34 #5a4028", "#8a9a3a #77604a", "#c07a34 #4a3a30", "#d8c8c0 #4a4440")
     p.shadow(0.1, -0.5, 0.5, 0.1)
     p.paint(polygon(p, (-0.1, -0.5), (0.1, -0.5), (0.05, 0.2), (-0.05, 0.2)), bark)
     for x, y in ((-0.28, 0.15), (0.28, 0.12), (0.0, 0.25), (-0.12, 0.5), (0.16, 0.46)):

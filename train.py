@@ -82,6 +82,7 @@ def train(args, config, Method, device: torch.device, run: "Run"):
     groups = parameter_groups(method, args.weight_decay, tuple(args.no_decay))
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=tuple(args.betas), fused=device.type in ("cpu", "cuda"))
     scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
+    run.images = len(image_set)
     first = run.open(args, config, method, optimizer, scaler)
     if first == 0 and hasattr(method, "prepare"):
         method.prepare(partial(train_first, args, device))
@@ -132,7 +133,7 @@ def train(args, config, Method, device: torch.device, run: "Run"):
             method.update_teacher((step + 1) / steps)
 
             done, epoch_done = step + 1, (step + 1) % steps_per_epoch == 0
-            if epoch_done:
+            if epoch_done and done < steps:  # nothing follows the last
                 method.end_epoch(step // steps_per_epoch, image_set)
             meter.update(done, losses, rate, last=done == steps)
             stopping = run.asked_to_stop()
@@ -281,7 +282,9 @@ class Pictures:
             return
         index = torch.linspace(0, len(images) - 1, n).long()
         with torch.no_grad():
-            self.batch = method.draw(images.images(index, device), index, StepRandom(args.seed, 2**40, n, None, device))
+            nowhere = torch.full((n,), -1)  # these images have no place in the training set
+            rng = StepRandom(args.seed, 2**40, n, None, device)
+            self.batch = method.draw(images.images(index, device), nowhere, rng)
         self.method, self.zoom = method, max(1, 128 // args.image_size)
 
     def __call__(self, directory: Path) -> None:
@@ -302,7 +305,7 @@ class Run:
     """A run directory, which rank 0 alone writes, and the wish to stop, which any rank may receive."""
 
     def __init__(self, directory):
-        self.directory, self.stopped_by, self.signal = Path(directory), 0, 0
+        self.directory, self.images, self.stopped_by, self.signal = Path(directory), 0, 0, 0
         # Agreement goes over gloo on the CPU, so that asking every step never waits for a GPU.
         self.control = dist.new_group(backend="gloo") if world_size() > 1 else None
 
@@ -326,7 +329,7 @@ class Run:
     def open(self, args, config, method, optimizer, scaler) -> int:
         """Lay out the directory and load its checkpoint if there is one; returns the first step to do."""
         found: list = [None]
-        settings = {k: v for k, v in vars(args).items()} | dataclasses.asdict(config)
+        settings = vars(args) | dataclasses.asdict(config) | dict(images=self.images)
         if rank() == 0:
             try:
                 self.directory.mkdir(parents=True, exist_ok=True)
@@ -390,7 +393,7 @@ class Run:
     def save(self, step: int, args, method, optimizer, scaler) -> None:
         if rank() > 0:
             return
-        settings = vars(args) | dataclasses.asdict(method.config)
+        settings = vars(args) | dataclasses.asdict(method.config) | dict(images=self.images)
         states = dict(method=method.state_dict(), optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
         launch.save(self.directory / "checkpoint.pt", dict(step=step, settings=settings) | states)
         encoder = dict(settings=method.encoder.settings, state_dict=method.encoder.state_dict())

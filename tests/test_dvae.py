@@ -51,7 +51,9 @@ def published(hidden=8, codes=12):
     config = transformers.FlavaImageCodebookConfig(hidden_size=hidden, vocab_size=codes, num_blocks_per_group=2)
     model = transformers.FlavaImageCodebook(config)
     for parameter in model.parameters():
-        parameter.data = torch.randn_like(parameter) * (0.5 if parameter.ndim == 1 else parameter[0].numel() ** -0.5)
+        parameter.data = torch.randn_like(parameter) * (
+            0.1 if parameter.ndim == 1 else 2 * parameter[0].numel() ** -0.5
+        )
     return model
 
 
@@ -66,7 +68,7 @@ def test_the_published_encoder_is_read_and_gives_the_same_tokens(tmp_path, names
     torch.save(state, tmp_path / "dalle.bin")
     ours = load_tokenizer(str(tmp_path / "dalle.bin"))
     assert ours.settings == dict(codes=12, hidden=8, blocks=2, first_stride=1, decoder=False)
-    images = torch.rand(2, 3, 32, 48)
+    images = torch.rand(2, 3, 4, 6).repeat_interleave(8, 2).repeat_interleave(8, 3)
     logits = theirs.blocks(squeeze(images))
     torch.testing.assert_close(ours.encoder(squeeze(images)), logits, atol=1e-5, rtol=1e-5)
     assert torch.equal(ours.tokens(images), theirs.get_codebook_indices(0.8 * images + 0.1).flatten(1))
@@ -90,23 +92,29 @@ def test_a_token_for_each_8_pixels_whatever_the_first_stride(first_stride):
     images = torch.rand(2, 3, 16, 40)
     assert tokenizer.encoder(images).shape == (2, 12, 2, 5)
     tokens = tokenizer.tokens(images)
-    assert tokens.shape == (2, 10) and torch.equal(tokens.unflatten(1, (2, 5)), tokenizer.encoder(squeeze(images)).argmax(1))
+    assert tokens.shape == (2, 10) and torch.equal(
+        tokens.unflatten(1, (2, 5)), tokenizer.encoder(squeeze(images)).argmax(1)
+    )
     drawn = tokenizer.images(tokens, (2, 5))
     one_hot = torch.zeros(2, 12, 2, 5).scatter(1, tokens.reshape(2, 1, 2, 5), 1.0)
     mu, log_b = tokenizer.decode(one_hot)
     assert mu.shape == log_b.shape == images.shape
-    assert torch.equal(drawn, unsqueeze(torch.sigmoid(mu)))
+    torch.testing.assert_close(drawn, unsqueeze(torch.sigmoid(mu)).detach())
 
 
-def test_grey_is_zero_to_a_new_encoder():
-    assert Tokenizer(**SMALL).encoder.input(torch.full((1, 3, 16, 16), 0.5))[:, :, 3:-3, 3:-3].abs().max() < 1e-5
+def test_the_logits_of_a_new_encoder_are_as_large_as_the_noise():
+    """Grey gives zero, pictures give logits of order one."""
+    torch.manual_seed(0)
+    for sizes in (dict(codes=64, hidden=32, blocks=1, first_stride=4), dict(codes=64, hidden=16, blocks=2)):
+        tokenizer = Tokenizer(**sizes)
+        assert tokenizer.encoder.input(torch.full((1, 3, 32, 32), 0.5))[:, :, 4, 4].abs().max() < 1e-5
+        images = torch.nn.functional.interpolate(torch.rand(8, 3, 6, 6), 48, mode="bicubic").clamp(0, 1)
+        assert 0.5 < tokenizer.encoder(squeeze(images)).std() < 5
 
 
 def test_a_saved_run_is_read_back_from_its_directory_or_file(tmp_path):
     model = small(first_stride=4)
-    launch.save(
-        tmp_path / "encoder.pt", dict(settings=model.encoder.settings, state_dict=model.encoder.state_dict())
-    )
+    launch.save(tmp_path / "encoder.pt", dict(settings=model.encoder.settings, state_dict=model.encoder.state_dict()))
     for path in (tmp_path, tmp_path / "encoder.pt"):
         again = load_tokenizer(str(path))
         assert all(torch.equal(a, b) for a, b in zip(again.parameters(), model.encoder.parameters(), strict=True))
@@ -124,13 +132,16 @@ def test_what_is_no_tokenizer_is_refused_in_one_line_that_says_where_to_get_one(
     state.pop("blocks.group_2.group.block_1.id_path.bias")
     torch.save(state, tmp_path / "part.pt")
     for name in ("vit.pt", "other.pt", "list.pt", "pickled.pt", "text.pt", "part.pt", "none.pt", "."):
-        with pytest.raises(InputError, match=r"tokenizer .*give a run of --method dvae, or DALL-E's from https") as error:
+        with pytest.raises(
+            InputError, match=r"tokenizer .*give a run of --method dvae, or DALL-E's from https"
+        ) as error:
             load_tokenizer(str(tmp_path / name))
         assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("wrong", [
-    dict(codes=1), dict(hidden=6), dict(hidden=0), dict(blocks=0), dict(first_stride=3), dict(tau=0.0), dict(tau_end=-1.0),
+    dict(codes=1), dict(hidden=6), dict(hidden=0), dict(blocks=0), dict(first_stride=3), dict(tau=0.0),
+    dict(tau_end=-1.0),
 ])  # fmt: skip
 def test_settings_that_cannot_be_built_are_refused(wrong):
     with pytest.raises(InputError):
@@ -151,11 +162,9 @@ def test_logit_laplace_is_minus_the_log_density(x, mu, log_b):
     assert found.item() == pytest.approx(-math.log(density), abs=1e-9)
 
 
-def test_logit_laplace_density_integrates_to_one_and_is_averaged():
+def test_logit_laplace_density_integrates_to_one_and_its_loss_is_a_mean():
     x = (torch.arange(200_000, dtype=torch.float64) + 0.5) / 200_000
-    mu, log_b = torch.tensor(0.7, dtype=torch.float64), torch.tensor(-0.5, dtype=torch.float64)
-    total = sum((-logit_laplace_loss(part, mu, log_b)).exp().item() for part in x[:, None]) if len(x) < 10 else None
-    assert total is None
+    mu, log_b = torch.tensor([0.7, -0.5], dtype=torch.float64)
     b = log_b.exp()
     density = torch.exp(-(x.logit() - mu).abs() / b) / (2 * b * x * (1 - x))
     assert density.mean().item() == pytest.approx(1, abs=1e-4)
@@ -261,20 +270,18 @@ def test_relaxed_samples_follow_the_distribution_and_harden_as_tau_falls():
     torch.testing.assert_close(z, plain / plain.sum(1, keepdim=True), atol=1e-6, rtol=1e-5)
 
 
-# -------------------------------------------------------------------------------------------------------------- training
+# ------------------------------------------------------------------------------------------------------------- training
 
 
 @torch.no_grad()
 def test_forward_is_the_negative_bound_in_plain_steps():
-    model = small().double()
-    batch = batch_for()
-    batch = batch._replace(images=batch.images.double())
+    model, batch = small(), batch_for()
     x = 0.1 + 0.8 * batch.images
-    logits = model.encoder.encoder(x).float()
+    logits = model.encoder.encoder(x)
     q = logits.softmax(1)
     z = ((q.log() + gumbel_noise(batch.seeds, logits.shape[1:])) / model.tau).softmax(1)
-    out = model.encoder.decoder(z.double())
-    mu, log_b = out[:, :3].float(), out[:, 3:].float()
+    out = model.encoder.decoder(z)  # μ, then log b
+    mu, log_b = out[:, :3], out[:, 3:]
     values, rate, errors = [], [], []
     for b in range(3):
         for c in range(3):
@@ -296,7 +303,9 @@ def test_forward_is_the_negative_bound_in_plain_steps():
     bound = sum(values) + beta * sum(rate)  # over all pixel values and all tokens
     assert out["loss"].item() == pytest.approx(bound / len(values), abs=1e-5)
     counts = logits.argmax(1).flatten().bincount(minlength=12).double() / 48
-    assert out["codes_used"].item() == pytest.approx(math.exp(-sum(p * math.log(p) for p in counts.tolist() if p)), abs=1e-4)
+    assert out["codes_used"].item() == pytest.approx(
+        math.exp(-sum(p * math.log(p) for p in counts.tolist() if p)), abs=1e-4
+    )
 
 
 def test_gradient_reaches_every_weight():

@@ -45,8 +45,8 @@ def test_the_images_are_the_same_on_every_machine(images):
     """Checksums of the first 200 of each split: a change of the drawing must be meant, as it voids measured numbers."""
     (x, _), (v, _), _ = images
     assert [hashlib.sha256(a[:200].tobytes()).hexdigest()[:16] for a in (x, v)] == [
-        "02cdc5fc1d5f2b01",
-        "68d073ea0de5d4bf",
+        "b57fef0a85247906",
+        "2b37f9716c34ae4e",
     ]
 
 
@@ -72,7 +72,7 @@ def test_an_image_uses_no_number_twice():
 
 
 def test_spectrum_falls_like_a_photographs(images):
-    """Amplitude falls with frequency about as 1/f between 2 and 16 cycles an image; measured slope -1.2."""
+    """Amplitude falls with frequency about as 1/f between 2 and 16 cycles an image; measured slope -1.5."""
     x = images[0][0][:300].mean(axis=1)
     window = np.hanning(64)[:, None] * np.hanning(64)
     amplitude = np.abs(np.fft.fft2((x - x.mean(axis=(1, 2), keepdims=True)) * window)).mean(axis=0)
@@ -87,7 +87,7 @@ def test_pixels_say_little_and_mean_colour_next_to_nothing(images):
     (x, y), (v, w), _ = images
     centred = [(a.reshape(len(a), -1) / 255.0 - 0.45, b) for a, b in ((x, y), (v, w))]
     colours = [(a.mean(axis=(2, 3)) / 255.0 - 0.45, b) for a, b in ((x, y), (v, w))]
-    assert 13 < neighbours(*centred) < 32
+    assert 20 < neighbours(*centred) < 45
     assert neighbours(*colours) < 20
 
 

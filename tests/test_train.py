@@ -132,7 +132,8 @@ def test_a_run_leaves_its_files_and_says_where(train, tmp_path, method):
     files = {"config.json", "log.jsonl", "checkpoint.pt", "encoder.pt", "reconstruction.png", ".lock"}
     assert {p.name for p in run.iterdir()} - {"dvae"} == files
     rows = log(run)
-    assert rows[0]["settings"]["seed"] == 0 and rows[0]["config"].keys() == field_comments(METHODS[method].Config).keys()
+    assert rows[0]["settings"]["seed"] == 0
+    assert rows[0]["config"].keys() == field_comments(METHODS[method].Config).keys()
     assert rows[0] == json.loads((run / "config.json").read_text())
     assert [r["step"] for r in rows[1:]] == list(range(1, 13))
     assert {"step", "epoch", "loss", "lr", "images_per_second", "seconds"} <= rows[1].keys()
@@ -233,7 +234,10 @@ def test_resume_never_starts_over(train, tmp_path):
 @pytest.mark.parametrize("method", METHODS)
 def test_one_process_and_two_end_alike(train, tmp_path, method):
     """Twenty steps; batch 64 in one process against 32 in each of two, and against two accumulated parts for MAE."""
-    flags = ("--max-steps", 20, "--epochs", 20, "--batch-size", 64)
+    flags = ["--max-steps", 20, "--epochs", 20, "--batch-size", 64, "--drop-path", 0]  # the one stated exception
+    if method == "cae":  # tokens are argmaxes, some of which flip between two d-VAEs that are equal to 1e-5
+        assert_fine(train("--max-steps", 20, method="dvae", out="tokenizer"))
+        flags += ["--tokenizer", tmp_path / "tokenizer"]
     assert_fine(train(*flags, method=method, out="one"))
     done = train(*flags, method=method, processes=2, out="two")
     assert_fine(done)
