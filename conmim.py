@@ -23,7 +23,7 @@ BEiT's initialisation (not offered: ours is MAE's).
 
     python train.py --method conmim          torchrun --nproc_per_node=8 train.py --method conmim --data tiny-imagenet
 
-Measured: see the table in README.md; ImageNet: not run.
+Measured: not run beyond the tests' few steps.
 """
 
 import copy

@@ -18,7 +18,7 @@ a draw of images x tokens x codes numbers on the CPU would take longer than the 
     python train.py --method dvae           torchrun --nproc_per_node=8 train.py --method dvae --data imagenet
 
 Its encoder.pt holds the `Tokenizer`, not a ViT: `train.py --method cae --tokenizer` reads it, evaluate.py does not.
-Measured: see the table in README.md; ImageNet: not run.
+Measured: not run beyond the tests' few steps.
 """
 
 import math

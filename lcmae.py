@@ -24,7 +24,7 @@ Where the paper is silent or unclear (there is no official code), and what stand
 One image (Table A.1) is a folder of links to it:  mkdir -p one/train/a one/val/a; cp photo.jpg one/val/a/photo.jpg;
 for i in $(seq 1024); do ln -s ../../val/a/photo.jpg one/train/a/$i.jpg; done; python train.py --method lcmae --data one
 
-Measured: see the table in README.md; ImageNet: not run. That (c) collapses and (d), (e), (g) do not is a test.
+Measured: not run beyond the tests' few steps. That (c) collapses and (d), (e), (g) do not is a test.
 """
 
 from dataclasses import dataclass
