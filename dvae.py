@@ -11,7 +11,7 @@ stands here: its networks (released code), its likelihood, its β and its anneal
 training that is done. The defaults are the released model, and `load_tokenizer` reads its encoder's weights.
 
 Differences from DALL-E: no average of the weights; AdamW's rate follows train.py's cosine; fewer images; smaller and
-shorter in "tiny" and "demo". Initial weights are common.py's, scaled (see `Tokenizer`).
+shorter, with β = 1, in "tiny" and "demo". Initial weights are common.py's, scaled (see `Tokenizer`).
 The Gumbel noise is a hash of two integers per image and the place in the grid of logits, computed in the forward pass:
 a draw of images x tokens x codes numbers on the CPU would take longer than the step.
 

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import cae
 import dvae
 import launch
 from cae import CAE, Batch, Config, CrossBlock, alignment_loss, token_loss
@@ -353,6 +354,32 @@ def test_other_patches_have_the_same_crop_at_eight_pixels_a_patch():
     assert (halved - batch.token_images).abs().mean() < 0.01  # crop and flip agree
     assert model.tokenizer.tokens(batch.token_images).shape == (6, 16)
     assert torch.isfinite(model(batch)["loss"])
+
+
+def test_draw_crops_and_flips_as_configured():
+    images = torch.randint(0, 256, (1, 3, 32, 32), dtype=torch.uint8).repeat(64, 1, 1, 1)
+    whole = images / 255
+    for crop_scale in (1.0, 0.2):  # with 1.0 only the whole image fits
+        views = small(crop_scale=crop_scale).draw(images, torch.arange(64), StepRandom(0, 0, 64)).token_images
+        straight, mirrored = (((views - x).abs().amax((1, 2, 3)) < 1e-4).sum() for x in (whole, whole.flip(3)))
+        if crop_scale == 1.0:
+            assert straight + mirrored == 64 and 20 < straight < 44
+        else:
+            assert straight + mirrored < 16
+
+
+@pytest.mark.parametrize("size,p,smallest", [(224, 16, 16), (64, 8, 5), (32, 8, 1)])
+def test_blocks_are_no_smaller_than_16_of_196_patches_in_proportion(monkeypatch, size, p, smallest):
+    asked = []
+
+    def block_mask_of(rng, grid, count, **settings):
+        asked.append((count, settings))
+        return block_mask(rng, grid, count, **settings)
+
+    monkeypatch.setattr(cae, "block_mask", block_mask_of)
+    model = CAE(ViT(size, p, 16, 1, 2), Config(target="pixels"))
+    model.draw(images_for(2, size), torch.arange(2), StepRandom(0, 0, 2))
+    assert asked == [((size // p) ** 2 // 2, dict(smallest=smallest))]
 
 
 def test_masks_are_blocks_of_exactly_half():

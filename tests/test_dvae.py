@@ -78,11 +78,13 @@ def test_the_published_encoder_is_read_and_gives_the_same_tokens(tmp_path, names
 def test_the_defaults_are_the_published_size():
     with torch.device("meta"):
         tokenizer = Tokenizer()
-    encoder, decoder = (sum(p.numel() for p in part.parameters()) for part in (tokenizer.encoder, tokenizer.decoder))
-    assert encoder == 53_786_240 and tokenizer.decoder.input.out_channels == 128
+    assert sum(p.numel() for p in tokenizer.encoder.parameters()) == 53_786_240
+    assert tokenizer.decoder.input.out_channels == 128
     assert tokenizer.encoder.groups[0][0].gain == tokenizer.decoder.groups[0][0].gain == 1 / 64
     assert [g[1].skip.__class__.__name__ for g in tokenizer.encoder.groups] == 4 * ["Identity"]
-    assert decoder > 0 and tokenizer.decoder.output.out_channels == 6
+    assert [g[0].convs[-1].out_channels for g in tokenizer.decoder.groups] == [2048, 1024, 512, 256]
+    assert [c.kernel_size[0] for c in tokenizer.decoder.groups[0][0].convs] == [1, 3, 3, 3]
+    assert tokenizer.decoder.output.out_channels == 6
 
 
 @pytest.mark.parametrize("first_stride", [1, 2, 4, 8])
@@ -350,6 +352,18 @@ def test_draw_gives_crops_and_seeds_of_the_rank():
         assert torch.equal(part.seeds, whole.seeds[rows])
     other = model.draw(images, torch.arange(4), StepRandom(3, 10, 4))
     assert not torch.equal(other.seeds, whole.seeds)
+
+
+def test_draw_crops_and_flips_as_configured():
+    images = torch.randint(0, 256, (1, 3, 32, 32), dtype=torch.uint8).repeat(64, 1, 1, 1)
+    whole = images / 255
+    for crop_scale in (1.0, 0.2):  # with 1.0 only the whole image fits
+        views = small(crop_scale=crop_scale).draw(images, torch.arange(64), StepRandom(0, 0, 64)).images
+        straight, mirrored = (((views - x).abs().amax((1, 2, 3)) < 1e-4).sum() for x in (whole, whole.flip(3)))
+        if crop_scale == 1.0:
+            assert straight + mirrored == 64 and 20 < straight < 44
+        else:
+            assert straight + mirrored < 16
 
 
 def test_picture_shows_originals_and_their_tokens_decoded():
