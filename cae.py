@@ -93,7 +93,7 @@ RECIPES = {
         batch_size=512, lr=3.75e-4, min_lr=1e-5, weight_decay=0.05, betas=(0.9, 0.999), clip_grad=3.0, crop_scale=0.2,
         **tokenizer("tiny"),
     ),
-    # The built-in images in about three minutes of two CPU cores; a step takes three times as long as MAE's.
+    # The built-in images; a step takes three times as long as MAE's, so that there are fewer epochs.
     "demo": dict(
         model="nano", image_size=64, patch_size=8, layer_scale=0.1, epochs=6, warmup_epochs=1, batch_size=128,
         lr=1e-3, weight_decay=0.05, betas=(0.9, 0.999), clip_grad=3.0, crop_scale=0.2, regressor_depth=2,

@@ -152,10 +152,13 @@ def train(args, config, Method, device: torch.device, run: "Run"):
 
 def train_first(args, device: torch.device, name: str, **settings):
     """Another method, trained before the one of `args` on the same images and machine, in `<out>/<name>`."""
-    same = "data data_root download classes skip_bad_images workers recipe max_steps device precision seed".split()
+    same = "data data_root download classes skip_bad_images workers recipe max_steps device precision seed"
+    same = [*same.split(), "deterministic", "log_every"]
     flags = ["--method", name, "--out", f"{args.out}/{name}", "--no-evaluate"]
+    flags += ["--resume", "never"] if args.resume == "never" else []
+    flags.append("--compile" if args.compile else "--no-compile")
     for option, value in ({key: getattr(args, key) for key in same} | settings).items():
-        if value not in (None, False):
+        if value is not None and value is not False:
             flags += ["--" + option.replace("_", "-")] + ([] if value is True else [str(value)])
     theirs, config, Method = options(flags)
     settle(theirs, device)

@@ -228,6 +228,16 @@ def test_resume_never_starts_over(train, tmp_path):
     assert state(tmp_path / "run")["settings"]["seed"] == 1 and len(log(tmp_path / "run")) == 6
 
 
+def test_the_tokenizer_that_is_trained_first_is_kept_and_starts_over_with_its_run(train, tmp_path):
+    done = train("--max-steps", 5, method="cae")
+    assert_fine(done)
+    assert "cae needs a dvae first" in done.stderr and state(tmp_path / "run/dvae")["step"] == 5
+    ours, theirs = state(tmp_path / "run")["method"], state(tmp_path / "run/dvae")["method"]
+    assert torch.equal(ours["tokenizer.encoder.input.weight"], theirs["encoder.encoder.input.weight"])
+    assert_fine(train("--max-steps", 5, "--seed", 1, "--resume", "never", method="cae"))
+    assert state(tmp_path / "run/dvae")["settings"]["seed"] == 1
+
+
 # --------------------------------------------------------------------------------------------- numbers of processes
 
 
