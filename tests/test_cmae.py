@@ -134,12 +134,14 @@ def test_lambda_c_zero_is_mae_to_the_bit():
     assert list(model(batch)) == ["loss"]
 
 
-def test_gradient_reaches_the_online_branch_and_never_the_target():
-    model = small()
+@pytest.mark.parametrize("contrast", ["infonce", "byol"])  # the first cuts its keys off by itself
+def test_gradient_reaches_the_online_branch_and_never_the_target(contrast):
+    model = small(contrast=contrast)
     model.momentum_encoder.requires_grad_(True)  # were the branch not cut off, this would let gradient in
     model.momentum_projector.requires_grad_(True)
     batch = batch_for(model)
     target_images = batch.target_images.requires_grad_()
+    assert not model.target_feature(target_images, None).requires_grad
     model(batch._replace(target_images=target_images))["contrast"].backward()
     assert target_images.grad is None
     for name, parameter in model.named_parameters():
