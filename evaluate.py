@@ -25,30 +25,7 @@ import augment
 import data
 import launch
 from common import InputError, ViT, gather_over_ranks, rank, world_size
-
-# ---------------------------------------------------------------------------------------------------------- encoders
-
-
-def load_encoder(path, device="cpu") -> ViT:
-    """The encoder of a run directory or of an encoder.pt, in evaluation mode."""
-    file = Path(path) / "encoder.pt" if Path(path).is_dir() else Path(path)
-    if not file.is_file():
-        raise InputError(f"{file}: no such file; give the directory of a run whose method keeps an encoder")
-    saved = launch.load(file)
-    try:
-        encoder = ViT(**saved["settings"])
-        encoder.load_state_dict(saved["state_dict"])
-    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError):  # whatever a stranger's file may lack
-        raise InputError(f"{file}: not a minMIM encoder; give an encoder.pt that train.py wrote") from None
-    return encoder.to(device).eval()
-
-
-def untrained(encoder: ViT, seed: int = 0) -> ViT:
-    """The same architecture at its initial weights, a function of the seed alone."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return ViT(**encoder.settings).to(encoder.cls_token.device).eval()
-
+from weights import load_encoder, untrained
 
 # ---------------------------------------------------------------------------------------------------------- features
 

@@ -43,6 +43,7 @@ from common import (
     world_size,
 )
 from options import build_encoder, options, settle
+from weights import untrained
 
 # What may differ between a run and its continuation: where and how it runs, not what it computes.
 FREE = {"out", "resume", "data_root", "download", "workers", "device", "compile", "save_every", "log_every", "evaluate"}
@@ -221,7 +222,7 @@ def summary(args, encoder: ViT, meter: "Meter", run: "Run", device) -> None:
         say(f"evaluate  python evaluate.py --run {run.directory} --protocol knn")
         return
     sets = [open_set(args, split).to(device) for split in ("train", "val")]
-    encoders = {"untrained": evaluate.untrained(encoder, args.seed), "trained": encoder.eval()}
+    encoders = {"untrained": untrained(encoder, args.seed), "trained": encoder.eval()}
     results = {
         name: evaluate.evaluate(e, *sets, protocols=("knn", "linear"), device=device) for name, e in encoders.items()
     }

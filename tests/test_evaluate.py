@@ -20,6 +20,7 @@ import augment
 import common
 import evaluate
 import launch
+import weights
 from common import InputError, ViT
 
 ROOT = Path(evaluate.__file__).parent
@@ -364,7 +365,7 @@ def test_a_pickle_is_not_run(run):
 
     torch.save({"settings": Trap(), "state_dict": {}}, run / "encoder.pt")
     with pytest.raises(InputError):
-        evaluate.load_encoder(run)
+        weights.load_encoder(run)
     assert not (run / "sprung").exists()
 
 
