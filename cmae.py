@@ -11,14 +11,20 @@ Changes from mae.py: the second view, the feature decoder, the two heads, the mo
 
 Where the paper is silent or unclear, and what stands here
 - §3.2 names the online view I_t once; it means I_s. Eq. (4) lacks its index i = 1 … N, Eq. (5) the mean over pixels.
-- The feature decoder's output layer: as wide as the encoder. The heads: Linear, BN, ReLU, Linear (BYOL's shape).
-- Mask ratio: MAE's 75 %. Colour: jitter and greyscale, with the official code's strengths; no blur, which it adds.
-- A weight-sharing feature decoder (Table 4c) is the first blocks of the pixel decoder, with its own norm and output.
+- The class token, MAE's, is in both encoders and both decoders, but in no mean: Eq. (2) and (4) are over N patches.
+- The feature decoder's output layer: as wide as the encoder. The heads: Linear, BN, ReLU, Linear (BYOL's shape), with
+  the official code's widths and MAE's initialisation; BN sees its branch's batch of all ranks and keeps no averages.
+- Mask ratio, decoder, crop and flip of the master image: MAE's. Colour: jitter and greyscale, as the official code's.
 - Pixel shifts are given for 224 pixels and scaled with the image: 0-31 becomes 0-8 at 64 pixels.
+- Table 4c's shared feature decoder: the pixel decoder's first blocks, with a norm and an output layer of its own.
+- Rows of Table 4 that take several switches, from the top (§4.4's crops "with masking": of the online branch alone)
+    4a: `lambda_c=0`; `pixel_shift=False, feature_decoder_depth=0`; `feature_decoder_depth=0`; the defaults
+    4b, with `target_color=False`: `shift_range="0"`; `pixel_shift=False`; no other; and the defaults
 Where the official code departs from the paper: L_c times 2τ (`official_scale`), 65 % masked in squares of 2 x 2 patches
 (`mask_ratio=0.65, mask_cell=2`), no final norm on the target (`target_norm=False`), blur (`target_blur=0.5`), no weight
-decay on tokens (`--no-decay cls_token,mask_token`), a feature decoder as wide as a patch's pixels (not offered).
-CMAE* is `--stem conv`; the paper trims the rest to keep the ViT's size, we do not.
+decay on tokens (`--no-decay cls_token mask_token`); not offered: weight decay on BN's scales, grey with red and blue
+weighed the wrong way round, a feature decoder as wide as a patch's pixels (768, which ViT-B's width happens to be).
+CMAE* is `--stem conv`, plain 3 x 3 convolutions; the paper trims the rest to keep the ViT's size, we do not.
 
     python train.py --method cmae            torchrun --nproc_per_node=8 train.py --method cmae --data tiny-imagenet
 
@@ -51,31 +57,31 @@ from common import (
 @dataclass(frozen=True)
 class Config:
     mask_ratio: float = 0.75  # share of patches hidden from the online encoder (official code: 0.65)
-    mask_cell: int = 1  # hide squares of this many patches a side (official code: 2)
+    mask_cell: int = 1  # either mask hides squares of this many patches a side (official code: 2)
     decoder_width: int = 512  # of both decoders
     decoder_depth: int = 8  # blocks of the pixel decoder
     decoder_heads: int = 16  # of both decoders
     norm_pixels: bool = True  # predict each patch standardised by its own mean and variance (§3.3)
     crop_scale: float = 0.2  # smallest share of the image's area that the master crop keeps
-    pixel_shift: bool = True  # both views from one master image; without: two random crops (Table 4b)
+    pixel_shift: bool = True  # both views from one master image; without: two random crops (Table 4a, 4b, 6)
     shift_range: str = "0-31"  # shifts of the target view, in pixels at 224, scaled to the image (Table 6)
     target_color: bool = True  # colour jitter and greyscale, on the target view only (Table 4b)
     target_blur: float = 0.0  # probability of Gaussian blur on the target view (official code: 0.5)
     target_mask_ratio: float = 0.0  # share of patches hidden from the momentum encoder (Table 4e)
-    target_norm: bool = True  # final norm of the momentum encoder (official code: none)
+    target_norm: bool = True  # the momentum encoder ends with its final norm (official code: without)
     feature_decoder_depth: int = 2  # blocks; 0 contrasts the mean of the visible latents (Table 4a, 4c)
     share_decoder: bool = False  # the feature decoder shares the pixel decoder's weights (Table 4c)
-    projector_width: int = 0  # hidden width of both heads; 0 is twice the encoder's
-    projector_out: int = 256  # dimensions of the contrasted vectors
+    projector_width: int = 0  # hidden width of both heads; 0 is twice the encoder's (official code: 1536 for 768)
+    projector_out: int = 256  # dimensions of the contrasted vectors (as in the official code)
     contrast: str = "infonce"  # Eq. (7), or "byol": positives alone (§3.3, §4.4)
     tau: float = 0.07  # temperature of Eq. (7)
-    lambda_c: float = 1.0  # weight of L_c in Eq. (8); 0 is MAE (Table 4a, 4d)
+    lambda_c: float = 1.0  # weight of L_c in Eq. (8); 0 is MAE on the online view (§4.4, Table 4a, 4d)
     official_scale: bool = False  # L_c times 2τ, as the official code has it
-    momentum: float = 0.996  # μ of the momentum encoder, fixed (§3.1)
+    momentum: float = 0.996  # μ of the momentum encoder and projection head, fixed (§3.1)
 
 
 RECIPES = {
-    # §4.1 on ImageNet-1K; 300 epochs in the ablations, 1600 for the best results.
+    # §4.1 on ImageNet-1K (§4.2); 300 epochs in the ablations (§4.4), 1600 for the best results (Table 2).
     "paper": mae.RECIPES["paper"] | dict(epochs=300),
     "tiny": mae.RECIPES["tiny"],
     # A step takes twice MAE's time. In so short a run L_c at its full weight leaves L_r behind.
@@ -91,7 +97,10 @@ class Batch(NamedTuple):
 
 
 def shift_bounds(shift_range: str, size: int) -> tuple[int, int]:
-    """ "a-b" or "b", pixels at 224 → (low, p) at `size`: shifts r are low ≤ r < p, and the master is size + p wide."""
+    """Pixels at 224, as "a-b" or "b" for "0-b" → (low, p) at `size`, p being §3.2's, not a patch's side.
+
+    Shifts r are low ≤ r < p, in a master image that is size + p wide; p = 0: no shift at all.
+    """
     try:
         low, high = [int(n) for n in shift_range.split("-")] if "-" in shift_range else (0, int(shift_range))
     except ValueError:
@@ -113,11 +122,12 @@ class CMAE(nn.Module):
         visible_count(encoder.patches, c.mask_ratio)  # says at once if nothing would be left
         if c.contrast not in ("infonce", "byol"):
             raise InputError(f"contrast {c.contrast!r}: unknown; choose infonce or byol")
-        if c.feature_decoder_depth > c.decoder_depth and c.share_decoder:
-            raise InputError(f"feature decoder of {c.feature_decoder_depth} blocks: cannot share {c.decoder_depth}")
+        if c.share_decoder and not 0 < c.feature_decoder_depth <= c.decoder_depth:
+            n, most = c.feature_decoder_depth, c.decoder_depth
+            raise InputError(f"feature decoder of {n} blocks: cannot share the pixel decoder's; give 1 to {most}")
         self.config, self.encoder = c, encoder
         self.shifts = shift_bounds(c.shift_range, encoder.image_size)
-        # G_p and G_f of §3.1: the same structure, weights of their own.
+        # G_p and, below, G_f of §3.1: the same structure, weights of their own.
         P = 3 * encoder.patch_size**2
         self.decoder = mae.Decoder(encoder, c.decoder_width, c.decoder_depth, c.decoder_heads, P)
         if c.lambda_c == 0:
@@ -143,7 +153,7 @@ class CMAE(nn.Module):
         boxes, flips = augment.crop_boxes(rng, sizes, scale=scale), rng.chance(0.5)
         if c.pixel_shift:
             master = augment.crop_resize(images, boxes, size + p, hflip=flips)  # (B, 3, H + p, W + p)
-            view = master[:, :, :size, :size]
+            view = master[:, :, :size, :size]  # always the same corner
             target = augment.shift_crop(master, rng.integers(low, max(p, 1), 2), size)
         else:
             view = augment.crop_resize(images, boxes, size, hflip=flips)
@@ -156,19 +166,21 @@ class CMAE(nn.Module):
             sigma = rng.uniform(low=0.1, high=2.0) * size / 224  # pixels
             target = augment.gaussian_blur(target, sigma, rng.chance(c.target_blur))
         mask = random_mask(rng, self.encoder.grid, c.mask_ratio, c.mask_cell)
-        target_mask = random_mask(rng, self.encoder.grid, c.target_mask_ratio) if c.target_mask_ratio else None
+        target_mask = None
+        if c.target_mask_ratio:
+            target_mask = random_mask(rng, self.encoder.grid, c.target_mask_ratio, c.mask_cell)
         return Batch(augment.normalize(view), mask, augment.normalize(target), target_mask)
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
-        latents = self.encoder(batch.images, batch.mask.visible)  # z_s, Eq. (1): (B, 1 + V, D)
+        latents = self.encoder(batch.images, batch.mask.visible)  # z_s^v, Eq. (1): (B, 1 + V, D)
         predicted = self.decoder(latents, batch.mask)  # y'_m, Eq. (3): (B, M, P)
         pixels = mae.masked_pixels(batch.images, batch.mask, self.encoder.patch_size, self.config.norm_pixels)
         l_r = reconstruction_loss(predicted, pixels)  # Eq. (5)
         if self.config.lambda_c == 0:
             return {"loss": l_r}
-        y = self.predictor(self.projector(self.online_feature(latents, batch.mask)))  # y_s^p: (B, d)
+        y = self.predictor(self.projector(self.online_feature(latents, batch.mask)))  # y_s^p: (B, d), d = projector_out
         z = self.target_feature(batch.target_images, batch.target_mask)  # z_t^p: (B, d), no gradient
-        l_c = self.contrast(y, z)  # Eq. (7)
+        l_c = self.contrast(y, z)  # Eq. (6), (7); K is the batch of all ranks
         return {"loss": l_r + self.config.lambda_c * l_c, "reconstruction": l_r, "contrast": l_c}  # Eq. (8)
 
     def online_feature(self, latents: Tensor, mask: Mask) -> Tensor:
@@ -185,6 +197,7 @@ class CMAE(nn.Module):
         return self.momentum_projector(tokens[:, 1:].mean(dim=1))
 
     def contrast(self, y: Tensor, z: Tensor) -> Tensor:
+        """L_c, in one direction only (§3.3): y_s^p looks for its z_t^p. (B, d), (B, d) → scalar."""
         c = self.config
         loss = info_nce(y, z, c.tau) if c.contrast == "infonce" else byol_loss(y, z)
         return 2 * c.tau * loss if c.official_scale else loss

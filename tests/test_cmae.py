@@ -2,6 +2,7 @@
 
 import copy
 import math
+import shlex
 
 import pytest
 import torch
@@ -9,10 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_common import naive_info_nce
 
+import cmae
 import mae
 from augment import denormalize
-from cmae import CMAE, Batch, Config, byol_loss, shift_bounds
-from common import InputError, StepRandom, ViT, patchify, random_mask, unpatchify
+from cmae import CMAE, RECIPES, Batch, Config, byol_loss, shift_bounds
+from common import InputError, StepRandom, ViT, parameter_groups, patchify, random_mask, unpatchify
+from options import options
 
 SMALL = dict(decoder_width=16, decoder_depth=3, decoder_heads=2, projector_width=24, projector_out=8)
 
@@ -161,8 +164,9 @@ def test_shared_decoder_shares_all_but_norm_and_output():
     assert len(model.feature_decoder.blocks) == 2 and len(model.decoder.blocks) == 3
     separate = small(feature_decoder_depth=2)
     assert not {id(p) for p in separate.decoder.parameters()} & {id(p) for p in separate.feature_decoder.parameters()}
-    with pytest.raises(InputError, match="feature decoder of 4 blocks"):
-        small(share_decoder=True, feature_decoder_depth=4)
+    for blocks in (0, 4):
+        with pytest.raises(InputError, match=f"feature decoder of {blocks} blocks: .* give 1 to 3"):
+            small(share_decoder=True, feature_decoder_depth=blocks)
 
 
 def test_the_momentum_encoder_sees_everything_or_the_unmasked():
@@ -190,7 +194,6 @@ def test_ema_moves_encoder_and_projector_only_toward_the_student():
     for name, parameter in model.named_parameters():
         if not name.startswith("momentum"):
             assert torch.equal(parameter, before.get_parameter(name))
-    assert Config().momentum == 0.996  # §3.1, fixed
 
 
 def test_teacher_starts_as_the_student_and_is_not_trained():
@@ -207,6 +210,60 @@ def test_byol_loss_is_the_squared_distance_of_unit_vectors(n, seed):
     unit = y / y.norm(dim=1, keepdim=True) - z / z.norm(dim=1, keepdim=True)
     assert byol_loss(y, z).item() == pytest.approx(unit.square().sum(1).mean().item(), abs=1e-5)
     assert byol_loss(y, 3 * y).abs() < 1e-5 and byol_loss(y, -y).item() == pytest.approx(4, abs=1e-5)
+
+
+# ------------------------------------------------------------------------------------- the paper's settings and tables
+
+PLAIN = dict(target_color=False)
+CROPS = dict(pixel_shift=False)
+ENCODER = dict(feature_decoder_depth=0)
+ROWS = {  # from the top; {} is the default, which every table contains
+    "4a": [dict(lambda_c=0.0), CROPS | ENCODER, ENCODER, {}],
+    "4b": [dict(shift_range="0") | PLAIN, CROPS | PLAIN, PLAIN, {}],
+    "4c": [ENCODER, {}, dict(share_decoder=True)]
+    + [dict(feature_decoder_depth=4, share_decoder=share) for share in (False, True)],
+    "4d": [dict(lambda_c=0.1), dict(lambda_c=0.5), {}, dict(lambda_c=1.5), dict(lambda_c=2.0)],
+    "4e": [{}] + [dict(target_mask_ratio=ratio) for ratio in (0.25, 0.5, 0.65, 0.75)],
+    "6": [CROPS] + [dict(shift_range=r) for r in ("0", "0-15")] + [{}]
+    + [dict(shift_range=r) for r in ("0-47", "0-63", "32-47", "48-63")],
+}  # fmt: skip
+
+
+@torch.no_grad()
+def losses_of(**settings):
+    model = small(decoder_depth=4, **settings)
+    return model(model.draw(images_for(), torch.arange(6), StepRandom(0, 1, 6)))
+
+
+@pytest.mark.parametrize("table", ROWS)
+def test_every_row_of_tables_4_and_6_is_a_setting_of_its_own(table):
+    """Each row trains, and on the same images no two come to the same loss: no switch does nothing."""
+    losses = [losses_of(**row)["loss"].item() for row in ROWS[table]]
+    assert all(math.isfinite(x) for x in losses) and len(set(losses)) == len(losses)
+    assert [x == losses_of()["loss"].item() for x in losses] == [row == {} for row in ROWS[table]]
+
+
+def test_the_paper_recipe_and_the_defaults_are_the_papers():
+    recipe = RECIPES["paper"]  # §4.1, Table 4's 300 epochs
+    assert (recipe["model"], recipe["epochs"], recipe["warmup_epochs"]) == ("base", 300, 40)
+    assert (recipe["batch_size"], recipe["base_lr"]) == (4096, 1.5e-4)
+    assert (recipe["betas"], recipe["weight_decay"]) == ((0.9, 0.95), 0.05)
+    assert not set(recipe) & set(Config.__dataclass_fields__)  # the ablations' defaults stand
+    c = Config()
+    assert (c.mask_ratio, c.shift_range, c.feature_decoder_depth, c.target_mask_ratio) == (0.75, "0-31", 2, 0)
+    assert (c.tau, c.lambda_c, c.momentum, c.contrast) == (0.07, 1, 0.996, "infonce")
+    assert c.pixel_shift and c.target_color and not c.share_decoder and not c.official_scale
+
+
+def test_the_headers_command_spares_the_tokens_weight_decay():
+    flag = cmae.__doc__.split("`--no-decay")[1].split("`")[0]
+    args, _, _ = options(["--method", "cmae", "--no-decay", *shlex.split(flag)])
+    model = small()
+    spared = {id(p) for p in parameter_groups(model, 0.05, tuple(args.no_decay))[1]["params"]}
+    for name, parameter in model.named_parameters():
+        if name.endswith("_token") and parameter.requires_grad:
+            assert id(parameter) in spared, name
+    assert id(model.encoder.blocks[0].mlp.fc1.weight) not in spared
 
 
 # ------------------------------------------------------------------------------------------------------------ views
@@ -300,8 +357,12 @@ def test_draw_masks_online_and_target_as_configured():
     _, batch = draw(target_mask_ratio=0.5)
     assert batch.target_mask.visible.shape == (64, 8)
     assert not torch.equal(batch.mask.hidden, batch.target_mask.hidden)
-    official, batch = draw(mask_ratio=0.65, mask_cell=2, size=64)
+    official, batch = draw(mask_ratio=0.65, mask_cell=2, target_mask_ratio=0.5, size=64)
     assert official.shifts == (0, 9) and batch.mask.visible.shape == (64, 20)  # ⌊16 · 0.35⌋ = 5 cells of 4
+    assert batch.target_mask.visible.shape == (64, 32)
+    for mask in (batch.mask, batch.target_mask):
+        cells = mask.hidden.reshape(64, 4, 2, 4, 2)
+        assert torch.equal(cells, cells[:, :, :1, :, :1].expand_as(cells))  # whole squares of 2 x 2 patches
 
 
 def test_rows_of_ranks_are_those_of_one_process():
