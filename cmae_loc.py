@@ -5,22 +5,27 @@ each visible patch lies, on crops that, after some epochs, are drawn around the 
 
     q1 (visible) ─ E ─┬─ decoder ──────────────────────────────────────────────── L_con
                       ├─ two layers ─ place of each patch ─────────────────────── L_loc  (Eq. 4, 5)
-    q2 (masked) ── E ─┴─ stop-gradient ─ h1 ─ mean ─ P ─┐
-    k1, k2 ─────── ME, stop-gradient ─── h2 ─ mean ─ MP ┴──────────────────────── L_ctr  (Eq. 2, 3)
+                      └───────────────┬─ h1 ─ mean ─ P ─┐
+    q2 (masked) ── E ─ stop-gradient ─┘                 ├──────────────────────── L_ctr  (Eq. 2, 3)
+    k1, k2 ─────── ME, stop-gradient ─── h2 ─ mean ─ MP ┘
 
 Changes from mae.py: ContrastiveCrop, the second view, the location task, the momentum branch, the weaker decoders.
 
 Where the paper is silent or unclear, and what stands here (it has no code)
 - "q2 belongs to the unmasked vector" (§3.3) means the masked one. Every part has a class token; none enters Eq. 2-5.
-- Eq. 3: mean over h, P of two layers, L2-normalised, τ = 0.2, μ = 0.996; z_k- are the other images of the batch.
-- Eq. 5's q is p; joint one-hot places, no softmax, summed over places, averaged over patches. E sees positions, which
-  makes the task nearly trivial; `withhold_positions` asks a second pass of E, without them.
-- The heat map: which of its two the paper kept is unsaid; here the class token's attention. For features, a token's
-  norm before the final layer norm: after it the channels' sum, ContrastiveCrop's map, is at first 0 for every patch.
+- Eq. 3: mean over h, then P of two layers, 128 values out and τ = 0.2 (MoCo v2's), L2-normalised; μ = 0.996, fixed;
+  x_q is contrasted with x_k, not x_k with x_q too; z_k- are the other images of the batch.
+- Eq. 4: two linear layers, GELU between. Eq. 5: its q is p; t is one-hot over all N places, not by row and column; no
+  softmax, summed over places, averaged over patches. E sees positions, which makes the task nearly trivial;
+  `withhold_positions` asks a second pass of E, without them.
+- The heat map: which of its two the paper kept is unsaid; here the class token's attention, mean of the heads. For
+  features, a token's L1 norm before the final layer norm: after it the channels' sum, ContrastiveCrop's map, is at
+  first 0 for every patch.
 - Threshold, schedule and Beta's α are ContrastiveCrop's for small images. No colour is named, so there is none.
 - MLP decoder: across tokens in attention's place, as in MLP-Mixer; patch by patch, masked ones would learn nothing of
-  the others. Convolution: depth-wise, likewise. Hybrid: all layers between the first and the last are replaced.
-- Recipe: patch size, warm-up and Adam's β are missing and taken from mae.py's recipes.
+  the others. Convolution: likewise, depth-wise ("deep"). Norms, residuals and the MLP across channels stay in both.
+  Hybrid: all layers between the first and the last are replaced.
+- L_con is MAE's, of standardised patches. Recipe: crop and flip, patch size, warm-up and Adam's β are mae.py's too.
 
     python train.py --method cmae_loc        torchrun --nproc_per_node=8 train.py --method cmae_loc --data tiny-imagenet
 
@@ -59,30 +64,30 @@ from common import (
 @dataclass(frozen=True)
 class Config:
     mask_ratio: float = 0.75  # share of patches hidden in each view (§4.2)
-    decoder: str = "transformer"  # transformer, or weaker: mlp, conv, hybrid-mlp, hybrid-conv, less depth, width (§3.5)
-    decoder_width: int = 512  # 512, 256, 128 or 64 (§3.5)
-    decoder_depth: int = 8  # layers, two fewer at a time (§3.5)
+    decoder: str = "transformer"  # transformer, or weaker: mlp, conv, hybrid-mlp, hybrid-conv (§3.5, 2-4)
+    decoder_width: int = 512  # channels of every layer; weaker with 256, 128 or 64 (§3.5, 1)
+    decoder_depth: int = 8  # layers; weaker with 6, 4 or 2 (§3.5, 1)
     decoder_heads: int = 16  # of the layers that attend
     norm_pixels: bool = True  # predict each patch standardised by its own mean and variance (MAE's)
     crop_scale: float = 0.2  # smallest share of the image's area that a crop keeps
     crop_by: str = "attention"  # ContrastiveCrop's heat map: attention, features, or none for plain crops (§3.2)
     crop_warmup: int = 60  # epochs of plain crops before the boxes are first computed (ContrastiveCrop: a fifth)
     crop_interval: int = 60  # epochs between computing the boxes (ContrastiveCrop: a fifth)
-    crop_threshold: float = 0.1  # k of Eq. 1
+    crop_threshold: float = 0.1  # k of Eq. 1, on a heat map stretched to 0 … 1
     crop_alpha: float = 0.1  # crop centres follow Beta(α, α), below 1 away from the box's centre (on ImageNet 0.6)
-    key_color: bool = False  # colour jitter and greyscale on the second view
+    key_color: bool = False  # colour jitter and greyscale on the second view (not the paper's; strengths of cmae)
     projector_width: int = 0  # hidden width of P; 0 is the encoder's
     projector_out: int = 128  # dimensions of the contrasted vectors
     tau: float = 0.2  # temperature of Eq. 3
-    momentum: float = 0.996  # of ME and MP (§3.3)
+    momentum: float = 0.996  # share of ME and MP that a step keeps, fixed (§3.3)
     withhold_positions: bool = False  # the location task sees patches without their positions
-    lambda_ctr: float = 1.0  # weight of the contrastive loss in Eq. 6
+    lambda_ctr: float = 1.0  # weight of the contrastive loss in Eq. 6; 0 builds no momentum branch
     lambda_loc: float = 1.0  # weight of the location loss in Eq. 6
     lambda_con: float = 1.0  # weight of the reconstruction loss in Eq. 6
 
 
 RECIPES = {
-    # §4.2, on Tiny-ImageNet; its base learning rate under MAE's rule is 2.5e-4 at batch 64.
+    # §4.2, on Tiny-ImageNet; MAE's rule makes its base rate of 1e-3 a peak of 2.5e-4 at batch 64.
     "paper": dict(
         model="base", image_size=64, patch_size=8, epochs=300, warmup_epochs=40, batch_size=64, base_lr=1e-3,
         weight_decay=0.05, betas=(0.9, 0.95),
@@ -122,9 +127,6 @@ def feature_norms(encoder: ViT, images: Tensor) -> Tensor:
     return encoder(images, norm=False)[:, 1:].abs().sum(dim=2)
 
 
-HEAT = {"attention": class_attention, "features": feature_norms}
-
-
 def locate(heat: Tensor, size: tuple[int, int], k: float) -> Tensor:
     """I = F(1[M > k]) of Eq. 1: heat (B, h, w) → (B, 4) top, left, bottom, right of the region, as shares of the sides.
 
@@ -147,42 +149,35 @@ def place_crops(crops: Tensor, sizes, boxes: Tensor, beta: Tensor) -> Tensor:
     """R_crop of Eq. 1: int64 (B, 4) crops (top, left, height, width) keep their size and get a new place.
 
     A crop's centre moves over its box (B, 4) as far as the crop stays in its image; `beta` (B, 2) in [0, 1] says where
-    from end to end. Drawn from Beta(α, α) with α < 1 it crowds at the ends: centre-suppressed. `sizes` is (H, W) or
-    int64 (B, 2). ContrastiveCrop leaves RandomResizedCrop's rare fallback in the middle; here that moves too.
+    from end to end. Drawn from Beta(α, α) with α < 1 it crowds at the ends: centre-suppressed. `sizes`, of the images,
+    is (H, W) or int64 (B, 2). ContrastiveCrop leaves RandomResizedCrop's rare fallback in the middle; here that moves.
     """
-    sides, sizes = torch.as_tensor(sizes).expand(len(crops), 2), crops[:, 2:]
-    room = sides - sizes
-    low, high = ((edge * sides).long() - sizes // 2 for edge in boxes.split(2, dim=1))
+    sides, lengths = torch.as_tensor(sizes).expand(len(crops), 2), crops[:, 2:]  # of images, of crops: (B, 2)
+    room = sides - lengths
+    low, high = ((edge * sides).long() - lengths // 2 for edge in boxes.split(2, dim=1))  # top left, bottom right
     low, high = low.clamp(min=0).minimum(room), high.clamp(min=0).minimum(room)
-    return torch.cat([low + ((high - low) * beta).long(), sizes], dim=1)
+    return torch.cat([low + ((high - low) * beta).long(), lengths], dim=1)
 
 
 # ------------------------------------------------------------------------------------------------------------ modules
 
 
-class TwoLayers(nn.Module):
-    """(…, D) → (…, out): linear, GELU, linear."""
-
-    def __init__(self, width: int, hidden: int, out: int):
-        super().__init__()
-        self.hidden = nn.Linear(width, hidden)
-        self.out = nn.Linear(hidden, out)
-        initialize(self)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.out(F.gelu(self.hidden(x)))
+def two_layers(width: int, hidden: int, out: int) -> nn.Sequential:
+    """(…, width) → (…, out): linear, GELU, linear. The two MLPs of Eq. 4, and P."""
+    layers = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, out))
+    initialize(layers)
+    return layers
 
 
-class TokenMLP(nn.Module):
-    """An MLP across tokens, the same for every channel: (B, T, D) → (B, T, D)."""
+class TokenMLP(MLP):
+    """An MLP across tokens, the same for every channel, called as attention is: (B, T, D) → (B, T, D)."""
 
     def __init__(self, tokens: int):
-        super().__init__()
-        self.mlp = MLP(tokens, 4 * tokens)
+        super().__init__(tokens, 4 * tokens)
         initialize(self)
 
-    def forward(self, x: Tensor, bias: None = None) -> Tensor:  # called as attention is
-        return self.mlp(x.transpose(1, 2)).transpose(1, 2)
+    def forward(self, x: Tensor, bias: None = None) -> Tensor:
+        return super().forward(x.transpose(1, 2)).transpose(1, 2)
 
 
 class DepthwiseConv(nn.Module):
@@ -192,7 +187,8 @@ class DepthwiseConv(nn.Module):
         super().__init__()
         self.grid = grid
         self.conv = nn.Conv2d(width, width, kernel_size=3, stride=1, padding=1, groups=width)
-        initialize(self)
+        nn.init.uniform_(self.conv.weight, -(3**-0.5), 3**-0.5)  # xavier's, as each channel has 9 values in, 9 out
+        nn.init.zeros_(self.conv.bias)
 
     def forward(self, x: Tensor, bias: None = None) -> Tensor:  # called as attention is
         patches = x[:, 1:].transpose(1, 2).unflatten(2, self.grid)  # (B, D, h, w)
@@ -201,7 +197,7 @@ class DepthwiseConv(nn.Module):
 
 
 class Decoder(mae.Decoder):
-    """mae.py's decoder, in which something weaker may stand in attention's place; tokens in raster order (§3.5)."""
+    """mae.py's decoder, in which something weaker may stand in attention's place (§3.5); tokens in raster order."""
 
     def __init__(self, encoder: ViT, kind: str, width: int, depth: int, heads: int, out: int):
         super().__init__(encoder, width, depth, heads, out)
@@ -237,9 +233,9 @@ class CMAELoc(nn.Module):
             P = 3 * encoder.patch_size**2
             self.decoder = Decoder(encoder, c.decoder, c.decoder_width, c.decoder_depth, c.decoder_heads, P)
         if c.lambda_loc:
-            self.location = TwoLayers(D, D, encoder.patches)
+            self.location = two_layers(D, D, encoder.patches)
         if c.lambda_ctr:
-            self.projector = TwoLayers(D, c.projector_width or D, c.projector_out)  # P
+            self.projector = two_layers(D, c.projector_width or D, c.projector_out)  # P
             self.momentum_encoder = copy.deepcopy(encoder).requires_grad_(False)  # ME
             self.momentum_projector = copy.deepcopy(self.projector).requires_grad_(False)  # MP
 
@@ -326,6 +322,7 @@ class CMAELoc(nn.Module):
         The ranks share chunks of images; as these are the same for any number of ranks, so is every box.
         """
         c, e, device = self.config, self.encoder, self.encoder.cls_token.device
+        heat_map = class_attention if c.crop_by == "attention" else feature_norms
         boxes = torch.zeros(len(image_set), 4, device=device)
         chunks = torch.arange(len(image_set)).split(chunk)[rank() :: world_size()]
         training = e.training
@@ -334,7 +331,7 @@ class CMAELoc(nn.Module):
         for index, (images, _) in zip(chunks, image_set.batches(chunks, device), strict=True):
             whole = torch.as_tensor(augment.sizes(images)).expand(len(images), 2)
             views = augment.crop_resize(images, F.pad(whole, (2, 0)), e.image_size)
-            heat = HEAT[c.crop_by](e, augment.normalize(views))  # M: (B, N)
+            heat = heat_map(e, augment.normalize(views))  # M: (B, N)
             boxes[index.to(device)] = locate(heat.unflatten(1, e.grid), views.shape[2:], c.crop_threshold)
         e.train(training)
         return sum_over_ranks(boxes).cpu()
@@ -360,10 +357,12 @@ def check(c: Config, encoder: ViT) -> None:
         raise InputError(f"decoder {c.decoder!r}: unknown; choose one of {', '.join(DECODERS)}")
     if c.decoder.startswith("hybrid") and c.decoder_depth < 3:
         raise InputError(f"decoder {c.decoder} of {c.decoder_depth} layers: has no middle; give it at least 3 layers")
-    if c.crop_by not in (*HEAT, "none"):
-        raise InputError(f"crop by {c.crop_by!r}: unknown; choose {', '.join(HEAT)} or none")
+    if c.crop_by not in ("attention", "features", "none"):
+        raise InputError(f"crop by {c.crop_by!r}: unknown; choose attention, features or none")
     if c.crop_interval < 1 or c.crop_alpha <= 0:
         raise InputError(f"crop interval {c.crop_interval}, alpha {c.crop_alpha:g}: both must be above 0")
+    if not 0 <= c.crop_threshold < 1:
+        raise InputError(f"crop threshold {c.crop_threshold:g}: give one from 0 to below 1")
     if c.withhold_positions and encoder.relative_table is not None:
         raise InputError("positions relative: are part of the attention and cannot be withheld; give sincos")
     if not (c.lambda_ctr or c.lambda_loc or c.lambda_con):

@@ -18,6 +18,8 @@ from cmae_loc import (
     Batch,
     CMAELoc,
     Config,
+    DepthwiseConv,
+    TokenMLP,
     class_attention,
     feature_norms,
     locate,
@@ -25,6 +27,7 @@ from cmae_loc import (
     place_crops,
 )
 from common import InputError, StepRandom, ViT, patchify, random_mask, sincos_positions, take, unpatchify
+from options import options
 
 SMALL = dict(
     decoder_width=16, decoder_depth=3, decoder_heads=2, projector_width=24, projector_out=8, crop_warmup=2,
@@ -72,15 +75,16 @@ def plain_tokens(vit, image, indices, positions=True):
 
 
 def plain_layers(module, x):
-    return module.out(torch.nn.functional.gelu(module.hidden(x)))
+    first, _, second = module
+    return second.weight @ torch.nn.functional.gelu(first.weight @ x + first.bias) + second.bias
 
 
 def plain_attention_or_less(layer, x, grid):
     """What stands where attention stood, on (1 + N, width)."""
-    if isinstance(layer, cmae_loc.TokenMLP):
-        mixed = [layer.mlp.fc2(torch.nn.functional.gelu(layer.mlp.fc1(x[:, channel]))) for channel in range(x.shape[1])]
+    if isinstance(layer, TokenMLP):
+        mixed = [layer.fc2(torch.nn.functional.gelu(layer.fc1(x[:, channel]))) for channel in range(x.shape[1])]
         return torch.stack(mixed, dim=1)
-    if isinstance(layer, cmae_loc.DepthwiseConv):
+    if isinstance(layer, DepthwiseConv):
         out, (h, w), kernel = torch.zeros_like(x), grid, layer.conv.weight
         for row in range(h):
             for column in range(w):
@@ -181,6 +185,17 @@ def test_every_decoder_hands_the_encoder_a_gradient(kind):
     assert type(ends[0]) is type(ends[1])
     if "conv" in kind:  # one 3 x 3 kernel per channel, as many channels as the decoder is wide
         assert middle.conv.weight.shape == (16, 1, 3, 3)
+
+
+@pytest.mark.parametrize("width", [64, 512])
+@torch.no_grad()
+def test_a_weaker_layer_begins_as_strong_at_any_width(width):
+    """Depth-wise, a kernel has nine values in and nine out: inside, outputs are as large as inputs at any width."""
+    torch.manual_seed(0)
+    x = torch.randn(2, 1 + 64, width)
+    out = DepthwiseConv(width, (8, 8))(x)
+    assert (out[:, 0] == 0).all()
+    assert out[:, 1:].unflatten(1, (8, 8))[:, 1:-1, 1:-1].std().item() == pytest.approx(1, abs=0.15)
 
 
 def test_gradient_stops_at_q2_and_at_the_whole_key_branch():
@@ -614,6 +629,7 @@ def test_what_a_switch_turns_off_is_not_built():
     (dict(decoder="rnn"), "decoder 'rnn': unknown; choose one of transformer, mlp, conv, hybrid-mlp, hybrid-conv"),
     (dict(decoder="hybrid-mlp", decoder_depth=2), "has no middle"), (dict(crop_by="eye"), "crop by 'eye': unknown"),
     (dict(crop_interval=0), "must be above 0"), (dict(crop_alpha=0.0), "must be above 0"),
+    (dict(crop_threshold=1.0), "crop threshold 1: give one"), (dict(crop_threshold=-0.1), "crop threshold -0.1"),
     (dict(mask_ratio=1.0), "mask ratio"),
     (dict(lambda_ctr=0.0, lambda_loc=0.0, lambda_con=0.0), "all three weights are 0"),
 ])  # fmt: skip
@@ -630,3 +646,18 @@ def test_relative_positions_work_but_cannot_be_withheld():
     assert model.compute_boxes(Stub(images_for())).shape == (7, 4)
     with pytest.raises(InputError, match="cannot be withheld"):
         CMAELoc(encoder, Config(withhold_positions=True))
+
+
+def test_settings_are_the_papers_and_contrastive_crops():
+    """§3.2 to §4.2, and what the header says stands where they are silent, as the command line hands it on."""
+    args, c, _ = options("--method cmae_loc --data tiny-imagenet --recipe paper".split())
+    assert (args.model, args.epochs, args.batch_size, args.weight_decay) == ("base", 300, 64, 0.05)
+    assert (args.image_size, args.patch_size, args.warmup_epochs, args.betas) == (64, 8, 40, [0.9, 0.95])
+    assert args.lr == pytest.approx(1e-3 * 64 / 256) == 2.5e-4 and args.min_lr == args.clip_grad == args.drop_path == 0
+    assert c == Config() and (c.mask_ratio, c.lambda_ctr, c.lambda_loc, c.lambda_con) == (0.75, 1, 1, 1)
+    assert (c.decoder, c.decoder_width, c.decoder_depth, c.decoder_heads) == ("transformer", 512, 8, 16)
+    assert (c.crop_by, c.crop_scale, c.crop_threshold, c.crop_alpha) == ("attention", 0.2, 0.1, 0.1)
+    assert (c.projector_out, c.tau, c.momentum, c.key_color, c.norm_pixels) == (128, 0.2, 0.996, False, True)
+    for recipe in CMAELoc.RECIPES:
+        args, c, _ = options(["--method", "cmae_loc", "--recipe", recipe])
+        assert c.crop_warmup == c.crop_interval == args.epochs / 5
