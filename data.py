@@ -194,8 +194,15 @@ class ImageSet:
         """The images of the first `classes` classes."""
         if not 1 <= classes <= len(self.classes):
             raise InputError(f"{self.name}: cannot take {classes} of its classes; give 1 to {len(self.classes)}")
-        n = int((self.labels < classes).sum())  # a prefix, as images lie in class order
-        return ImageSet(self.name, self.classes[:classes], self.labels[:n], self.pixels.first(n), self.skip_bad)
+        subset = self.first(int((self.labels < classes).sum()))  # a prefix, as images lie in class order
+        subset.classes = self.classes[:classes]
+        return subset
+
+    def first(self, n: int) -> "ImageSet":
+        """The first `n` images, all of the first class while that has as many."""
+        if not 1 <= n <= len(self):
+            raise InputError(f"{self.name}: cannot take {n} of its images; give 1 to {len(self)}")
+        return ImageSet(self.name, self.classes, self.labels[:n], self.pixels.first(n), self.skip_bad)
 
     def images(self, index: Tensor, device="cpu") -> Tensor | list[Tensor]:
         """(B,) → uint8 (B, 3, H, W) on the device, or a list of (3, H_i, W_i) if sizes vary or the set is streamed."""

@@ -60,7 +60,7 @@ def options(argv: list[str]):
         args.lr = base_lr * args.batch_size / 256  # the linear scaling rule of the papers
     args.out = args.out or f"runs/{args.method}-{re.sub(r'[^A-Za-z0-9]+', '-', str(args.data)).strip('-')}"
     args.betas = list(args.betas)
-    for name in ("epochs", "max_steps", "batch_size", "accumulate", "classes", "save_every", "log_every"):
+    for name in "epochs max_steps batch_size accumulate classes images repeat save_every log_every".split():
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise InputError(f"{name.replace('_', ' ')} {getattr(args, name)}: must be at least 1")
     fields = [f.name for f in dataclasses.fields(Method.Config)]
@@ -126,6 +126,9 @@ def build_parser(name: str | None, Method) -> Parser:
         ("--data-root", dict(metavar="DIR", help="where the images of a named set are or shall be")),
         ("--download", dict(action="store_true", default=None, help="fetch the set if it is not there")),
         ("--classes", dict(type=int, metavar="K", help="only the first K classes of the set")),
+        ("--images", dict(type=int, metavar="K", help="pretrain on the first K images only; evaluation still has all")),
+        ("--repeat", dict(type=int, default=1, metavar="N",
+                          help="each image N times an epoch, as one image needs (LC-MAE, Table A.1)")),
         ("--skip-bad-images", dict(action="store_true", default=None, help="leave out images that do not decode")),
         ("--recipe", dict(metavar="NAME", help="demo (two minutes on two cores), tiny (64 pixels), paper")),
     )  # fmt: skip

@@ -66,10 +66,13 @@ def main() -> None:
 def train(args, config, Method, device: torch.device, run: "Run"):
     """One run from its first or next step to its last, or until it is asked to stop; returns the method."""
     share = divide(args.batch_size, args.accumulate)
-    image_set = open_set(args, "train").to(device)
-    steps_per_epoch = len(image_set) // args.batch_size
+    image_set = open_set(args, "train")
+    if args.images:  # here alone: evaluation has all images
+        image_set = image_set.first(args.images)
+    image_set, n = image_set.to(device), len(image_set) * args.repeat  # n images an epoch
+    steps_per_epoch = n // args.batch_size
     if steps_per_epoch == 0:
-        raise InputError(f"batch size {args.batch_size}: larger than the {len(image_set)} images of {args.data}")
+        raise InputError(f"batch size {args.batch_size}: larger than an epoch, {n} images of {args.data}; see --repeat")
     steps = args.epochs * steps_per_epoch
     warmup = round(args.warmup_epochs * steps_per_epoch)
     if args.max_steps and args.max_steps < steps:  # a shorter run of the same shape
@@ -83,7 +86,7 @@ def train(args, config, Method, device: torch.device, run: "Run"):
     groups = parameter_groups(method, args.weight_decay, tuple(args.no_decay))
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=tuple(args.betas), fused=device.type in ("cpu", "cuda"))
     scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
-    run.images = len(image_set)
+    run.images = len(image_set)  # in a checkpoint's settings this takes the place of --images
     first = run.open(args, config, method, optimizer, scaler)
     if first == 0 and hasattr(method, "prepare"):
         method.prepare(partial(train_first, args, device))
@@ -101,7 +104,7 @@ def train(args, config, Method, device: torch.device, run: "Run"):
     def indices():
         for step in range(first, steps):
             epoch, place = divmod(step, steps_per_epoch)
-            batch = epoch_order(args.seed, epoch, len(image_set))[place * args.batch_size :][: args.batch_size]
+            batch = epoch_order(args.seed, epoch, n)[place * args.batch_size :][: args.batch_size] % len(image_set)
             yield from (batch[rows_of(step, part)] for part in range(args.accumulate))
 
     batches = image_set.batches(indices(), device, workers=args.workers)
@@ -153,8 +156,8 @@ def train(args, config, Method, device: torch.device, run: "Run"):
 
 def train_first(args, device: torch.device, name: str, **settings):
     """Another method, trained before the one of `args` on the same images and machine, in `<out>/<name>`."""
-    same = "data data_root download classes skip_bad_images workers recipe max_steps device precision seed"
-    same = [*same.split(), "deterministic", "log_every"]
+    same = "data data_root download classes images repeat skip_bad_images workers recipe max_steps device precision"
+    same = [*same.split(), "seed", "deterministic", "log_every"]
     flags = ["--method", name, "--out", f"{args.out}/{name}", "--no-evaluate"]
     flags += ["--resume", "never"] if args.resume == "never" else []
     flags.append("--compile" if args.compile else "--no-compile")

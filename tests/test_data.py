@@ -520,6 +520,23 @@ def test_subset_is_the_first_classes(tmp_path, monkeypatch, streams):
             opened.subset(k)
 
 
+@pytest.mark.parametrize("streams", [False, True])
+def test_first_images_of_any_size(tmp_path, monkeypatch, streams):
+    make_folder(tmp_path, ("a",), n=3, h=5, w=7)
+    make_folder(tmp_path, ("b",), n=2)
+    if streams:
+        monkeypatch.setattr(data, "RESIDENT_LIMIT", 0)
+    opened = data.open_set(str(tmp_path))  # two of a, one of b: the second of each is held out
+    one, three = opened.first(1), opened.first(3)
+    assert len(one) == len(one.pixels) == 1 and one.labels.tolist() == [0] and three.labels.tolist() == [0, 0, 1]
+    assert len(opened) == 3 and one.classes == ["a", "b"]  # a label still means what it did
+    for image in one.images(torch.tensor([0, 0, 0])):  # as often as it is asked for
+        assert torch.equal(image, as_tensor(pixels(0, 5, 7)))
+    for k in (0, 4):
+        with pytest.raises(InputError, match=f"cannot take {k} of its images; give 1 to 3"):
+            opened.first(k)
+
+
 # ------------------------------------------------------------------------------------------------------- official sets
 
 WNIDS = ("n02", "n01", "n03")  # the order of wnids.txt is not the sorted one

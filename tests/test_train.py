@@ -159,6 +159,65 @@ def test_summary_compares_with_an_untrained_encoder(train, tmp_path):
     assert json.loads((tmp_path / "run/summary.json").read_text())["trained"]["knn"]["n"] == 20
 
 
+def test_epochs_of_a_few_repeated_images_show_each_as_often(photos, environment, tmp_path, monkeypatch):
+    """48 images an epoch: 16 times each of the first three, in an order of its own, and no other; not in evaluation."""
+    import data
+    import evaluate
+    import mae
+    from train import main
+
+    monkeypatch.setenv("MINMIM_CACHE", environment["MINMIM_CACHE"])
+    seen, kept = [], mae.MAE.draw
+    first = data.open_set(str(photos)).images(torch.arange(3))
+
+    def draw(self, images, index, rng):
+        if index.min() >= 0:  # not the validation images of the picture
+            seen.append(index)
+            assert torch.equal(images, first[index])
+        return kept(self, images, index, rng)
+
+    monkeypatch.setattr(mae.MAE, "draw", draw)
+    evaluated = []
+
+    def judge(encoder, *sets, protocols, device):
+        evaluated.append([len(s) for s in sets])
+        return {protocol: dict(top1=0.0) for protocol in protocols}
+
+    monkeypatch.setattr(evaluate, "evaluate", judge)
+    flags = ["--images", "3", "--repeat", "16", "--epochs", "2", "--evaluate"]
+    argv = ["train.py", "--method", "mae", "--data", str(photos), "--out", str(tmp_path / "run"), *SMALL, *flags]
+    monkeypatch.setattr(sys, "argv", argv)
+    kinds = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    try:
+        main()
+    finally:
+        signal.signal(signal.SIGTERM, kinds[0]), signal.signal(signal.SIGINT, kinds[1])
+    epochs = torch.cat(seen).reshape(2, 48)
+    assert (torch.stack([epoch.bincount(minlength=3) for epoch in epochs]) == 16).all()
+    assert not torch.equal(*epochs) and [r["epoch"] for r in log(tmp_path / "run")[1:]][2::3] == [1, 2]
+    assert state(tmp_path / "run")["settings"]["images"] == 3
+    assert evaluated == [[80, 20]] * 2  # all images: of the untrained encoder and of the trained one
+
+
+@pytest.mark.slow
+def test_one_image_resumes_with_the_same_bits_and_processes_share_it(train, tmp_path):
+    flags = ("--images", 1, "--repeat", 96, "--epochs", 10, "--drop-path", 0)
+    assert_fine(train(*flags, out="whole"))
+    process = train.start(*flags)
+    while not (tmp_path / "run/log.jsonl").exists() or len(log(tmp_path / "run")) < 14:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert 12 < state(tmp_path / "run")["step"] < 60
+    assert_refused(train(*flags, "--repeat", 80), "repeat 96 there, 80 here")
+    assert_fine(train(*flags))
+    assert_same_bits(state(tmp_path / "run"), state(tmp_path / "whole"))
+    assert_fine(train(*flags, processes=2, out="two"))
+    one, two = state(tmp_path / "whole")["method"], state(tmp_path / "two")["method"]
+    for name in one:
+        torch.testing.assert_close(two[name], one[name], atol=1e-5, rtol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
 # ------------------------------------------------------------------------------------------------------ exact resume
 
 
@@ -303,6 +362,10 @@ def test_wrong_options_get_one_line_and_status_2(train, tmp_path):
     (["--heads", "3"], ["width 16 is not divisible by 3 heads"]),
     (["--data", "nowhere"], ["nowhere"]),
     (["--classes", "0"], ["classes"]),
+    (["--images", "0"], ["images 0: must be at least 1"]),
+    (["--images", "81"], ["cannot take 81 of its images; give 1 to 80"]),
+    (["--images", "1", "--repeat", "15"], ["batch size 16", "15 images", "--repeat"]),
+    (["--repeat", "0"], ["repeat 0"]),
     (["--resume", "nowhere.pt"], ["nowhere.pt", "no such"]),
 ])  # fmt: skip
 def test_bad_input_is_refused(photos, environment, tmp_path, monkeypatch, capsys, flags, words):
