@@ -3,23 +3,28 @@
 In a sentence: an encoder that sees an image with three quarters of its patches replaced by a mask token must find, for
 each of these, its own among all patches of the same image, as a slowly progressing copy sees them in the whole image.
 
-    student:  x̂ ─ mask tokens ─ encoder ────── projector ── f(x̂)_j, j masked ─┐
-    keys:     x, colours changed ─ slow copy ─ slow projector ─ sg ── f(x)_i ──── L  (Eq. 3)
+    student:  x ─ mask tokens ─ encoder ─────────── projector ── f(x̂)_j, j masked ─┐
+    keys:     x, colours changed ─ slow copy ─ slow projector ─ sg ── f(x)_i ───── L  (Eq. 3)
 
 Where the paper is silent or unclear, and what stands here
 - Algorithm 1 puts the mask token into pixels; as in the code it replaces patch embeddings, positions are added after.
   It also lacks §4's projector and §3.1's L2 norms, and views the keys as (N, D, K), which must be a transposition.
-- f in Eq. (3) ends in MoCo v3's projector, whose batch norms see all patches of the batch, but no class token.
+- f in Eq. (3) ends in MoCo v3's projector, whose batch norms see all patches of the batch, but no class token. An
+  image's K keys are its N patches.
 - E over j ∈ M: the mean over the masked patches of all images. Cells of 32 pixels for ViT-B are 2 x 2 patches.
-- Jitter has no probability and always happens; solarisation's threshold is one half; blur's σ is 0.1-2 at 224 pixels.
-- Table 4's average of local tokens is taken before the projector. Table 5's GPU held 128 of 2048 images; here the keys
-  of a whole batch are of all ranks (`--accumulate 16` makes it 128). Its filter's threshold is unstated, and "highly
-  similar to the anchor" is read as the cosine with the prediction f(x̂)_j. Table 6's equal inputs are one view.
-Where the official code departs from the paper: greyscale (`gray=0.2`), jitter less often (`jitter=0.8`), block-wise
-masks of 75 of 196 patches (`masking="block", mask_ratio=0.382`), the class token in the projector's statistics
-(`project_class`), which it takes per GPU (not offered), no absolute positions (`--positions relative`), layer scale
-(`--layer-scale 0.1`), no decay of the class token (`--no-decay cls_token`), the slow copy fine-tuned (`keep_slow`),
-BEiT's initialisation (not offered: ours is MAE's).
+- Crops keep 8 to 100 % of the area, as in the code. Jitter has no probability and always happens; solarisation's
+  threshold is one half; blur's σ is 0.1-2 at 224 pixels; the strong augmentation begins from the basic view.
+- Table 4's instance-level row is `contrast="instance", masking="none"`: keys are the images of the batch, crop and flip
+  stay shared, tokens are averaged before the projector. Table 7's blocks are BEiT's, with an exact count.
+- Table 5's GPU held 128 of 2048 images; here the keys of a whole batch are of all ranks (`--accumulate 16` makes it
+  128). Its filter's threshold is unstated, and "highly similar to the anchor" is read as the cosine with the
+  prediction f(x̂)_j. Table 6's equal inputs are one view. Tables 4-9 are of 300 epochs.
+- Which weights are kept is unsaid; here the trained ones (`keep_slow`: the slow copy's, which the code fine-tunes).
+Where the official code departs from the paper or adds to it: greyscale (`gray=0.2`), jitter less often (`jitter=0.8`),
+block-wise masks of 75 of 196 patches (`masking="block", mask_ratio=0.382`), the class token in the projector's
+statistics (`project_class`), which it takes per GPU (not offered), no absolute positions (`--positions relative`),
+layer scale (`--layer-scale 0.1`), no decay of the class token (`--no-decay cls_token`), BEiT's initialisation (not
+offered: ours is MAE's).
 
     python train.py --method conmim          torchrun --nproc_per_node=8 train.py --method conmim --data tiny-imagenet
 
@@ -61,12 +66,12 @@ class Config:
     masking: str = "random"  # random, block (Table 7), or none (Table 4)
     mask_ratio: float = 0.75  # share of patches hidden (Table 7)
     mask_cell: int = 2  # random masking hides squares of this many patches a side (Table 10: 32 pixels; ViT-S 16)
-    contrast: str = "patch"  # Eq. (3), or instance: mean tokens over the images of the batch, Eq. (1) (Table 4)
+    contrast: str = "patch"  # Eq. (3), or instance: images' mean tokens, the batch's as keys, Eq. (1) (Table 4)
     dictionary: str = "image"  # keys of the same image, or batch: of all images (Table 5)
     filter_above: float = 1.0  # leave out negative keys of a cosine with the anchor above this; 1: none (Table 5)
     tau: float = 0.1  # temperature of Eq. (3) (Table 8)
     slow: bool = True  # keys from the slowly progressing copy; without: from the encoder as it is (Table 6)
-    momentum: float = 0.996  # α of the copy at the start, 1 at the end (Table 9)
+    momentum: float = 0.996  # α of the slow copy at the start, growing to 1 along a cosine (Table 9)
     augmentation: str = "asymmetric"  # strong for the keys; or strong, basic: for both; or switched (Table 6)
     crop_scale: float = 0.08  # smallest share of the image's area that a crop keeps
     jitter: float = 1.0  # probability of colour jitter in the strong augmentation (official code: 0.8)
@@ -85,12 +90,12 @@ CHOICES = dict(
 )
 
 RECIPES = {
-    # Table 10 for ViT-B/16, 800 epochs. ViT-S: model="small", epochs=300, drop_path=0.1, mask_cell=1.
+    # Table 10 for ViT-B/16. ViT-S: model="small", epochs=300, drop_path=0.1, mask_cell=1.
     "paper": dict(
         model="base", image_size=224, patch_size=16, epochs=800, warmup_epochs=10, batch_size=2048, lr=5e-4,
         min_lr=1e-5, weight_decay=0.05, betas=(0.9, 0.98), clip_grad=3.0,
     ),
-    # Tiny-ImageNet at 64 x 64, with a projector in proportion.
+    # Tiny-ImageNet at 64 x 64, with a projector in proportion; half the paper's rate for a quarter of its batch.
     "tiny": dict(
         model="tiny", image_size=64, patch_size=8, epochs=100, warmup_epochs=10, batch_size=512, base_lr=1.25e-4,
         min_lr=1e-5, weight_decay=0.05, betas=(0.9, 0.98), clip_grad=3.0, crop_scale=0.2, projector_width=1024,
@@ -145,8 +150,10 @@ class ConMIM(nn.Module):
             raise InputError("keep slow: there is no slow copy to keep; leave out one of the two switches")
         self.config, self.student = c, encoder
         if c.masking != "none":
-            cells = c.mask_cell**2 if c.masking == "random" else 1
-            visible_count(encoder.patches // cells, c.mask_ratio)  # says at once if nothing would be left
+            cell = c.mask_cell if c.masking == "random" else 1
+            if cell < 1 or any(side % cell for side in encoder.grid):
+                raise InputError(f"mask cell {cell}: must divide the sides of {encoder.grid} patches; 1 always does")
+            visible_count(encoder.patches // cell**2, c.mask_ratio)  # says at once if nothing would be left
             self.mask_token = nn.Parameter(torch.empty(1, 1, encoder.width).normal_(std=0.02))
         # A vector added to every token's feature vanishes in the projector's first batch norm: it would only drift.
         encoder.norm.bias.requires_grad_(False)
@@ -157,7 +164,7 @@ class ConMIM(nn.Module):
 
     @property
     def encoder(self) -> ViT:
-        """What is kept: the paper does not say which of the two, its code fine-tunes the slow copy."""
+        """What is kept after pretraining, without the projector (§4)."""
         return self.slow_encoder if self.config.keep_slow else self.student
 
     # ------------------------------------------------------------------------------------------- views and masks

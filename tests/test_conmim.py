@@ -2,6 +2,7 @@
 
 import copy
 import math
+import re
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ import conmim
 from augment import denormalize
 from common import InputError, StepRandom, ViT, cosine, patchify, random_mask, unpatchify
 from conmim import Batch, Config, ConMIM, Projector, cosines, denoising_contrast, whole_batch
+from options import options
 
 SMALL = dict(projector_width=12, projector_out=6)
 
@@ -541,12 +543,35 @@ def test_a_mask_ratio_that_leaves_nothing_is_refused():
     small(masking="none", mask_ratio=0.0)
 
 
+@pytest.mark.parametrize("cell", [0, -2, 3, 8])
+def test_cells_that_do_not_fill_the_grid_are_refused(cell):
+    with pytest.raises(InputError, match=rf"mask cell {cell}: must divide the sides of \(4, 4\) patches"):
+        small(mask_cell=cell)
+    small(mask_cell=cell, masking="block")  # has no cells
+
+
+def test_the_header_names_switches_that_exist():
+    named = re.findall(r"`([a-z_]+)(=[^`]+)?`", conmim.__doc__)
+    for name, rest in named:
+        switches = eval(f"dict({name}{rest or '=True'})")
+        assert all(switches[k] != getattr(Config(), k) for k in switches)  # and change something
+        ConMIM(ViT(224, 16, 16, 1, 2), Config(**SMALL | switches))
+    assert len(named) == 6
+    flags = re.findall(r"`(--[^`]+)`", conmim.__doc__)
+    args, _, _ = options(["--method", "conmim", "--recipe", "paper", *" ".join(flags).split()])
+    assert (args.accumulate, args.positions, args.layer_scale, args.no_decay) == (16, "relative", 0.1, ["cls_token"])
+
+
 def test_recipe_is_table_10s():
     paper = dict(ConMIM.RECIPES["paper"])
     assert paper == dict(
         model="base", image_size=224, patch_size=16, epochs=800, batch_size=2048, betas=(0.9, 0.98), lr=5e-4,
         min_lr=1e-5, warmup_epochs=10, clip_grad=3.0, weight_decay=0.05,
     )  # fmt: skip
+    small = "--method conmim --recipe paper --model small --epochs 300 --drop-path 0.1 --mask-cell 1"  # ViT-S
+    args, c, _ = options(small.split())
+    assert (args.lr, args.min_lr, args.epochs, args.warmup_epochs, args.drop_path) == (5e-4, 1e-5, 300, 10, 0.1)
+    assert c == Config(mask_cell=1)
     c = Config()
     assert (c.mask_ratio, c.mask_cell, c.tau, c.momentum) == (0.75, 2, 0.1, 0.996)
     assert (c.jitter, c.gray, c.masking, c.augmentation, c.filter_above) == (1.0, 0.0, "random", "asymmetric", 1.0)
