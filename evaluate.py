@@ -25,7 +25,7 @@ import augment
 import data
 import launch
 from common import InputError, ViT, gather_over_ranks, rank, world_size
-from weights import load_encoder, untrained
+from weights import TARGETS, load_encoder, untrained, write_export
 
 # ---------------------------------------------------------------------------------------------------------- features
 
@@ -230,8 +230,12 @@ def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description="Measure the encoder of a run.", formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("--run", required=True, metavar="DIR", help="a run's directory, or an encoder.pt")
-    parser.add_argument("--protocol", required=True, choices=PROTOCOLS, help="how to measure")
+    parser.add_argument("--run", required=True, metavar="DIR", help="a run's directory, or weights: see weights.py")
+    what, unset = parser.add_mutually_exclusive_group(required=True), argparse.SUPPRESS
+    what.add_argument("--protocol", choices=PROTOCOLS, help="how to measure")
+    what.add_argument("--export", default=unset, choices=TARGETS, help="write the encoder for timm or transformers")
+    parser.add_argument("--to", default=unset, metavar="PATH", help="where to (default: timm.pt or hf, beside it)")
+    parser.add_argument("--heads", default=unset, type=int, metavar="H", help="of weights whose width does not tell")
     parser.add_argument("--untrained", action="store_true", help="the same encoder at its initial weights")
     group = parser.add_argument_group("images (as the run's, unless given)", argument_default=argparse.SUPPRESS)
     group.add_argument("--data", metavar="SET", help="shapes, tiny-imagenet, cifar10, cifar100, imagenet, or a folder")
@@ -254,8 +258,8 @@ def run_settings(directory: Path) -> dict:
     """What the run was started with, from its config.json; nothing where there is none."""
     file = directory / "config.json"
     try:
-        return dict(json.loads(file.read_text())["settings"]) if file.exists() else {}
-    except (OSError, ValueError, TypeError, KeyError):
+        return dict(json.loads(file.read_text()).get("settings", {})) if file.exists() else {}  # transformers' has none
+    except (OSError, ValueError, TypeError, AttributeError):
         raise InputError(f"{file}: not a run's configuration; give one that train.py wrote") from None
 
 
@@ -263,12 +267,19 @@ def main() -> None:
     args = options()
     if args.batch_size < 1:
         raise InputError(f"batch size {args.batch_size}: must be at least 1")
+    if "to" in args and "export" not in args:
+        raise InputError(f"--to {args.to}: says where an encoder is written to; give --export too")
     device = launch.start(args.device)
-    encoder = load_encoder(args.run, device)
+    encoder = load_encoder(args.run, device, heads=vars(args).get("heads"))
     directory = Path(args.run) if Path(args.run).is_dir() else Path(args.run).parent
     settings = run_settings(directory)
     if args.untrained:
         encoder = untrained(encoder, settings.get("seed", 0))
+    if "export" in args:
+        if rank() == 0:
+            to = vars(args).get("to") or directory / TARGETS[args.export]
+            print(write_export(encoder, args.export, to), flush=True)
+        return launch.stop()
     images = ("data", "data_root", "classes", "download", "skip_bad_images")
     args = argparse.Namespace(**{name: settings.get(name) for name in images} | vars(args))
     if args.data is None:

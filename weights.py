@@ -1,29 +1,88 @@
-"""Encoders from files and into files."""
+"""Encoders in and out: our runs', MAE's official weights, timm's and Hugging Face's.
 
+    python evaluate.py --run mae_pretrain_vit_base.pth --protocol knn --data tiny-imagenet --data-root DIR
+    python evaluate.py --run runs/cmae-shapes --export timm
+    python evaluate.py --run runs/cmae-shapes --export hf --to vit
+
+Read are a run's directory or its encoder.pt; `mae_pretrain_vit_*.pth` and timm's `VisionTransformer`, which share their
+names; `ViTMAE…` and `ViT…` of transformers, as a directory or a file. Every tensor of the encoder must be there in its
+shape, and what else there is must be a known decoder or classifier, which is named and left aside; anything else
+(registers, query norms, relative positions) is refused by name. No file can run code.
+
+Nothing in a state dict says the number of heads, nor LayerNorm's epsilon: a Hugging Face config.json does; else heads
+go by width (`HEADS`), and epsilon is 1e-6 (ours, MAE's, timm's) or, under Hugging Face's names, its default 1e-12. Nor
+how images were normalised: evaluate.py uses ImageNet's mean and deviation, as MAE does; some of timm's and Hugging
+Face's ViTs were trained with 0.5 and 0.5. Imported positions stay fixed, as ours.
+"""
+
+import argparse
+import json
 import math
+import re
+import sys
+import zipfile
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 import launch
-from common import InputError, ViT, pair
+from common import SIZES, InputError, ViT, pair, rank
+
+# By width: our sizes, and the ViT paper's huge.
+HEADS = {width: heads for width, _, heads in SIZES.values()} | {1280: 16}
+
+# Hugging Face's parts by timm's names, # being a block; first as in all files that transformers has written, then as
+# in memory since its version 5. Queries, keys and values are apart there.
+HF = {
+    "cls_token": "embeddings.cls_token",
+    "pos_embed": "embeddings.position_embeddings",
+    "patch_embed.proj": "embeddings.patch_embeddings.projection",
+    "blocks.#.norm1": "encoder.layer.#.layernorm_before",
+    "blocks.#.attn.q": "encoder.layer.#.attention.attention.query",
+    "blocks.#.attn.k": "encoder.layer.#.attention.attention.key",
+    "blocks.#.attn.v": "encoder.layer.#.attention.attention.value",
+    "blocks.#.attn.proj": "encoder.layer.#.attention.output.dense",
+    "blocks.#.norm2": "encoder.layer.#.layernorm_after",
+    "blocks.#.mlp.fc1": "encoder.layer.#.intermediate.dense",
+    "blocks.#.mlp.fc2": "encoder.layer.#.output.dense",
+    "norm": "layernorm",
+}
+HF5 = {
+    "blocks.#.norm1": "layers.#.layernorm_before",
+    "blocks.#.attn.q": "layers.#.attention.q_proj",
+    "blocks.#.attn.k": "layers.#.attention.k_proj",
+    "blocks.#.attn.v": "layers.#.attention.v_proj",
+    "blocks.#.attn.proj": "layers.#.attention.o_proj",
+    "blocks.#.norm2": "layers.#.layernorm_after",
+    "blocks.#.mlp.fc1": "layers.#.mlp.fc1",
+    "blocks.#.mlp.fc2": "layers.#.mlp.fc2",
+}
+TIMM = {theirs: ours for names in (HF, HF5) for ours, theirs in names.items()}
+
+TARGETS = {"timm": "timm.pt", "hf": "hf"}  # what is written to where, beside the encoder
+
+# Decoders of MAE and ViTMAE, and classifiers: no part of an encoder.
+ASIDE = re.compile(r"decoder|(embeddings\.)?mask_token$|(head|fc_norm|pre_logits|classifier|pooler)\.")
 
 # --------------------------------------------------------------------------------------------------------------- in
 
 
-def load_encoder(path, device="cpu", image_size=None) -> ViT:
-    """The encoder of a run directory or of an encoder.pt, in evaluation mode, for images of `image_size` if given."""
-    file = Path(path) / "encoder.pt" if Path(path).is_dir() else Path(path)
-    if not file.is_file():
-        raise InputError(f"{file}: no such file; give the directory of a run whose method keeps an encoder")
-    saved = launch.load(file)
-    try:
-        encoder = ViT(**saved["settings"])
-        encoder.load_state_dict(saved["state_dict"])
-    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError):  # whatever a stranger's file may lack
-        raise InputError(f"{file}: not a minMIM encoder; give an encoder.pt that train.py wrote") from None
+def load_encoder(path, device="cpu", image_size=None, heads: int | None = None) -> ViT:
+    """The encoder of a run or of a file of weights, in evaluation mode, for images of `image_size` if that is given.
+
+    `heads` is for others' weights, and goes before what their configuration says or their width suggests.
+    """
+    file = weights_file(Path(path))
+    saved = read(file)
+    if isinstance(saved, dict) and "settings" in saved:
+        if heads is not None:
+            raise InputError(f"{file}: says itself how many heads it has; leave out --heads {heads}")
+        encoder = run_encoder(file, saved)
+    else:
+        encoder = foreign_encoder(file, saved, heads)
     return resize(encoder, image_size or encoder.image_size).to(device).eval()
 
 
@@ -32,6 +91,172 @@ def untrained(encoder: ViT, seed: int = 0) -> ViT:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return ViT(**encoder.settings).to(encoder.cls_token.device).eval()
+
+
+def weights_file(path: Path) -> Path:
+    """A run's or transformers' file in a directory, or the file itself."""
+    names = ("encoder.pt", "model.safetensors", "pytorch_model.bin")
+    files = [path / name for name in names] if path.is_dir() else [path]
+    for file in files:
+        if file.is_file():
+            return file
+    nor = f", nor {' or '.join(names[1:])} beside it" if path.is_dir() else ""
+    raise InputError(f"{files[0]}: no such file{nor}; give a run whose method keeps an encoder, or weights")
+
+
+def read(file: Path):
+    """What torch or safetensors saved in a file, on the CPU."""
+    damaged = InputError(f"{file}: damaged, or no weights without code; give an encoder.pt, .pth, .bin or .safetensors")
+    if file.suffix == ".safetensors":
+        try:
+            import safetensors.torch
+        except ImportError:
+            raise InputError(f"{file}: needs the package safetensors; pip install safetensors") from None
+        try:
+            return safetensors.torch.load_file(file)
+        except (OSError, ValueError, RuntimeError, safetensors.SafetensorError):
+            raise damaged from None
+    with torch.serialization.safe_globals([argparse.Namespace]):  # the options, in MAE's and timm's own checkpoints
+        if zipfile.is_zipfile(file):
+            return launch.load(file)
+        try:
+            return torch.load(file, map_location="cpu", weights_only=True)  # torch's format before 1.6
+        except (OSError, EOFError, LookupError, ValueError, TypeError, AttributeError, RuntimeError, UnpicklingError):
+            raise damaged from None
+
+
+def unknown(file: Path) -> InputError:
+    right = "give an encoder.pt that train.py wrote, or weights named as MAE's, timm's or Hugging Face's"
+    return InputError(f"{file}: not a minMIM encoder; {right}")
+
+
+def run_encoder(file: Path, saved: dict) -> ViT:
+    try:
+        encoder = ViT(**saved["settings"])
+        encoder.load_state_dict(saved["state_dict"])
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError):  # whatever a stranger's file may lack
+        raise unknown(file) from None
+    return encoder
+
+
+def foreign_encoder(file: Path, saved, heads: int | None) -> ViT:
+    """Others' weights: a state dict, or one under "model" (MAE) or "state_dict" (timm's training)."""
+    state = saved
+    for key in ("model", "state_dict"):
+        state = state[key] if isinstance(state, dict) and isinstance(state.get(key), dict) else state
+    if not isinstance(state, dict) or not all(isinstance(n, str) and isinstance(x, Tensor) for n, x in state.items()):
+        raise unknown(file)
+    config, eps = {}, 1e-6
+    kernel = "embeddings.patch_embeddings.projection.weight"
+    if theirs := [name for name in state if name.endswith(kernel)]:
+        config = hf_config(file.parent / "config.json")
+        eps = config.get("layer_norm_eps", 1e-12)
+        state = timm_names(state, prefix=theirs[0].removesuffix(kernel))
+    kernel = state.get("patch_embed.proj.weight")
+    if kernel is None or kernel.ndim != 4 or min(kernel.shape) == 0:
+        raise unknown(file)
+    width, _, patch_size, _ = kernel.shape
+    if heads is None:
+        heads = config.get("num_attention_heads", HEADS.get(width))
+    if heads is None:
+        raise InputError(f"{file}: width {width} does not tell the number of heads; give --heads")
+    if heads < 1 or width % heads:
+        raise InputError(f"{file}: width {width} cannot be divided among {heads} heads; give --heads")
+    settings = dict(
+        image_size=original_size(file, state, patch_size, config), patch_size=patch_size, width=width,
+        depth=len({name.split(".")[1] for name in state if name.startswith("blocks.")}), heads=heads,
+        layer_scale=1e-5 * any(name.endswith("ls1.gamma") for name in state),  # the scale is read, its start unknown
+    )  # fmt: skip
+    with torch.device("meta"):  # costs nothing before all shapes are known to fit
+        encoder = ViT(**settings)
+    state = compared(file, state, encoder.state_dict())
+    encoder.load_state_dict(state, assign=True)
+    return with_epsilon(encoder, eps)
+
+
+def hf_config(file: Path) -> dict:
+    """What transformers' configuration beside the weights says of a ViT; nothing where there is none."""
+    if not file.exists():
+        return {}
+    try:
+        found = json.loads(file.read_text())
+        size = found["image_size"]
+        config = dict(
+            image_size=(int(size[0]), int(size[1])) if isinstance(size, list) else int(size),
+            num_attention_heads=int(found["num_attention_heads"]),
+            layer_norm_eps=float(found.get("layer_norm_eps", 1e-12)),
+        )
+        if min(pair(config["image_size"])) < 1:
+            raise ValueError
+        activation = found.get("hidden_act", "gelu")
+    except (OSError, ValueError, TypeError, LookupError, AttributeError):
+        raise InputError(f"{file}: not a ViT's configuration; give the one that transformers wrote") from None
+    if activation != "gelu":
+        raise InputError(f"{file}: hidden_act is {activation}; this encoder has gelu only")
+    return config
+
+
+def renamed(name: str, names: dict[str, str]) -> str:
+    """`layers.3.mlp.fc1.bias` → `blocks.3.mlp.fc1.bias` by a table of parts; an unknown name stays what it is."""
+    part, dot, kind = name.rpartition(".") if name.endswith((".weight", ".bias")) else (name, "", "")
+    number = re.search(r"(?<=\.)\d+(?=\.)", part)
+    if number:
+        part = part[: number.start()] + "#" + part[number.end() :]
+    return names[part].replace("#", number[0] if number else "#") + dot + kind if part in names else name
+
+
+def timm_names(state: dict, prefix: str) -> dict:
+    """transformers' state dict → timm's: names without "vit.", and queries, keys and values in one matrix."""
+    state = {renamed(name.removeprefix(prefix), TIMM): x for name, x in state.items()}
+    for name in [n for n in state if ".attn.q." in n]:
+        three = [name.replace(".q.", f".{part}.") for part in "qkv"]
+        if all(n in state and state[n].shape == state[name].shape != () for n in three):  # else they will be named
+            state[name.replace(".q.", ".qkv.")] = torch.cat([state.pop(n) for n in three])
+    return state
+
+
+def original_size(file: Path, state: dict, patch_size: int, config: dict) -> int | tuple[int, int]:
+    """The size of the images that the positions are for: a square's, where no configuration says otherwise."""
+    if "image_size" in config:
+        return config["image_size"]
+    positions = state.get("pos_embed", torch.empty(1, 2, 0))  # where there are none, they will be missed by name
+    rows = positions.shape[1] - 1 if positions.ndim == 3 else 0
+    side = math.isqrt(max(0, rows))
+    if rows < 1 or side**2 != rows:
+        shape = "x".join(map(str, positions.shape))
+        raise InputError(f"{file}: pos_embed is {shape}; needed is a row for the class token, then a square of patches")
+    return side * patch_size
+
+
+def compared(file: Path, state: dict, expected: dict) -> dict:
+    """The tensors of `expected`, all there and in its shapes; what else may be is named, what may not is refused."""
+    missing, more = [n for n in expected if n not in state], [n for n in state if n not in expected]
+    if "fc_norm.weight" in more and "norm.weight" in missing:
+        raise InputError(f"{file}: has fc_norm, which follows the mean, and no norm; give weights that have norm")
+    aside, strange = [n for n in more if ASIDE.match(n)], [n for n in more if not ASIDE.match(n)]
+    if missing or strange:
+        wrong = [f"lacks {few(missing)}"] * bool(missing) + [f"has {few(strange)}"] * bool(strange)
+        right = "give a plain ViT: class token, absolute positions, biases, a final norm and nothing else"
+        raise InputError(f"{file}: {' and '.join(wrong)}; {right}")
+    for name, tensor in expected.items():
+        if state[name].shape != tensor.shape:
+            theirs, ours = ("x".join(map(str, x.shape)) for x in (state[name], tensor))
+            raise InputError(f"{file}: {name} is {theirs} where this encoder has {ours}; give a plain ViT")
+    if aside and rank() == 0:
+        parts = sorted({name.split(".")[0] for name in aside})
+        print(f"{file}: left aside: {', '.join(parts)}", file=sys.stderr, flush=True)
+    return {name: state[name].float() for name in expected}
+
+
+def few(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def with_epsilon(encoder: ViT, eps: float) -> ViT:
+    for part in encoder.modules():
+        if isinstance(part, nn.LayerNorm):
+            part.eps = eps
+    return encoder
 
 
 # ---------------------------------------------------------------------------------------------------------- positions
@@ -58,4 +283,60 @@ def resize(encoder: ViT, image_size) -> ViT:
         offsets, cls = state["relative_table"].split([math.prod(old), 3])
         state["relative_table"] = torch.cat([interpolate(offsets, old, new), cls])
     resized.load_state_dict(state)
-    return resized
+    return with_epsilon(resized, encoder.norm.eps)
+
+
+# --------------------------------------------------------------------------------------------------------------- out
+
+
+def export(encoder: ViT, kind: str) -> dict[str, Tensor]:
+    """The state dict that timm's VisionTransformer ("timm") or transformers' ViTModel ("hf") has for these weights."""
+    target = {"timm": "timm's VisionTransformer", "hf": "transformers' ViTModel"}[kind]
+    settings, has_not = encoder.settings, f"which {target} has not; it cannot be exported there"
+    if settings["stem"] != "linear":
+        raise InputError(f"encoder: has a {settings['stem']} stem, {has_not}")
+    if settings["positions"] != "sincos":
+        raise InputError(f"encoder: has {settings['positions']} positions, {has_not}")
+    state = {name: x.detach().cpu().clone() for name, x in encoder.state_dict().items()}
+    if kind == "timm":
+        return state
+    if settings["layer_scale"]:
+        raise InputError(f"encoder: has layer scale, {has_not}")
+    for name in [n for n in state if "attn.qkv." in n]:
+        for part, x in zip("qkv", state.pop(name).chunk(3), strict=True):
+            state[name.replace("attn.qkv.", f"attn.{part}.")] = x.clone()
+    return {renamed(name, HF): x for name, x in state.items()}
+
+
+def write_export(encoder: ViT, kind: str, path) -> str:
+    """Write a file for timm, or a directory for transformers → the lines of Python that read it."""
+    path, state = Path(path), export(encoder, kind)
+    size, settings, eps = encoder.image_size, encoder.settings, encoder.norm.eps
+    if kind == "timm":
+        launch.save(path, state)
+        more = f", init_values={settings['layer_scale']}" if settings["layer_scale"] else ""
+        more += f", norm_layer=partial(torch.nn.LayerNorm, eps={eps})" if eps != 1e-6 else ""
+        return (
+            ("from functools import partial\n" if "partial" in more else "")
+            + "import torch\nfrom timm.models.vision_transformer import VisionTransformer\n"
+            + f"vit = VisionTransformer(img_size={size}, patch_size={encoder.patch_size}, embed_dim={encoder.width}, "
+            + f"depth={settings['depth']}, num_heads={settings['heads']}, num_classes=0{more}).eval()\n"
+            + f"vit.load_state_dict(torch.load({str(path)!r}, weights_only=True))\n"
+            + "tokens = vit.forward_features(images)  # (B, 1 + patches, width), the class token first"
+        )
+    config = dict(
+        model_type="vit", architectures=["ViTModel"], image_size=size, patch_size=encoder.patch_size, num_channels=3,
+        hidden_size=encoder.width, num_hidden_layers=settings["depth"], num_attention_heads=settings["heads"],
+        intermediate_size=4 * encoder.width, hidden_act="gelu", layer_norm_eps=eps, qkv_bias=True,
+        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+    )  # fmt: skip
+    try:
+        path.mkdir(exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be made ({error.strerror}); give a directory with --to") from None
+    launch.save(path / "pytorch_model.bin", state)
+    launch.write_text(path / "config.json", json.dumps(config, indent=1) + "\n")
+    return (
+        f"from transformers import ViTModel\nvit = ViTModel.from_pretrained({str(path)!r}, add_pooling_layer=False)\n"
+        + "tokens = vit(images).last_hidden_state  # (B, 1 + patches, width), the class token first"
+    )
