@@ -127,6 +127,9 @@ def feature_norms(encoder: ViT, images: Tensor) -> Tensor:
     return encoder(images, norm=False)[:, 1:].abs().sum(dim=2)
 
 
+HEAT = {"attention": class_attention, "features": feature_norms}
+
+
 def locate(heat: Tensor, size: tuple[int, int], k: float) -> Tensor:
     """I = F(1[M > k]) of Eq. 1: heat (B, h, w) → (B, 4) top, left, bottom, right of the region, as shares of the sides.
 
@@ -322,7 +325,6 @@ class CMAELoc(nn.Module):
         The ranks share chunks of images; as these are the same for any number of ranks, so is every box.
         """
         c, e, device = self.config, self.encoder, self.encoder.cls_token.device
-        heat_map = class_attention if c.crop_by == "attention" else feature_norms
         boxes = torch.zeros(len(image_set), 4, device=device)
         chunks = torch.arange(len(image_set)).split(chunk)[rank() :: world_size()]
         training = e.training
@@ -331,7 +333,7 @@ class CMAELoc(nn.Module):
         for index, (images, _) in zip(chunks, image_set.batches(chunks, device), strict=True):
             whole = torch.as_tensor(augment.sizes(images)).expand(len(images), 2)
             views = augment.crop_resize(images, F.pad(whole, (2, 0)), e.image_size)
-            heat = heat_map(e, augment.normalize(views))  # M: (B, N)
+            heat = HEAT[c.crop_by](e, augment.normalize(views))  # M: (B, N)
             boxes[index.to(device)] = locate(heat.unflatten(1, e.grid), views.shape[2:], c.crop_threshold)
         e.train(training)
         return sum_over_ranks(boxes).cpu()
@@ -357,11 +359,11 @@ def check(c: Config, encoder: ViT) -> None:
         raise InputError(f"decoder {c.decoder!r}: unknown; choose one of {', '.join(DECODERS)}")
     if c.decoder.startswith("hybrid") and c.decoder_depth < 3:
         raise InputError(f"decoder {c.decoder} of {c.decoder_depth} layers: has no middle; give it at least 3 layers")
-    if c.crop_by not in ("attention", "features", "none"):
-        raise InputError(f"crop by {c.crop_by!r}: unknown; choose attention, features or none")
+    if c.crop_by not in (*HEAT, "none"):
+        raise InputError(f"crop by {c.crop_by!r}: unknown; choose {', '.join(HEAT)} or none")
     if c.crop_interval < 1 or c.crop_alpha <= 0:
         raise InputError(f"crop interval {c.crop_interval}, alpha {c.crop_alpha:g}: both must be above 0")
-    if not 0 <= c.crop_threshold < 1:
+    if not 0 <= c.crop_threshold < 1:  # as Eq. 1 has it
         raise InputError(f"crop threshold {c.crop_threshold:g}: give one from 0 to below 1")
     if c.withhold_positions and encoder.relative_table is not None:
         raise InputError("positions relative: are part of the attention and cannot be withheld; give sincos")
