@@ -212,7 +212,7 @@ def split(order: Tensor, keep: int) -> Mask:
 def random_mask(rng: StepRandom, grid: tuple[int, int], ratio: float, cell: int = 1) -> Mask:
     """Hide a uniformly random share `ratio` of cells of `cell` × `cell` patches; the count is exact in every image."""
     h, w = grid
-    if h % cell or w % cell:
+    if cell < 1 or h % cell or w % cell:
         raise InputError(f"a grid of {h}x{w} patches cannot be cut into cells of {cell}x{cell}")
     cells = rng.permutation((h // cell) * (w // cell))  # (B, cells)
     keep = visible_count(cells.shape[1], ratio) * cell * cell
@@ -500,7 +500,10 @@ class ViT(nn.Module):
 
 
 def initialize(module: nn.Module) -> None:
-    """MAE's initialisation: xavier-uniform matrices (patch kernels flattened to one), zero biases, N(0, .02) tokens."""
+    """MAE's initialisation: xavier-uniform matrices (patch kernels flattened to one), zero biases, N(0, .02) tokens.
+
+    MAE's script leaves the patch kernel's bias alone at PyTorch's default.
+    """
     for part in module.modules():
         if isinstance(part, nn.Linear | nn.Conv2d):
             nn.init.xavier_uniform_(part.weight.view(part.weight.shape[0], -1))
@@ -589,6 +592,9 @@ def learning_rate(step: int, steps: int, warmup: int, peak: float, floor: float 
 def parameter_groups(module: nn.Module, weight_decay: float, no_decay: tuple[str, ...] = ()) -> list[dict]:
     """Two AdamW groups: vectors and biases are not decayed, nor what has a part of its name in `no_decay`."""
     decayed, exempt = [], []
+    for part in no_decay:
+        if not any(part in name for name, _ in module.named_parameters()):
+            raise InputError(f"no decay {part!r}: no parameter has that in its name; give cls_token, for example")
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
             free = parameter.ndim <= 1 or name.endswith("bias") or any(part in name for part in no_decay)

@@ -201,6 +201,8 @@ def test_random_mask_is_a_partition_with_exact_counts(grid, ratio, seed, cell):
 def test_random_mask_refuses_cells_that_do_not_fit():
     with pytest.raises(InputError, match="7x8 patches cannot be cut into cells of 2x2"):
         random_mask(rng(), (7, 8), 0.5, 2)
+    with pytest.raises(InputError, match="cells of 0x0"):
+        random_mask(rng(), (8, 8), 0.5, 0)
 
 
 @pytest.mark.parametrize("cell", [1, 2])
@@ -608,5 +610,7 @@ def test_parameter_groups_are_maes_and_optionally_cmaes():
     assert {"cls_token", "patch_embed.proj.weight", "blocks.0.attn.qkv.weight"} <= decayed
     assert {"blocks.0.norm1.weight", "blocks.0.ls1.gamma", "blocks.0.mlp.fc1.bias"} <= exempt
     assert not decayed & exempt and decayed | exempt | {"norm.weight"} == set(names.values())
-    exempt = {names[id(p)] for p in parameter_groups(vit, 0.05, ("cls_token", "mask_token"))[1]["params"]}
+    exempt = {names[id(p)] for p in parameter_groups(vit, 0.05, ("cls_token",))[1]["params"]}
     assert "cls_token" in exempt and "patch_embed.proj.weight" not in exempt
+    with pytest.raises(InputError, match="no decay 'cls_token,mask_token': no parameter"):
+        parameter_groups(vit, 0.05, ("cls_token,mask_token",))
