@@ -4,21 +4,25 @@ In a sentence: the encoder sees the visible patches only, a regressor predicts f
 patches, which must be what the encoder makes of them (alignment), and a decoder reads the targets off the prediction.
 
     X_v ─ encoder ─ Z_v ─ regressor ─ Z_m ─┬─ decoder ─ Y_m ───────── decoding loss   (Eq. 1)
-    X_m ─ encoder ─ stop-gradient ─ Z̄_m ───┴───────────────────────── alignment loss  (Eq. 1, times λ)
+    X_m ─ encoder ─ Z̄_m ─ stop-gradient ───┴───────────────────────── alignment loss  (Eq. 1, times λ)
 
 Where the paper is silent or unclear, and what stands here
+- Positions are MAE's sine-cosine ones in all three parts, and initial weights MAE's, as the official linear layers'.
 - Regressor block: positions are added to what becomes queries and keys, each with a norm of its own, not to the values;
   then pre-norm residuals as in the encoder. Queries see each other and Z_v; Z_v never changes.
 - The class token takes part in the encoder and stops there. Regressor and decoder have the encoder's width, heads,
-  layer scale and drop path, the latter growing from 0 in each. Z_m leaves the regressor by a norm, as Z_v the encoder.
-- "Exactly half": ⌈N/2⌉ masked; blocks no smaller than BEiT's 16 of 196 patches, in proportion.
-- Pixel targets (§3.1): squared error on the masked patches as they are (`norm_pixels` standardises each).
-- Without decoder (Table 2): a linear layer on Z_m.
+  layer scale and drop path, the latter growing from 0 in each. Z_v, Z_m and what the decoder predicts from leave their
+  parts by a norm, so that alignment compares normed vectors, by a mean over their values (ℓ_z) and patches (both).
+- "98 of 196": ⌈N/2⌉ masked, by blocks of BEiT's 16 of 196 patches or more, in proportion, and smaller ones to fill up.
+- "Standard random cropping": torchvision's, down to BEiT's 0.08 of the area.
+- Pixel targets (§3.1): squared error on the masked patches of what the encoder is given (`norm_pixels` standardises
+  each patch). Without decoder (Table 2): a linear layer on Z_m, without positions.
 Differences from the paper: DALL-E's weights do not come with this file, so the default is a d-VAE as in Table 7,
 trained first where no `--tokenizer` is given (dvae.py). The tokenizer sees the same crop, 8 pixels a patch, bicubic.
+Table 7's VQGAN is not offered.
 Where the official code departs or adds: the regressor's residual is itself normalised (`official_residual`), that crop
 is resized by Lanczos (not offered), Z̄_m has its own draws of drop path (here too), clipping at 3 and a floor under the
-learning rate (in the recipe).
+learning rate (in the recipe), 12 heads in ViT-S (`--heads 12`), a layer scale of 1e-5 in ViT-L (`--layer-scale 1e-5`).
 
     python train.py --method cae                 torchrun --nproc_per_node=8 train.py --method cae --data imagenet
 
@@ -56,7 +60,7 @@ from common import (
 
 @dataclass(frozen=True)
 class Config:
-    target: str = "dvae"  # what is decoded: tokens of a dvae of ours (Table 7) or of dalle's (§2.2), or pixels (Fig. 4)
+    target: str = "dvae"  # what is decoded: tokens of a dvae (Table 7) or of dalle (§2.2), or pixels (§3.1, Fig. 4)
     tokenizer: str = ""  # a run of --method dvae, or DALL-E's weights; not given: a dvae is trained first
     mask_ratio: float = 0.5  # share of patches hidden, in blocks (§2.2)
     regressor_depth: int = 4  # cross-attention blocks (§4.1)
@@ -65,14 +69,14 @@ class Config:
     norm_pixels: bool = False  # pixels: each patch standardised by its own mean and variance
     official_residual: bool = False  # the regressor's residual itself is normalised before the MLP (official code)
     crop_scale: float = 0.08  # smallest share of the image's area that a crop keeps
-    tokenizer_epochs: int = 20  # of the dvae trained first, and its codes, hidden, … below: see --method dvae
-    codes: int = 8192  # size of its codebook
-    hidden: int = 256  # its channels
-    blocks: int = 2  # its residual blocks
-    first_stride: int = 1  # of its first convolution
+    tokenizer_epochs: int = 20  # of the dvae that is trained first (--method dvae --help says more)
+    codes: int = 8192  # of that dvae: size of the codebook
+    hidden: int = 256  # of that dvae: channels at the finest resolution
+    blocks: int = 2  # of that dvae: residual blocks at each resolution
+    first_stride: int = 1  # of that dvae: stride of the first convolution
 
 
-def tokenizer(recipe: str) -> dict:
+def tokenizer_settings(recipe: str) -> dict:
     """The settings of the tokenizer that is trained first: those of dvae.py's recipe of that name."""
     theirs = dvae.RECIPES[recipe]
     ours = {name: theirs[name] for name in ("codes", "hidden", "blocks", "first_stride") if name in theirs}
@@ -85,19 +89,19 @@ RECIPES = {
     "paper": dict(
         model="base", image_size=224, patch_size=16, layer_scale=0.1, drop_path=0.1, epochs=300, warmup_epochs=10,
         batch_size=2048, lr=1.5e-3, min_lr=1e-5, weight_decay=0.05, betas=(0.9, 0.999), clip_grad=3.0,
-        **tokenizer("paper"),
+        **tokenizer_settings("paper"),
     ),
     # Tiny-ImageNet at 64 x 64, with the learning rate in proportion to the batch.
     "tiny": dict(
         model="tiny", image_size=64, patch_size=8, layer_scale=0.1, drop_path=0.1, epochs=100, warmup_epochs=10,
         batch_size=512, lr=3.75e-4, min_lr=1e-5, weight_decay=0.05, betas=(0.9, 0.999), clip_grad=3.0, crop_scale=0.2,
-        **tokenizer("tiny"),
+        **tokenizer_settings("tiny"),
     ),
     # The built-in images; a step takes three times as long as MAE's, so that there are fewer epochs.
     "demo": dict(
         model="nano", image_size=64, patch_size=8, layer_scale=0.1, epochs=6, warmup_epochs=1, batch_size=128,
         lr=1e-3, weight_decay=0.05, betas=(0.9, 0.999), clip_grad=3.0, crop_scale=0.2, regressor_depth=2,
-        decoder_depth=2, evaluate=True, **tokenizer("demo"),
+        decoder_depth=2, evaluate=True, **tokenizer_settings("demo"),
     ),
 }  # fmt: skip
 
@@ -112,7 +116,10 @@ class Batch(NamedTuple):
 
 
 class CrossBlock(nn.Module):
-    """Queries attend to Z_v and to each other: x + attention, then x + MLP. (B, M, D), (B, V, D) → (B, M, D)."""
+    """Queries attend to Z_v and to each other: x + attention, then x + MLP.
+
+    x (B, M, D), Z_v (B, V, D) and their positions, of the same shapes → (B, M, D).
+    """
 
     def __init__(self, width: int, heads: int, layer_scale: float, rate: float, official_residual: bool):
         super().__init__()
@@ -256,12 +263,11 @@ class CAE(nn.Module):
         return self.predict(self.decoder_norm(z))
 
     def decoding_loss(self, predicted: Tensor, batch: Batch) -> Tensor:
+        """ℓ_y(Y_m, Ȳ_m) of Eq. (1), or the squared error of pixels. (B, M, codes or P) → scalar."""
         if self.tokenizer is None:
-            return reconstruction_loss(predicted, self.masked_pixels(batch))
+            pixels = mae.masked_pixels(batch.images, batch.mask, self.encoder.patch_size, self.config.norm_pixels)
+            return reconstruction_loss(predicted, pixels)
         return token_loss(predicted, self.tokenizer.tokens(batch.token_images).gather(1, batch.mask.masked))
-
-    def masked_pixels(self, batch: Batch) -> Tensor:
-        return mae.masked_pixels(batch.images, batch.mask, self.encoder.patch_size, self.config.norm_pixels)
 
     def update_teacher(self, progress: float) -> None:
         """CAE has no teacher: the alignment's target is the encoder itself."""
@@ -278,7 +284,7 @@ class CAE(nn.Module):
 
     @torch.no_grad()
     def picture(self, batch: Batch) -> Tensor:
-        """(4, B, 3, H, W) in [0, 1]: originals, what the encoder saw, the masked patches decoded, all as in Figure 4.
+        """(4, B, 3, H, W) in [0, 1]: originals, what the encoder saw, the masked patches decoded, then as in Figure 4.
 
         Tokens are shown as the d-VAE's decoder draws them; DALL-E's encoder has none, which leaves two rows.
         """

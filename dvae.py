@@ -6,12 +6,15 @@ from relaxed samples of it, and both maximise the evidence lower bound; afterwar
     image ─ encoder ─ logits ─ Gumbel-softmax at τ ─ decoder ─ logit-Laplace ──── reconstruction   (App. A.3)
                          └──────────── KL to the uniform prior, times β ───────── L = -ELBO        (Eq. 1)
 
-CAE (arXiv 2202.03026, Table 7) finds a d-VAE of its own as good as DALL-E's and says no more about it, so that DALL-E's
-stands here: its networks (released code), its likelihood, its β and its annealing of τ (App. A), both by the share of
-training that is done. The defaults are the released model, and `load_tokenizer` reads its encoder's weights.
+CAE (arXiv 2202.03026, §G.1) finds a d-VAE trained on ImageNet-1K similar to DALL-E's or better (Table 7; its ViT-L a
+little worse) and says no more about it, so that DALL-E's stands here: its networks (released code), its likelihood,
+its β and its cosines of τ and β (App. A). The defaults are the released model, and `load_tokenizer` reads its encoder's
+weights.
 
-Differences from DALL-E: no average of the weights; AdamW's rate follows train.py's cosine; fewer images; smaller and
-shorter, with β = 1, in "tiny" and "demo". Initial weights are common.py's, scaled (see `Tokenizer`).
+Differences from DALL-E: τ falls over half of training (DALL-E: 150,000 of 3 million steps) and β rises over a twentieth
+(5,000 steps), as there are fewer steps; the rate's cosine ends with training, not before; no average of the weights;
+crops and flips are CAE's, of 112 pixels, not of 256; smaller and shorter, with β = 1, in "tiny" and "demo". Initial
+weights are common.py's, scaled (see `Tokenizer`).
 The Gumbel noise is a hash of two integers per image and the place in the grid of logits, computed in the forward pass:
 a draw of images x tokens x codes numbers on the CPU would take longer than the step.
 
@@ -48,11 +51,11 @@ class Config:
     hidden: int = 256  # channels at the finest resolution; twice as many after each halving
     blocks: int = 2  # residual blocks at each resolution
     first_stride: int = 1  # of the first convolution: 1 in DALL-E; 2, 4 or 8 leave out the finest resolutions
-    kl_weight: float = 6.6  # β, relative to a likelihood per pixel value (App. A.2)
-    kl_warmup: float = 0.05  # share of training over which β rises from 0
-    tau: float = 1.0  # temperature of the Gumbel-softmax at the start
-    tau_end: float = 0.0625  # and at the end of its cosine (App. A.2)
-    tau_anneal: float = 0.5  # share of training that this takes
+    kl_weight: float = 6.6  # β of Eq. (1) at the end of its rise; 1: the bound itself (App. A.2)
+    kl_warmup: float = 0.05  # share of training over which β rises from 0 along a cosine
+    tau: float = 1.0  # τ, the temperature of the Gumbel-softmax, at the start (App. A.2)
+    tau_end: float = 0.0625  # τ at the end of its cosine (App. A.2)
+    tau_anneal: float = 0.5  # share of training over which τ falls
     crop_scale: float = 0.08  # smallest share of the image's area that a crop keeps
 
 
@@ -101,7 +104,10 @@ class ConvBlock(nn.Module):
 
 
 class Stack(nn.Module):
-    """A first layer, a group of residual blocks per resolution with `resize` in between, ReLU, a 1 x 1 convolution."""
+    """A first layer, a group of residual blocks per resolution with `resize` in between, ReLU, a 1 x 1 convolution.
+
+    The last layer is float32 under autocast too, as in DALL-E's encoder: of 8192 logits in bf16 the two largest are at times equal.
+    """
 
     def __init__(self, first: nn.Conv2d, widths: list[int], out: int, blocks: int, kernels: tuple[int, ...], resize):
         super().__init__()
@@ -120,7 +126,8 @@ class Stack(nn.Module):
             x = self.resize(x) if g else x
             for block in group:
                 x = block(x)
-        return self.output(F.relu(x))
+        with torch.autocast(x.device.type, enabled=False):
+            return self.output(F.relu(x).to(self.output.weight.dtype))
 
 
 def halve(x: Tensor) -> Tensor:
@@ -163,7 +170,7 @@ class Tokenizer(nn.Module):
     def decode(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Shares of the codes (B, K, h, w) → μ and log b (B, 3, H, W) of the logit-Laplace distribution of pixels."""
         x = F.pixel_shuffle(self.decoder(z), self.settings["first_stride"])
-        return x.float().chunk(2, dim=1)
+        return x.chunk(2, dim=1)
 
     @torch.no_grad()
     def tokens(self, images: Tensor) -> Tensor:
@@ -286,12 +293,12 @@ class DVAE(nn.Module):
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         x = squeeze(batch.images)
-        logits = self.encoder.encoder(x).float()  # (B, K, h, w)
+        logits = self.encoder.encoder(x)  # (B, K, h, w)
         z = relax(logits, gumbel_noise(batch.seeds, logits.shape[1:]), self.tau)
         mu, log_b = self.encoder.decode(z)  # (B, 3, H, W) each
         likelihood = logit_laplace_loss(x, mu, log_b)
         kl = uniform_kl(logits)
-        # The bound sums over tokens and over pixel values; a mean over values leaves one token for 3 · 8 · 8 of them.
+        # The bound sums over tokens and over pixel values; a mean over values leaves β / (3 · 8 · 8) (App. A.2).
         return {
             "loss": likelihood + self.beta / (3 * STRIDE**2) * kl,
             "likelihood": likelihood,

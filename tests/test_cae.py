@@ -161,6 +161,20 @@ def test_lambda_is_two_and_half_is_masked():
     assert model.masked == 98
 
 
+def test_the_paper_recipe_is_appendix_a():
+    paper = cae.RECIPES["paper"]
+    expected = dict(model="base", image_size=224, patch_size=16, epochs=300, warmup_epochs=10, batch_size=2048)
+    assert expected.items() <= paper.items() and "base_lr" not in paper  # the rate is not scaled by the batch
+    assert (paper["lr"], paper["weight_decay"], paper["drop_path"]) == (1.5e-3, 0.05, 0.1)
+    # BEiT's, as in the official script
+    assert (paper["betas"], paper["clip_grad"], paper["min_lr"], paper["layer_scale"]) == ((0.9, 0.999), 3, 1e-5, 0.1)
+    c = Config(**{k: v for k, v in paper.items() if k in Config.__dataclass_fields__})
+    assert c == Config(tokenizer_epochs=dvae.RECIPES["paper"]["epochs"]) and c.codes == 8192
+    for name, recipe in cae.RECIPES.items():  # the tokenizer that is trained first is that of dvae's recipe
+        theirs = {k: v for k, v in dvae.RECIPES[name].items() if k in ("codes", "hidden", "blocks", "first_stride")}
+        assert theirs.items() <= (dvae.Config().__dict__ | recipe).items()
+
+
 @given(st.integers(1, 4), st.integers(1, 5), st.integers(0, 10**6))
 def test_the_losses_are_means_over_all_masked_patches(B, M, seed):
     torch.manual_seed(seed)
@@ -222,6 +236,20 @@ def test_no_gradient_through_the_target_of_alignment():
     target = torch.randn(2, 3, 4, requires_grad=True)
     alignment_loss(torch.randn(2, 3, 4, requires_grad=True), target).backward()
     assert target.grad is None
+
+
+def test_losses_are_float32_under_autocast_and_gradients_nearly_the_same():
+    """No gradient is lost by a cast, nor by autocast's cache from the target's pass, which has none."""
+    gradients = []
+    for half in (False, True):
+        model = small(target="pixels")
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            out = model(batch_for(model))
+        assert all(loss.dtype == torch.float32 for loss in out.values())
+        out["loss"].backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters()})
+    for name, exact in gradients[0].items():
+        assert (gradients[1][name] - exact).norm() < 0.1 * exact.norm() + 1e-4, name
 
 
 def test_both_losses_train_the_encoder_and_the_regressor_and_decoding_alone_the_decoder():

@@ -13,6 +13,7 @@ import launch
 from common import InputError, StepRandom, ViT
 from dvae import (
     DVAE,
+    RECIPES,
     Batch,
     Config,
     Tokenizer,
@@ -102,6 +103,24 @@ def test_a_token_for_each_8_pixels_whatever_the_first_stride(first_stride):
     mu, log_b = tokenizer.decode(one_hot)
     assert mu.shape == log_b.shape == images.shape
     torch.testing.assert_close(drawn, unsqueeze(torch.sigmoid(mu)).detach())
+
+
+@torch.no_grad()
+def test_logits_and_distributions_are_float32_under_autocast():
+    """In bf16 the two largest logits are sometimes equal, and the first of them would be the token."""
+    model = small(codes=8192, first_stride=4)
+    features = []
+    model.encoder.encoder.output.register_forward_pre_hook(lambda _, inputs: features.append(inputs[0]))
+    batch = batch_for(B=16)
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = model.encoder.encoder(squeeze(batch.images))
+        assert all(y.dtype == torch.float32 for y in model.encoder.decode(logits.softmax(1)))
+        tokens = model.encoder.tokens(batch.images)
+    last = model.encoder.encoder.output
+    exact = torch.einsum("kc,bchw->bkhw", last.weight[:, :, 0, 0], features[0]) + last.bias[:, None, None]
+    torch.testing.assert_close(logits, exact, atol=1e-5, rtol=1e-5)
+    assert torch.equal(tokens, exact.argmax(1).flatten(1))
+    assert (exact.bfloat16().argmax(1) != exact.argmax(1)).any()  # so it was
 
 
 def test_the_logits_of_a_new_encoder_are_as_large_as_the_noise():
@@ -273,6 +292,14 @@ def test_relaxed_samples_follow_the_distribution_and_harden_as_tau_falls():
 
 
 # ------------------------------------------------------------------------------------------------------------- training
+
+
+def test_the_paper_recipe_is_dall_es_appendix_a_2():
+    paper, c = RECIPES["paper"], Config()
+    assert paper["batch_size"] == 512 and paper["betas"] == (0.9, 0.999) and paper["weight_decay"] == 1e-4
+    assert (paper["lr"], paper["min_lr"]) == (1e-4, 1.25e-6)
+    assert (c.kl_weight, c.tau, c.tau_end) == (6.6, 1, 1 / 16) and not {"kl_weight", "tau", "codes"} & paper.keys()
+    assert paper["image_size"] == 112 and c.crop_scale == 0.08  # CAE's crops
 
 
 @torch.no_grad()
