@@ -29,6 +29,7 @@ from lcmae import (
     in_view_loss,
     nothing_hidden,
 )
+from options import options
 
 SMALL = dict(decoder_width=16, decoder_depth=2, decoder_heads=2, projector_out=8)
 ALONE = dict(mae_weight=1.0, cross_weight=0.0, in_weight=0.0)  # Table 1, setting (b)
@@ -575,6 +576,26 @@ def test_the_paper_recipe_is_section_5():
     assert (c.mae_weight, c.cross_weight, c.in_weight) == (1, 1, 1)
     same = {f.name for f in dataclasses.fields(mae.Config)} - {"decoder_depth"}
     assert all(getattr(c, name) == getattr(mae.Config(), name) for name in same)
+
+
+def test_the_headers_commands_set_what_the_other_tables_say():
+    """Tables 2, 3, A.1: MAE at 1.5e-4 · 1024 / 256, 8 decoder blocks (Figure 4), §5's schedule."""
+    header = {line.strip().split("  ")[0]: line.split("--", 1)[1] for line in lcmae.__doc__.splitlines()
+              if line.startswith("      Table")}  # fmt: skip
+    assert header.keys() == {"Table 2", "Table 3", "Table A.1"}
+    for table, line in header.items():
+        method = [] if "--method" in line else ["--method", "lcmae"]
+        flags = ("--" + line.split("(")[0]).split()
+        args, config, _ = options([*method, "--recipe", "paper", *flags])
+        assert args.lr == pytest.approx(6e-4) and args.batch_size == 1024 and config.decoder_depth == 8
+        assert args.model == "base" and config.mask_ratio == 0.75
+        if table == "Table A.1":
+            assert (args.method, args.images, args.repeat, args.epochs) == ("mae", 1, 1_281_167, 5)
+            assert args.warmup_epochs < args.epochs
+            continue
+        assert (args.epochs, args.warmup_epochs) == (100, 20)
+        assert config.block == (16 if table == "Table 3" else 0)
+        assert config.block or (config.mae_weight, config.cross_weight, config.in_weight) == (1, 0, 0)
 
 
 @pytest.mark.parametrize("settings,message", [
