@@ -106,7 +106,8 @@ class ConvBlock(nn.Module):
 class Stack(nn.Module):
     """A first layer, a group of residual blocks per resolution with `resize` in between, ReLU, a 1 x 1 convolution.
 
-    The last layer is float32 under autocast too, as in DALL-E's encoder: of 8192 logits in bf16 the two largest are at times equal.
+    The last layer is float32 under autocast too, as in DALL-E's encoder: of 8192 logits in bf16 the two largest are
+    sometimes equal.
     """
 
     def __init__(self, first: nn.Conv2d, widths: list[int], out: int, blocks: int, kernels: tuple[int, ...], resize):

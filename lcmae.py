@@ -78,7 +78,7 @@ class Config:
     decoder_depth: int = 2  # blocks of the transformer decoder: 2 for LC-MAE (§3.3), 8 in MAE
     decoder_heads: int = 16  # of the transformer decoder, as in MAE
     norm_pixels: bool = True  # predict each patch or block standardised by its own mean and variance
-    block: int = 0  # nothing hidden, each token predicts the so many pixels a side around its patch (Table 3); 0: off
+    block: int = 0  # pixels a side of the block each token predicts, nothing hidden, no other loss (Table 3); 0: off
     crop_scale: float = 0.2  # smallest share of the image's area that a crop keeps
 
 

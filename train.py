@@ -104,7 +104,9 @@ def train(args, config, Method, device: torch.device, run: "Run"):
     def indices():
         for step in range(first, steps):
             epoch, place = divmod(step, steps_per_epoch)
-            batch = epoch_order(args.seed, epoch, n)[place * args.batch_size :][: args.batch_size] % len(image_set)
+            if step == first or place == 0:  # once an epoch: a million images take a tenth of a second
+                order = epoch_order(args.seed, epoch, n) % len(image_set)
+            batch = order[place * args.batch_size :][: args.batch_size]
             yield from (batch[rows_of(step, part)] for part in range(args.accumulate))
 
     batches = image_set.batches(indices(), device, workers=args.workers)

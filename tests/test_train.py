@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import numpy as np
@@ -197,6 +198,17 @@ def test_epochs_of_a_few_repeated_images_show_each_as_often(photos, environment,
     assert not torch.equal(*epochs) and [r["epoch"] for r in log(tmp_path / "run")[1:]][2::3] == [1, 2]
     assert state(tmp_path / "run")["settings"]["images"] == 3
     assert evaluated == [[80, 20]] * 2  # all images: of the untrained encoder and of the trained one
+
+
+def test_a_tokenizer_that_is_trained_first_sees_no_other_images(monkeypatch):
+    import train as command
+
+    seen = []
+    monkeypatch.setattr(command, "Run", lambda out: types.SimpleNamespace(stopped_by=0))
+    monkeypatch.setattr(command, "train", lambda args, *_: seen.append(args))
+    args, _, _ = options(["--method", "cae", "--images", "2", "--repeat", "64", "--device", "cpu"])
+    command.train_first(args, torch.device("cpu"), "dvae")
+    assert (seen[0].method, seen[0].images, seen[0].repeat) == ("dvae", 2, 64)
 
 
 @pytest.mark.slow
