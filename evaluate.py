@@ -1,17 +1,22 @@
-"""What a frozen encoder's features are worth: weighted kNN, and a linear probe on cached features.
+"""What an encoder is worth: kNN and a linear probe on its features, or what finetune.py makes of it.
 
     python evaluate.py --run runs/cmae-shapes --protocol knn
+    python evaluate.py --run runs/cmae-shapes --protocol finetune --seeds 3
     torchrun --nproc_per_node=2 -- evaluate.py --run runs/cmae-shapes --protocol linear --untrained
 
 (The bare -- keeps torchrun of Python 3.11 and older from taking --run for an option of its own.)
 
-Each image becomes one vector: the encoder sees all of it, unmasked and centre-cropped, and its final-norm tokens are
-averaged over the patches (or the class token is taken). Under torchrun the ranks share the encoding; what follows is
-small, so every rank does all of it and comes to the same numbers.
+For kNN and the fast linear probe each image becomes one vector: the encoder sees all of it, unmasked and
+centre-cropped, and its final-norm tokens are averaged over the patches (or the class token is taken). Under torchrun
+the ranks share the encoding; what follows is small, so every rank does all of it and comes to the same numbers. The
+other protocols train, as the table in finetune.py says. All are measured on every validation image, once.
 """
 
 import argparse
+import copy
+import dataclasses
 import json
+import statistics
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -23,48 +28,62 @@ from tqdm import tqdm
 
 import augment
 import data
+import finetune
 import launch
-from common import InputError, ViT, gather_over_ranks, rank, world_size
+from common import InputError, ViT, gather_over_ranks, pair, rank, world_size
+from options import Help, Parser, field_comments, settle
 from weights import TARGETS, load_encoder, untrained, write_export
 
 # ---------------------------------------------------------------------------------------------------------- features
 
 
-@torch.no_grad()
 def extract(
     encoder: ViT, image_set, device, batch_size: int = 256, precision: str = "auto", features: str = "mean"
 ) -> tuple[Tensor, Tensor]:
-    """Features (n, D) float32 and labels (n,) of a set of n images, in its order and on every rank.
+    """Features (n, D) float32 and labels (n,) of a set of n images, in its order and on every rank."""
 
-    Each rank encodes one block of the set; the last blocks may be shorter or empty. Images that do not decode are left
+    def feature(images: Tensor) -> Tensor:
+        tokens = encoder(images).float()  # (B, 1 + N, D)
+        return tokens[:, 0] if features == "cls" else tokens[:, 1:].mean(dim=1)
+
+    was_training = encoder.training
+    encoder.eval()
+    x, labels = of_all(feature, image_set, encoder.image_size, device, batch_size, precision)
+    encoder.train(was_training)
+    if not x.isfinite().all():
+        raise InputError(f"encoder: its features of {image_set.name} are not finite; train it with a smaller --lr")
+    return x, labels
+
+
+@torch.no_grad()
+def of_all(function, image_set, size, device, batch_size: int = 256, precision: str = "auto") -> tuple[Tensor, Tensor]:
+    """`function` of all images of a set, whole and normalised (B, 3, size, size): (n, …) float32, and labels (n,).
+
+    Each rank takes one block of the set; the last blocks may be shorter or empty. Images that do not decode are left
     out, where the set skips them. Precision "auto" is bf16 on CUDA and float32 elsewhere.
     """
     device, n = torch.device(device), len(image_set)
-    bf16 = precision == "bf16" or (precision == "auto" and device.type == "cuda")
+    precision = {"auto": "bf16" if device.type == "cuda" else "fp32"}.get(precision, precision)
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
     block = -(-n // world_size())
     first = min(rank() * block, n)
     mine = torch.arange(first, min(first + block, n))
-    found = torch.zeros(block, 1 + encoder.width, device=device)  # column 0 is 1 where an image has come
+    shape = function(torch.zeros(1, 3, *pair(size), device=device)).shape[1:]  # a rank without images has to know
+    found = torch.zeros(block, 1 + shape.numel(), device=device)  # column 0 is 1 where an image has come
     orders = mine.split(batch_size) if len(mine) else ()
     batches = tqdm(
         image_set.batches(orders, device), image_set.name, len(orders), unit="batch", leave=False, disable=rank() > 0
     )
-    was_training = encoder.training
-    encoder.eval()
     for images, index in batches:
-        images = augment.normalize(augment.center_crop_resize(images, encoder.image_size))
-        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            tokens = encoder(images).float()  # (B, 1 + N, D)
-        x = tokens[:, 0] if features == "cls" else tokens[:, 1:].mean(dim=1)
+        images = augment.normalize(augment.center_crop_resize(images, size))
+        with torch.autocast(device.type, dtype, enabled=dtype is not None):
+            x = function(images).float().flatten(1)
         row = index.to(device) - first
         inside = (row >= 0) & (row < len(mine))  # a bad image's substitute may be another rank's, or come twice
         found[row[inside]] = F.pad(x, (1, 0), value=1.0)[inside]
-    encoder.train(was_training)
     found = gather_over_ranks(found)[:n]  # blocks are filled in order, so that all padding is at the end
     came, x = found[:, 0] == 1, found[:, 1:]
-    if not x.isfinite().all():
-        raise InputError(f"encoder: its features of {image_set.name} are not finite; train it with a smaller --lr")
-    return x[came], image_set.labels.to(device)[came]
+    return x[came].unflatten(1, shape), image_set.labels.to(device)[came]
 
 
 def accuracy(scores: Tensor, labels: Tensor) -> dict[str, float]:
@@ -192,10 +211,19 @@ class Task:
     val_set: data.ImageSet
     device: torch.device
     features: str = "mean"  # of the patch tokens, or "cls"
-    batch_size: int = 256  # images a step, on each rank
-    precision: str = "auto"  # bf16 on CUDA, float32 elsewhere
+    batch_size: int = 256  # images encoded at a time, on each rank
+    precision: str = "auto"  # bf16 on CUDA; elsewhere float32, or in training what is fast
     k: int = 20  # neighbours
     tau: float = 0.07  # their temperature
+    # Of the protocols that train:
+    recipe: finetune.Recipe | None = None  # the demo's, where none is given
+    paper: bool = False  # the linear probe of the papers, by LARS
+    blocks: int = 1  # that partial fine-tuning trains
+    seed: int = 0  # of the first training
+    seeds: int = 1  # trainings
+    accumulate: int = 1  # parts of a step
+    directory: Path | None = None  # for checkpoints and logs
+    resume: bool = True  # from there
 
     @property
     def classes(self) -> int:
@@ -211,9 +239,45 @@ class Task:
         )
 
 
+KEPT_LIMIT = 16 << 30  # bytes of a frozen encoder's output to hold; above, images are encoded anew each epoch
+
+
+def trained(task: Task, protocol: str) -> dict:
+    """What finetune.py makes of the encoder, measured; over several seeds mean and sample standard deviation."""
+    recipe = task.recipe or finetune.recipe_for("demo", protocol, task.blocks)
+    machine = argparse.Namespace(precision=task.precision, compile=False)
+    settle(machine, task.device)
+    source, results = task.train_set, []
+    for seed in range(task.seed, task.seed + task.seeds):
+        encoder = untrained(task.encoder, seed) if protocol == "supervised" else copy.deepcopy(task.encoder)
+        classifier = finetune.Classifier(encoder, recipe, task.classes, protocol, task.blocks, seed).eval()
+        how = (encoder.image_size, task.device, task.batch_size, machine.precision)
+        if source is task.train_set and classifier.blocks < classifier.depth and not recipe.augments:
+            values = classifier.frozen(torch.zeros(1, 3, *pair(encoder.image_size), device=task.device)).numel()
+            if 4 * values * len(source) <= KEPT_LIMIT:
+                source = finetune.Kept(*of_all(classifier.frozen, source, *how))  # for all seeds
+        folder = task.directory and task.directory / f"seed-{seed}"
+        finetune.train(
+            classifier, source, task.classes, recipe, task.device, seed, folder, machine.precision, task.accumulate,
+            task.resume,
+        )  # fmt: skip
+        results.append(accuracy(*of_all(classifier.logits, task.val_set, *how)))
+    how = {"precision": machine.precision}
+    if task.seeds == 1:
+        return results[0] | how
+    columns = {key: [result[key] for result in results] for key in ("top1", "top5")}
+    means = {key: statistics.mean(column) for key, column in columns.items()}
+    deviations = {f"{key}_std": statistics.stdev(column) for key, column in columns.items()}
+    return {**means, **deviations, "n": results[0]["n"], "each": results, **how}
+
+
 PROTOCOLS = {
     "knn": lambda task: knn(*task.vectors, task.classes, task.k, task.tau),
-    "linear": lambda task: linear_probe(*task.vectors, task.classes),
+    "linear": lambda task: trained(task, "linear") if task.paper else linear_probe(*task.vectors, task.classes),
+    "attentive": lambda task: trained(task, "attentive"),
+    "partial": lambda task: trained(task, "partial"),
+    "finetune": lambda task: trained(task, "finetune"),
+    "supervised": lambda task: trained(task, "supervised"),
 }
 
 
@@ -227,9 +291,7 @@ def evaluate(encoder: ViT, train_set, val_set, protocols, device, **options) -> 
 
 
 def options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description="Measure the encoder of a run.", formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = Parser(description="Measure the encoder of a run.", formatter_class=Help, allow_abbrev=False)
     parser.add_argument("--run", required=True, metavar="DIR", help="a run's directory, or weights: see weights.py")
     what, unset = parser.add_mutually_exclusive_group(required=True), argparse.SUPPRESS
     what.add_argument("--protocol", choices=PROTOCOLS, help="how to measure")
@@ -243,15 +305,71 @@ def options() -> argparse.Namespace:
     group.add_argument("--classes", type=int, metavar="K", help="only the first K classes")
     group.add_argument("--download", action="store_true", help="fetch the set if it is not there")
     group.add_argument("--skip-bad-images", action="store_true", help="count images that do not decode, and go on")
-    group = parser.add_argument_group("features")
-    group.add_argument("--features", default=Task.features, choices=["mean", "cls"], help="patch mean or class token")
-    group.add_argument("--batch-size", type=int, default=Task.batch_size, metavar="B", help="images a step and process")
-    group.add_argument("--precision", default=Task.precision, choices=["auto", "fp32", "bf16"], help="of the encoder")
+    group = parser.add_argument_group("machine")
+    group.add_argument("--precision", default="auto", choices=["auto", "fp32", "bf16", "fp16"], help="of the encoder")
     group.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"], help="where to work")
-    group = parser.add_argument_group("kNN")
-    group.add_argument("--k", type=int, default=Task.k, metavar="K", help="neighbours that vote")
-    group.add_argument("--tau", type=float, default=Task.tau, metavar="T", help="temperature of their votes")
+    group = parser.add_argument_group("kNN", argument_default=unset)
+    group.add_argument("--k", type=int, metavar="K", help=f"neighbours that vote [{Task.k}]")
+    group.add_argument("--tau", type=float, metavar="T", help=f"temperature of their votes [{Task.tau}]")
+    group = parser.add_argument_group("protocols that train (linear only with --paper)", argument_default=unset)
+    group.add_argument("--paper", action="store_true", default=unset, help="the papers' linear probe, by LARS")
+    group.add_argument("--blocks", type=int, metavar="K", help=f"last blocks that partial trains [{Task.blocks}]")
+    group.add_argument("--recipe", metavar="NAME", help=", ".join(finetune.RECIPES))
+    group.add_argument("--seed", type=int, metavar="N", help=f"of everything random [{Task.seed}]")
+    group.add_argument("--seeds", type=int, metavar="N", help=f"trainings, for mean and deviation [{Task.seeds}]")
+    group.add_argument("--accumulate", type=int, metavar="N", help=f"parts of a step, for memory [{Task.accumulate}]")
+    group.add_argument("--resume", choices=["auto", "never"], help="continue what is in the run's directory [auto]")
+    group = parser.add_argument_group("in place of the recipe's", argument_default=unset)
+    comments = field_comments(finetune.Recipe)
+    for field in dataclasses.fields(finetune.Recipe):
+        kind = type(field.default)
+        how = dict(action="store_true", default=unset) if kind is bool else dict(
+            type=kind, metavar={int: "N", float: "X", str: "NAME"}[kind])  # fmt: skip
+        group.add_argument(finetune.flag(field.name), help=comments[field.name], **how)
     return parser.parse_args()
+
+
+ENCODING = ("features", "batch_size")
+TRAINING = ("recipe", "seed", "seeds", "accumulate", "resume", *(f.name for f in dataclasses.fields(finetune.Recipe)))
+USED = {  # the options, beyond those of all, that a protocol has a use for
+    "knn": ("k", "tau", *ENCODING),
+    "linear": ENCODING,
+    "attentive": TRAINING,
+    "partial": ("blocks", *TRAINING),
+    "finetune": TRAINING,
+    "supervised": TRAINING,
+}
+
+
+def task_options(args: argparse.Namespace, settings: dict) -> tuple[dict, dict]:
+    """The command line → the fields of Task, and what of them to report."""
+    given, paper = dict(vars(args)), "paper" in args and args.protocol == "linear"
+    used = ("paper", *TRAINING) if paper else USED[args.protocol]
+    for name in ("paper", *(name for names in USED.values() for name in names)):
+        if name in given and name not in used:
+            hint = " without --paper" if args.protocol == "linear" else ""
+            raise InputError(f"{finetune.flag(name)}: does nothing to protocol {args.protocol}{hint}; leave it out")
+    given = {name: given[name] for name in used if name in given}
+    for name in ("batch_size", "seeds", "accumulate"):
+        if given.get(name, 1) < 1:
+            raise InputError(f"{finetune.flag(name)} {given[name]}: must be at least 1")
+    if "recipe" not in used:
+        if given.get("features", "mean") not in ("mean", "cls"):
+            raise InputError(f"--features {given['features']!r}: unknown; choose one of mean, cls")
+        return given, {name: given.get(name, getattr(Task, name)) for name in used}
+    its_own = settings.get("method") if settings.get("method") in finetune.RECIPES else "mae"
+    name = given.pop("recipe", {"shapes": "demo", "imagenet": its_own}.get(args.data, "tiny"))
+    fields = [field.name for field in dataclasses.fields(finetune.Recipe)]
+    own = {field: given.pop(field) for field in fields if field in given}
+    blocks = given.get("blocks", Task.blocks)
+    recipe = finetune.recipe_for(name, args.protocol, blocks, own)
+    idle = finetune.IDLE[finetune.kind_of(args.protocol, blocks)]
+    report = {field: getattr(recipe, field) for field in fields if field not in idle}
+    report |= dict(recipe=name, lr=recipe.peak, seed=given.get("seed", 0), seeds=given.get("seeds", 1))
+    if args.protocol == "partial":
+        report["blocks"] = blocks
+    given["resume"] = given.get("resume") != "never"
+    return given | dict(recipe=recipe), report
 
 
 def run_settings(directory: Path) -> dict:
@@ -265,8 +383,6 @@ def run_settings(directory: Path) -> dict:
 
 def main() -> None:
     args = options()
-    if args.batch_size < 1:
-        raise InputError(f"batch size {args.batch_size}: must be at least 1")
     if "to" in args and "export" not in args:
         raise InputError(f"--to {args.to}: says where an encoder is written to; give --export too")
     device = launch.start(args.device)
@@ -284,20 +400,24 @@ def main() -> None:
     args = argparse.Namespace(**{name: settings.get(name) for name in images} | vars(args))
     if args.data is None:
         raise InputError(f"{directory}: has no config.json that names its images; give --data")
+    if args.untrained and args.protocol == "supervised":
+        raise InputError("--untrained: does nothing to protocol supervised, which is so anyway; leave it out")
+    chosen, report = task_options(args, settings)
     sets = [
         data.open_set(args.data, args.data_root, half, download=args.download, skip_bad_images=args.skip_bad_images)
         for half in ("train", "val")
     ]
     sets = [(half.subset(classes=args.classes) if args.classes else half).to(device) for half in sets]
+    name = args.protocol + ("-paper" if "paper" in args else "")
+    name += (f"-{report['blocks']}" if "blocks" in report else "") + ("-untrained" if args.untrained else "")
     result = evaluate(
-        encoder, *sets, [args.protocol], device, features=args.features, batch_size=args.batch_size,
-        precision=args.precision, k=args.k, tau=args.tau,
-    )[args.protocol]  # fmt: skip
+        encoder, *sets, [args.protocol], device, precision=args.precision, directory=directory / name, **chosen
+    )[args.protocol]
     if rank() == 0:
-        result = {"protocol": args.protocol, **result, **vars(args), "device": str(device), "processes": world_size()}
+        about = vars(args) | report | dict(device=str(device), processes=world_size())
+        result = {"protocol": args.protocol, **result, **(about | result)}
         print(json.dumps(result), flush=True)
-        name = f"evaluate-{args.protocol}{'-untrained' if args.untrained else ''}.json"
-        launch.write_text(directory / name, json.dumps(result, indent=1) + "\n")
+        launch.write_text(directory / f"evaluate-{name}.json", json.dumps(result, indent=1) + "\n")
     launch.stop()
 
 

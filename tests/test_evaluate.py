@@ -293,14 +293,61 @@ def call(monkeypatch, *words) -> None:
     evaluate.main()
 
 
-@pytest.mark.parametrize("protocol", evaluate.PROTOCOLS)
-def test_the_last_line_is_the_result_and_the_run_keeps_it(run, monkeypatch, capsys, protocol):
-    call(monkeypatch, "--run", run, "--protocol", protocol, "--k", 5)
+TRAIN = "--recipe demo --batch-size 4 --epochs 12 --seed 1".split()
+LARS = "--epochs 60 --lr 40 --features mean".split()  # or the running statistics do not arrive
+COMMANDS = {  # what is given, and what of it the result says
+    "knn": (["--k", 5], dict(k=5, tau=0.07, features="mean")),
+    "linear": ([], dict(features="mean")),
+    "linear-paper": (["--paper", *TRAIN, *LARS], dict(optimizer="lars", features="mean", seed=1, crop_scale=0)),
+    "attentive": (TRAIN, dict(optimizer="sgd", attend_cls=False, batch_size=4, recipe="demo")),
+    "partial-0": (["--blocks", 0, *TRAIN, *LARS], dict(optimizer="lars", blocks=0, lr=40)),
+    "partial-1": (["--blocks", 1, *TRAIN, "--lr", 0.01], dict(optimizer="adamw", blocks=1, lr=0.01, layer_decay=0.75)),
+    "finetune": ([*TRAIN, "--lr", 0.01, "--seeds", 2], dict(epochs=12, seeds=2, norm="fresh", precision="fp32")),
+    "supervised": ([*TRAIN, "--lr", 0.01], dict(layer_decay=1)),
+}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_last_line_is_the_result_and_the_run_keeps_it(run, monkeypatch, capsys, name):
+    protocol, (words, said) = name.split("-")[0], COMMANDS[name]
+    call(monkeypatch, "--run", run, "--protocol", protocol, "--precision", "fp32", *words)
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert found == json.loads((run / f"evaluate-{protocol}.json").read_text())
-    assert (found["protocol"], found["n"], found["top1"], found["top5"]) == (protocol, 7, 100, 100)
-    assert (found["k"], found["tau"], found["features"], found["untrained"]) == (5, 0.07, "mean", False)
-    assert sorted(os.listdir(run)) == ["config.json", "encoder.pt", f"evaluate-{protocol}.json"]
+    assert found == json.loads((run / f"evaluate-{name}.json").read_text())
+    assert (found["protocol"], found["n"], found["top5"], found["untrained"]) == (protocol, 7, 100, False)
+    assert found["top1"] == 100 or (name == "supervised" and found["top1"] > 50)
+    assert found | said == found
+    trains = protocol != "knn" and name != "linear"
+    assert sorted(os.listdir(run)) == sorted(["config.json", "encoder.pt", f"evaluate-{name}.json", *([name] * trains)])
+    for folder in (run / name).glob("*"):
+        assert sorted(os.listdir(folder)) == ["checkpoint.pt", "log.jsonl"]
+    assert not trains or len(list((run / name).glob("seed-*"))) == found["seeds"]
+
+
+IDLE = {
+    "--k: does nothing to protocol linear without --paper": "linear --k 5",
+    "--epochs: does nothing to protocol linear without --paper": "linear --epochs 5",
+    "--epochs: does nothing to protocol knn": "knn --epochs 5",
+    "--paper: does nothing to protocol finetune": "finetune --paper",
+    "--blocks: does nothing to protocol finetune": "finetune --blocks 1",
+    "--features: does nothing to protocol attentive": "attentive --features cls",
+    "--untrained: does nothing to protocol supervised": "supervised --untrained",
+    "--blocks 3: the encoder has 2; give 0": "partial --blocks 3",
+    "--epochs 0: must be at least 1": "finetune --epochs 0",
+    "--seeds 0: must be at least 1": "finetune --seeds 0",
+    "--batch-size 0: must be at least 1": "knn --batch-size 0",
+    "--features 'max': unknown; choose one of mean, cls": "knn --features max",
+    "recipe 'deit': unknown; choose one of mae": "finetune --recipe deit",
+    "batch size 512: larger than the 11 images": "finetune",
+    "invalid choice: 'knnn'": "knnn",
+}
+
+
+@pytest.mark.parametrize("words", IDLE)
+def test_what_does_nothing_or_cannot_be_is_refused_in_one_line(run, monkeypatch, words):
+    with pytest.raises(InputError, match=words) as error:
+        call(monkeypatch, "--run", run, "--protocol", *IDLE[words].split())
+    assert "\n" not in str(error.value)
+    assert sorted(os.listdir(run)) == ["config.json", "encoder.pt"]
 
 
 def test_every_option_arrives(run, monkeypatch):
@@ -309,7 +356,7 @@ def test_every_option_arrives(run, monkeypatch):
     options = dict(features="cls", batch_size=3, precision="bf16", k=7, tau=0.2)
     words = [word for name, value in options.items() for word in ("--" + name.replace("_", "-"), value)]
     call(monkeypatch, "--run", run, "--protocol", "knn", *words)
-    assert found == options
+    assert found == options | dict(directory=run / "knn")
 
 
 def test_flags_go_before_the_runs_settings(run, monkeypatch, capsys):
