@@ -228,8 +228,8 @@ def block_mask(rng: StepRandom, grid: tuple[int, int], count: int, smallest: int
     """BEiT's block-wise mask, continued as in CAE until exactly `count` patches of every image are hidden.
 
     A block has an area uniform in [smallest, what is missing] and an aspect ratio log-uniform in [0.3, 1/0.3]; one that
-    would hide nothing new or more than is missing is drawn again. After `tries` failures the smallest area is halved,
-    so that the quota is met in any grid.
+    spans the grid, hides nothing new or more than is missing is drawn again. After `tries` failures the smallest area
+    is halved, so that the quota is met in any grid; where less than the smallest is missing, all of it is the area.
     """
     h, w = grid
     if not 0 < count < h * w:
@@ -246,7 +246,7 @@ def _blocks(draw: np.random.Generator, h: int, w: int, count: int, smallest: int
         area = draw.uniform(min(smallest, missing), missing)
         aspect = math.exp(draw.uniform(math.log(0.3), -math.log(0.3)))
         rows, columns = max(1, round(math.sqrt(area * aspect))), max(1, round(math.sqrt(area / aspect)))
-        if rows <= h and columns <= w:
+        if rows <= max(1, h - 1) and columns <= max(1, w - 1):
             top, left = draw.integers(0, h - rows + 1), draw.integers(0, w - columns + 1)
             block = hidden[top : top + rows, left : left + columns]
             if 0 < (new := block.size - block.sum()) <= missing:

@@ -242,6 +242,13 @@ def test_block_mask_hides_blocks_not_specks():
     assert joined(block_mask(rng(total=200), (14, 14), 98)) > 0.75 > 0.6 > joined(random_mask(rng(), (14, 14), 0.5))
 
 
+def test_no_block_spans_the_grid():
+    """As in BEiT's code. A row of four may still fill up by a smaller block and chance; as one block it came often."""
+    hidden = block_mask(rng(total=300), (4, 4), 4, smallest=4).hidden.view(-1, 4, 4)
+    spanned = hidden.all(1).any(1) | hidden.all(2).any(1)
+    assert spanned.float().mean() < 0.1
+
+
 def test_block_mask_refuses_to_hide_all_or_nothing():
     for count in (0, 16):
         with pytest.raises(InputError, match="nothing visible or nothing masked"):
