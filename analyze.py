@@ -282,7 +282,8 @@ class Study:
 
     @cached_property
     def train(self) -> data.ImageSet:
-        return self.open("train")
+        found, first = self.open("train"), getattr(self.runs[0].settings, "images", None)
+        return found.first(first) if first and not self.args.data else found  # a run may train on few
 
     def pictures(self, n: int):
         """n validation images, evenly spaced: uint8 (n, 3, H, W), or a list where sizes vary."""
@@ -383,7 +384,7 @@ def lines(title: str, x_name: str, y_name: str, series: dict[str, list[float]]):
 def show(axis, picture: Tensor) -> None:
     """A picture (3, H, W) in [0, 1] or a map (h, w), without ticks."""
     x = picture.detach().float().cpu()
-    axis.imshow(x.permute(1, 2, 0).clamp(0, 1) if x.ndim == 3 else x, interpolation="nearest")
+    axis.imshow((x.permute(1, 2, 0).clamp(0, 1) if x.ndim == 3 else x).numpy(), interpolation="nearest")
     axis.set(xticks=[], yticks=[])
     axis.spines[:].set_visible(False)
     axis.grid(False)
@@ -402,19 +403,21 @@ def gallery(title: str, rows: dict[str, Tensor], caption: str = ""):
     return figure, axes
 
 
-def frame(axis, box, size: int, **how) -> None:
+def frame(axis, box, size: int, style: str = "-") -> None:
     """A rectangle (top, left, height, width), given as shares of what is shown at `size` pixels a side."""
     from matplotlib.patches import Rectangle
 
     top, left, height, width = (float(x) * size for x in box)
-    axis.add_patch(Rectangle((left - 0.5, top - 0.5), width, height, fill=False, **how))
+    for color, line in (("white", 3.5), ("black", 1.5)):  # seen on any ground
+        how = dict(color=color, linewidth=line, linestyle=style if color == "black" else "-")
+        axis.add_patch(Rectangle((left - 0.5, top - 0.5), width, height, fill=False, clip_on=False, **how))
 
 
 def outline(axis, region: Tensor, fine: int = 16, **how) -> None:
     """The border of a region bool (h, w) of a map's cells."""
     cells = region.cpu().float().repeat_interleave(fine, 0).repeat_interleave(fine, 1)
-    y, x = ((torch.arange(side + 2) - 0.5) / fine - 0.5 for side in cells.shape)
-    axis.contour(x, y, F.pad(cells, (1, 1, 1, 1)), levels=[0.5], **how)
+    y, x = (((torch.arange(side + 2) - 0.5) / fine - 0.5).tolist() for side in cells.shape)
+    axis.contour(x, y, F.pad(cells, (1, 1, 1, 1)).numpy(), levels=[0.5], **how)
 
 
 def circle(axis, row: float, column: float) -> None:
@@ -448,12 +451,9 @@ def curves(study: Study):
     for axis in axes.flat[len(names) :]:
         axis.axis("off")
     for axis, name in zip(axes.flat, names, strict=False):
-        for label, log in logs.items():
-            axis.plot(
-                *zip(*((row["epoch"], row[name]) for row in log if name in row), strict=True),
-                label=label,
-                markevery=0.2,
-            )
+        for label, log in logs.items():  # a run without this part draws nothing, but keeps its colour for the others
+            rows = [row for row in log if name in row]
+            axis.plot([r["epoch"] for r in rows], [r[name] for r in rows], label=label, markevery=0.2)
         axis.set(title="learning rate" if name == "lr" else name.replace("_", " "), xlabel="epoch")
     axes[0, 0].legend()
     keys = ["step", "epoch", *names]
@@ -522,8 +522,8 @@ def views(study: Study):
     whole = augment.crop_resize(images, F.pad(sizes, (2, 0)), size)
     rows, comments, view = {"training image, crops": whole}, field_comments(type(batch)), whole
     for name, value in batch._asdict().items():
-        about = re.sub(r"\(B, 3, [^)]*\)|in \[0, 1\]|, normalised|;.*", "", comments.get(name, "")).strip(" ,")
-        about = f"{name}: {about}".removesuffix(": ").replace("_", " ", 1)
+        about = re.sub(r"\(B, 3, [^)]*\)|in \[0, 1\]|, normalised|;.*|None:.*", "", comments.get(name, "")).strip(" ,")
+        about = name.replace("_", " ") + (f": {about}" if about else "")
         if isinstance(value, Mask):
             rows[about] = greyed(view, value, p, grid)
         elif isinstance(value, Tensor) and value.ndim == 4:
@@ -539,10 +539,9 @@ def views(study: Study):
     figure, axes = gallery(f"What {run.label} is shown in one step", rows)
     for places, line in zip(crops, ("-", "--", ":"), strict=False):
         for axis, box in zip(axes[0], places / sizes.repeat(1, 2), strict=True):
-            frame(axis, box, size, color="white", linewidth=3.5)
-            frame(axis, box, size, color="black", linewidth=1.5, linestyle=line)
+            frame(axis, box, size, line)
     for axis, box in zip(axes[-1], boxes if located else (), strict=False):
-        frame(axis, (*box[:2], *(box[2:] - box[:2])), grid[0], color="white", linewidth=2)
+        frame(axis, (*box[:2], *(box[2:] - box[:2])), grid[0])
     return figure, numbers
 
 
@@ -593,7 +592,7 @@ def token_usage(study: Study):
         count, code = tokens.flatten().bincount(minlength=codes).sort(descending=True)
         used, perplexity, share = int((count > 0).sum()), dvae.perplexity(tokens, codes).item(), count / tokens.numel()
         label = f"{run.label}: {used} of {codes} used, perplexity {perplexity:.0f}"
-        axis.plot(range(1, used + 1), share[:used], label=label, markersize=3)
+        axis.plot(range(1, used + 1), share[:used].tolist(), label=label, markersize=3)
         axis.axhline(1 / codes, color="0.4", linestyle="--", linewidth=1)
         numbers[run.label] = {"codes": codes, "used": used, "perplexity": perplexity}
         numbers[run.label] |= {"by_frequency": code[:used].tolist(), "shares": rounded(share[:used])}
@@ -646,7 +645,7 @@ def attention_distances(study: Study):
     figure, axis = lines("Attention distance of the encoder; dots: heads", "layer", "mean distance (pixels)", series)
     for line, x in zip(axis.get_lines(), heads.values(), strict=True):
         layers = torch.arange(1, 1 + len(x))[:, None].expand_as(x)
-        axis.scatter(layers, x.cpu(), s=10, color=line.get_color(), alpha=0.4)
+        axis.scatter(layers.tolist(), x.tolist(), s=10, color=line.get_color(), alpha=0.4)
     return figure, {label: {"pixels": series[label], "heads": rounded(x)} for label, x in heads.items()}
 
 
@@ -728,10 +727,10 @@ def class_distance_plots(study: Study):
         found = class_distances(features(encoder, images).cpu(), labels)
         numbers[label] = {key: {"mean": x.mean().item(), "of_classes": rounded(x)} for key, x in found.items()}
         for axis, (key, title) in zip(axes.flat, panels, strict=True):
-            axis.plot(found[key], linestyle="", label=f"{label}: {found[key].mean():.4f}")
+            axis.plot(found[key].tolist(), linestyle="", label=f"{label}: {found[key].mean():.4f}")
             axis.set(title=title, xlabel="class", ylabel="distance")
     for axis in axes.flat:
-        axis.set_ylim(0, 1.4 * axis.dataLim.y1)
+        axis.set_ylim(0, max(1.4 * axis.dataLim.y1, 1e-6))
         axis.legend(loc="upper right", ncols=2)
     return figure, numbers
 
@@ -760,7 +759,7 @@ def feature_plots(study: Study):
             points = tsne(x, study.runs[0].settings.seed)
         numbers[label]["points"] = rounded(points)
         for c in labels.unique():
-            axis.plot(*points[every == c].T, linestyle="", label=short(study.val.classes[c]), alpha=0.7,
+            axis.plot(*points[every == c].T.numpy(), linestyle="", label=short(study.val.classes[c]), alpha=0.7,
                       markersize=5 if of == "images" else 2.5)  # fmt: skip
         axis.set(title=label, xlabel=names[0], ylabel=names[1])
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=5, markerscale=1.5)
@@ -787,7 +786,7 @@ def neighbours(study: Study, k: int = 6):
             show(axis, augment.center_crop_resize(images[place : place + 1], size)[0])
             axis.set_title(f"{cosines[i, j]:.3f}\n{short(train.classes[theirs[i, j]])}", fontsize=9)
             if same[i, j]:
-                frame(axis, (0, 0, 1, 1), size, color="#0b3c6f", linewidth=6)
+                frame(axis, (0, 0, 1, 1), size)
     numbers = {"queries": asked.tolist(), "neighbours": bank[at].tolist(), "cosines": rounded(cosines)}
     return figure, numbers | {"same_class": same.double().mean().item()}
 
