@@ -2,13 +2,13 @@
 
 Masked image modelling needs images in which what is seen tells of what is hidden, and a test needs classes that no
 colour gives away. So each picture has some of a photograph's statistics: a setting with a horizon and a rough, 1/f-like
-texture, light from one side, and an object of several parts that go together. Objects share settings; pose, scale,
-place, light, hues, grain and clutter are chance.
+texture, light from one side, and an object of several parts that go together, its surface of bricks, leaves, scales or
+fur. Objects share settings; pose, scale, place, light, hues, grain and clutter are chance.
 
     images, labels = generate("train")  # uint8 (8000, 3, 64, 64), int64 (8000,)
 
 Parts are signed distances, negative inside, painted back to front with edges one pixel wide. Whole images meet only
-+ - × ÷ √ and comparisons, which round alike on every machine.
++ - × ÷ √, floors and comparisons, which round alike on every machine.
 """
 
 import math
@@ -67,7 +67,9 @@ class Picture:
 
     def __init__(self, numbers: np.ndarray):
         self.numbers, self.drawn = numbers, 0
-        self.texture = fractal(numbers[:, DRAWS : -SIZE * SIZE])  # a plane
+        coarse, fine = LATTICES[:3], LATTICES[3:]
+        self.fine = fractal(numbers[:, -SIZE * SIZE - sum(g * g for g in fine) :], fine)  # a plane
+        self.texture = fractal(numbers[:, DRAWS:], coarse) + np.float32(0.75 ** len(coarse)) * self.fine
         axis = (np.arange(SIZE, dtype=np.float32) + 0.5) / SIZE * 2 - 1
         self.x, self.y = self.frame = axis[None, None, :], -axis[None, :, None]
         self.pixels = SIZE / 2  # per unit of x
@@ -103,7 +105,7 @@ class Picture:
         self.tones = above, below
         for _ in range(2):
             self.bush(level + self.uniform(-0.3, 0.5), self.uniform(0.06, 0.35))
-        dx = self.x - self.uniform(-0.5, 0.5)
+        dx = self.x - self.uniform(-0.6, 0.6)
         dy = self.y - np.clip(level + self.uniform(low, high), -0.5, 0.45)
         size, (cos, sin) = self.uniform(0.85, 1.4), rotation(self.uniform(-tilt / 2, tilt / 2))
         mirror = np.where(self.uniform(-1, 1) < 0, np.float32(-1), np.float32(1))
@@ -116,12 +118,15 @@ class Picture:
         d = ellipse(self, self.uniform(-1, 1), y, size * self.uniform(1, 2), size) + 0.08 * self.texture
         self.paint(d, tone * self.uniform(0.6, 1.2)[:, None])
 
-    def paint(self, d: np.ndarray, colour: np.ndarray, bulge=0.25):
-        """Lay a colour over where d < 0, lit from one side, and darker towards its rim by the share `bulge`."""
+    def paint(self, d: np.ndarray, colour: np.ndarray, bulge=0.25, surface=0.0):
+        """Lay a colour over where d < 0, lit from one side, darker towards its rim by the share `bulge`.
+
+        A surface makes it lighter and darker: see below.
+        """
         cover = np.clip(0.5 - d * self.pixels, 0, 1)
         shade = self.glow - bulge * np.clip(1 + 8 * d, 0, 1) if bulge else self.glow
         self.canvas *= (1 - cover)[:, None]
-        self.canvas += colour * (cover * shade)[:, None]
+        self.canvas += colour * (cover * (shade + surface))[:, None]
 
     def shadow(self, x, y, a, b):
         self.canvas *= (1 - 0.45 * np.clip(0.5 - 5 * ellipse(self, x, y, a, b), 0, 1))[:, None]
@@ -130,7 +135,7 @@ class Picture:
         """Sometimes a bush in front, then exposure and grain: uint8 (B, 3, 64, 64)."""
         (self.x, self.y), self.pixels = self.frame, SIZE / 2
         self.bush(self.uniform(-1.4, -0.8), self.uniform(0.15, 0.4))
-        gain = self.uniform(0.75, 1.15) * (1 + self.uniform(-0.15, 0.15) * self.x + self.uniform(-0.1, 0.15) * self.y)
+        gain = self.uniform(0.6, 1.2) * (1 + self.uniform(-0.3, 0.3) * self.x + self.uniform(-0.1, 0.15) * self.y)
         grain = self.numbers[:, -SIZE * SIZE :].reshape(-1, SIZE, SIZE) - np.float32(0.5)
         values = self.canvas * gain[:, None] + (self.uniform(0.01, 0.05) * grain)[:, None]
         return (np.clip(values, 0, 1) * 255 + 0.5).astype(np.uint8)
@@ -141,10 +146,10 @@ def rotation(t: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return (1 - t * t) / (1 + t * t), 2 * t / (1 + t * t)
 
 
-def fractal(numbers: np.ndarray) -> np.ndarray:
+def fractal(numbers: np.ndarray, lattices: tuple[int, ...]) -> np.ndarray:
     """Uniform numbers (B, …) → planes: ever finer lattices of ever smaller values, interpolated and summed."""
     total, start = np.float32(0), 0
-    for octave, g in enumerate(LATTICES):
+    for octave, g in enumerate(lattices):
         z = numbers[:, start : start + g * g].reshape(-1, g, g) * 2 - 1
         t = (np.arange(SIZE, dtype=np.float32) + 0.5) / SIZE * (g - 1)
         i = t.astype(int)
@@ -181,6 +186,47 @@ def polygon(p, *corners):
     return d
 
 
+# -------------------------------------------------------------------------------------------------------- surfaces
+# What a part is made of shows in any small piece of it, wherever it lies: phase, size and contrast are chance.
+
+
+def contrast(p):
+    return p.uniform(0.35, 0.8)
+
+
+def fraction(t: np.ndarray) -> np.ndarray:
+    return t - np.floor(t)
+
+
+def stripes(p, across, period, bend=0.0):
+    """Triangle waves along `across`, bent by the texture: planks, tiles, fur, feathers."""
+    t = (across + bend * p.texture) / (period * p.uniform(0.8, 1.25)) + p.uniform(0, 1)
+    return contrast(p) * (4 * np.abs(fraction(t) - np.float32(0.5)) - 1)
+
+
+def bricks(p, high, wide):
+    """Light bricks and dark joints, each row half a brick on."""
+    size = p.uniform(0.8, 1.25)
+    v = p.y / (high * size) + p.uniform(0, 1)
+    u = p.x / (wide * size) + np.floor(v) / 2 + p.uniform(0, 1)
+    edge = np.maximum(np.abs(fraction(v) - np.float32(0.5)), np.abs(fraction(u) - np.float32(0.5)))
+    return contrast(p) * (1 - 2 * np.clip(12 * (edge - np.float32(0.36)), 0, 1))
+
+
+def scales(p, size):
+    """Overlapping domes, each column half a dome on."""
+    size = size * p.uniform(0.8, 1.25)
+    u = p.x / size + p.uniform(0, 1)
+    v = p.y / size + np.floor(u) / 2 + p.uniform(0, 1)
+    du, dv = fraction(u), fraction(v) - np.float32(0.5)
+    return contrast(p) * (np.float32(1.4) - np.float32(2.4) * np.sqrt(du * du + dv * dv))
+
+
+def speckle(p):
+    """Blots: leaves, down."""
+    return contrast(p) * np.clip(6 * p.fine, -1, 1)
+
+
 # ------------------------------------------------------------------------------------------------------- the objects
 
 
@@ -192,8 +238,9 @@ def house(p):
     w, h, top = p.uniform(0.36, 0.52), p.uniform(0.25, 0.38), p.uniform(0.3, 0.45)
     p.shadow(0.1, -h, w * 1.5, 0.12)
     p.paint(box(p, w * 0.5, h + 0.25, 0.07, 0.2), roof)
-    p.paint(box(p, 0, 0, w, h), wall)
-    p.paint(polygon(p, (-w - 0.1, h - 0.02), (w + 0.1, h - 0.02), (0.1 * w, h + top), (-0.1 * w, h + top)), roof)
+    p.paint(box(p, 0, 0, w, h), wall, surface=bricks(p, 0.13, 0.26))
+    gable = polygon(p, (-w - 0.1, h - 0.02), (w + 0.1, h - 0.02), (0.1 * w, h + top), (-0.1 * w, h + top))
+    p.paint(gable, roof, surface=stripes(p, p.y, 0.12))
     p.paint(box(p, -0.4 * w, -0.4 * h, 0.09, 0.6 * h), door)
     frame, glass = p.colours("#f0ece0 #4a6078", "#f0ece0 #f0d890", "#6a4a30 #3a3a44")
     p.paint(box(p, 0.42 * w, 0.15 * h, 0.13, 0.12), frame, bulge=0)
@@ -204,10 +251,12 @@ def tree(p):
     p.scene(LAND, tilt=0.2)
     crown, bark = p.colours("#4a7a34 #5a4028", "#8a9a3a #77604a", "#c07a34 #4a3a30", "#d8c8c0 #4a4440")
     p.shadow(0.1, -0.5, 0.5, 0.1)
-    p.paint(polygon(p, (-0.1, -0.5), (0.1, -0.5), (0.05, 0.2), (-0.05, 0.2)), bark)
+    trunk = polygon(p, (-0.1, -0.5), (0.1, -0.5), (0.05, 0.2), (-0.05, 0.2))
+    p.paint(trunk, bark, surface=stripes(p, p.x, 0.08, 0.02))
+    leaves = speckle(p)
     for x, y in ((-0.28, 0.15), (0.28, 0.12), (0.0, 0.25), (-0.12, 0.5), (0.16, 0.46)):
         r = p.uniform(0.2, 0.3)
-        p.paint(ellipse(p, x + p.uniform(-0.06, 0.06), y, r, r) + 0.05 * p.texture, crown)
+        p.paint(ellipse(p, x + p.uniform(-0.06, 0.06), y, r, r) + 0.05 * p.texture, crown, surface=leaves)
 
 
 def car(p):
@@ -221,7 +270,8 @@ def car(p):
     p.paint(polygon(p, (-0.55 * w, h), (0.65 * w, h), (0.35 * w, h + roof), (-0.35 * w, h + roof)), body)
     windows = polygon(p, (-0.46 * w, h), (0.54 * w, h), (0.3 * w, h + roof - 0.05), (-0.3 * w, h + roof - 0.05))
     p.paint(np.maximum(windows, 0.03 - np.abs(p.x)), glass, bulge=0)
-    p.paint(np.maximum(box(p, 0, 0, w, h), ellipse(p, 0, -0.1, w * 1.08, 0.45)), body)
+    gloss = contrast(p) * np.clip(1 - 16 * np.abs(p.y - np.float32(0.09)), 0, 1)
+    p.paint(np.maximum(box(p, 0, 0, w, h), ellipse(p, 0, -0.1, w * 1.08, 0.45)), body, surface=gloss)
     p.paint(ellipse(p, w - 0.06, 0.04, 0.05, 0.05), lamp, bulge=0)
     for x in (-0.55 * w, 0.55 * w):
         p.paint(ellipse(p, x, -0.16, 0.16, 0.16), tyre, bulge=0)
@@ -236,23 +286,23 @@ def boat(p):
     tall = p.uniform(0.6, 0.95)
     p.shadow(0, -0.22, 0.6, 0.1)
     p.paint(box(p, 0, 0.3, 0.02, 0.4), mast)
-    p.paint(polygon(p, (0.05, 0.06), (0.48, 0.06), (0.05, tall)), sail)
-    p.paint(polygon(p, (-0.38, 0.06), (-0.05, 0.06), (-0.05, tall * 0.85)), sail)
-    p.paint(polygon(p, (-0.36, -0.2), (0.4, -0.2), (0.6, 0.03), (-0.52, 0.03)), hull)
+    seams = stripes(p, p.y, 0.2) / 2
+    p.paint(polygon(p, (0.05, 0.06), (0.48, 0.06), (0.05, tall)), sail, surface=seams)
+    p.paint(polygon(p, (-0.38, 0.06), (-0.05, 0.06), (-0.05, tall * 0.85)), sail, surface=seams)
+    planks = stripes(p, p.y, 0.09)
+    p.paint(polygon(p, (-0.36, -0.2), (0.4, -0.2), (0.6, 0.03), (-0.52, 0.03)), hull, surface=planks)
     p.paint(box(p, 0.02, 0.0, 0.52, 0.03), sail, bulge=0)
 
 
 def fish(p):
     p.scene(WATER, tilt=0.6, low=-0.4, high=0.7)
-    scales, fin = p.colours(
-        "#e0803a #f0e8dc", "#d8c04a #3a4a6a", "#8aa0b0 #c04a3a", "#b0504a #e0b060", "#4a5058 #98a8a8"
-    )
+    skin, fin = p.colours("#e0803a #f0e8dc", "#d8c04a #3a4a6a", "#8aa0b0 #c04a3a", "#b0504a #e0b060", "#4a5058 #98a8a8")
     eye, pupil = p.colours("#f4f0e4 #1c1c20")
     b = p.uniform(0.22, 0.32)
     body = ellipse(p, 0, 0, 0.5, b)
     p.paint(polygon(p, (-0.68, -0.26), (-0.36, 0), (-0.68, 0.26)), fin)
     p.paint(polygon(p, (-0.25, b * 0.7), (0.2, b * 0.8), (-0.2, b + 0.18)), fin)
-    p.paint(body, scales)
+    p.paint(body, skin, surface=scales(p, 0.13))
     for x in (-0.2, 0.08):
         p.paint(np.maximum(body, np.abs(p.x - x + p.y * p.y / 2) - 0.05), fin, bulge=0.1)
     p.paint(ellipse(p, 0.32, 0.06, 0.07, 0.07), eye, bulge=0)
@@ -267,10 +317,11 @@ def bird(p):
     for x in (0.0, 0.12):
         p.paint(box(p, x, -0.3, 0.025, 0.14), beak, bulge=0)
     p.paint(polygon(p, (-0.75, -0.12), (-0.72, -0.24), (-0.3, -0.12), (-0.25, 0.1)), coat)
-    p.paint(ellipse(p, 0, 0, 0.42, 0.25, 0.35), breast)
+    p.paint(ellipse(p, 0, 0, 0.42, 0.25, 0.35), breast, surface=speckle(p))
     p.paint(polygon(p, (0.46, 0.25), (0.68, 0.33), (0.46, 0.4)), beak)
     p.paint(ellipse(p, 0.32, 0.32, 0.2, 0.2), coat)
-    p.paint(ellipse(p, -0.12, 0.02, 0.34, 0.15, 0.4), coat)
+    feathers = stripes(p, p.x + 2 * p.y, 0.2, 0.03)
+    p.paint(ellipse(p, -0.12, 0.02, 0.34, 0.15, 0.4), coat, surface=feathers)
     p.paint(ellipse(p, 0.38, 0.36, 0.045, 0.045), eye, bulge=0)
 
 
@@ -281,12 +332,13 @@ def cat(p):
     )
     iris, pupil, nose = p.colours("#a8c050 #16161a #b06a68", "#d8a840 #16161a #c08a80", "#70a8c8 #16161a #b06a68")
     p.shadow(0.05, -0.6, 0.6, 0.3)
-    p.paint(ellipse(p, 0, -0.75, 0.42, 0.5), fur)
+    tabby = stripes(p, p.y - np.abs(p.x) / 2, 0.18, 0.1)
+    p.paint(ellipse(p, 0, -0.75, 0.42, 0.5), fur, surface=tabby)
     for s in (-1, 1):
         corners = [(s * 0.14, 0.28), (s * 0.46, 0.1), (s * 0.44, 0.62)][::s]
         p.paint(polygon(p, *corners), fur)
         p.paint(polygon(p, *corners) + 0.07, ear, bulge=0)
-    p.paint(ellipse(p, 0, 0, 0.5, 0.42), fur)
+    p.paint(ellipse(p, 0, 0, 0.5, 0.42), fur, surface=tabby)
     p.paint(ellipse(p, 0, -0.2, 0.22, 0.16), muzzle, bulge=0.1)
     for x in (-0.21, 0.21):
         p.paint(ellipse(p, x, 0.07, 0.11, 0.09), iris, bulge=0)
@@ -303,9 +355,10 @@ def flower(p):
     p.paint(ellipse(p, 0.22, -0.62, 0.24, 0.1, 0.6), leaf)
     p.paint(ellipse(p, -0.17, -0.75, 0.22, 0.09, -0.6), leaf)
     long, wide, middle = p.uniform(0.2, 0.26), p.uniform(0.1, 0.17), p.uniform(0.14, 0.2)
+    rings = stripes(p, np.sqrt(p.x * p.x + p.y * p.y), 0.2)
     for a in (2 * math.pi * k / 7 for k in range(7)):
-        p.paint(ellipse(p, 0.3 * math.cos(a), 0.3 * math.sin(a), long, wide, a), petal, bulge=0.4)
-    p.paint(ellipse(p, 0, 0, middle, middle), heart)
+        p.paint(ellipse(p, 0.3 * math.cos(a), 0.3 * math.sin(a), long, wide, a), petal, bulge=0.4, surface=rings)
+    p.paint(ellipse(p, 0, 0, middle, middle), heart, surface=scales(p, 0.1))
 
 
 def mushroom(p):
@@ -315,7 +368,8 @@ def mushroom(p):
     )
     w, h = p.uniform(0.42, 0.6), p.uniform(0.28, 0.5)
     p.shadow(0.08, -0.5, 0.4, 0.1)
-    p.paint(polygon(p, (-0.19, -0.5), (0.19, -0.5), (0.13, 0.12), (-0.13, 0.12)), stem)
+    foot = polygon(p, (-0.19, -0.5), (0.19, -0.5), (0.13, 0.12), (-0.13, 0.12))
+    p.paint(foot, stem, surface=stripes(p, p.x, 0.09, 0.02))
     p.paint(ellipse(p, 0, 0.08, w * 0.95, 0.09), stem)
     p.paint(np.maximum(ellipse(p, 0, 0.08, w, h), 0.08 - p.y), cap)
     for x, y in ((-0.5, 0.35), (-0.05, 0.6), (0.45, 0.4), (0.1, 0.2)):
@@ -332,7 +386,7 @@ def cup(p):
     p.shadow(0.12, -0.4, 0.6, 0.12)
     p.paint(ellipse(p, 0, -0.4, 0.58, 0.07), glaze)
     p.paint(np.abs(ellipse(p, w + 0.06, 0.02, 0.16, 0.16)) - 0.04, glaze)
-    p.paint(body, glaze)
+    p.paint(body, glaze, surface=stripes(p, p.x, 0.14))
     p.paint(np.maximum(body, np.abs(p.y - 0.05) - 0.06), band, bulge=0.1)
     p.paint(ellipse(p, 0, 0.35, w, 0.09), glaze, bulge=0)
     p.paint(ellipse(p, 0, 0.34, w - 0.05, 0.065), drink, bulge=0)
