@@ -96,7 +96,7 @@ def attention_distance(maps: Tensor, grid: tuple[int, int], p: int) -> Tensor:
 
 def mass_region(attention: Tensor, mass: float) -> Tensor:
     """CAE Figure 6: the fewest patches that hold a share `mass` of the attention. (…, N) → bool (…, N)."""
-    largest, order = attention.double().sort(dim=-1, descending=True, stable=True)
+    largest, order = attention.cpu().double().sort(dim=-1, descending=True, stable=True)
     before = largest.cumsum(dim=-1) - largest  # what the larger ones hold already
     keep = before < mass * largest.sum(dim=-1, keepdim=True) - 1e-12
     return torch.zeros_like(keep).scatter(-1, order, keep)
@@ -107,7 +107,7 @@ def decoder_similarity(maps: Tensor) -> float:
 
     Unit vectors u_i make it (‖Σ u_i‖² - I) / (I (I - 1)): all pairs for the price of one sum.
     """
-    u = F.normalize(maps.flatten(1).double(), dim=1)
+    u = F.normalize(maps.flatten(1).cpu().double(), dim=1)
     return ((u.sum(dim=0).square().sum() - len(u)) / (len(u) * (len(u) - 1))).item()
 
 
@@ -116,8 +116,8 @@ def semantic_similarity(reference: Tensor, features: Tensor) -> float:
 
     (images, n, D) of the reference and (images, n, width) of a decoder layer, both in raster order.
     """
-    ours, theirs = (F.normalize(x.double(), dim=2) @ F.normalize(x.double(), dim=2).mT for x in (features, reference))
-    return F.cosine_similarity(ours.flatten(1), theirs.flatten(1), dim=1).mean().item()
+    x, y = (F.normalize(some.cpu().double(), dim=2) for some in (features, reference))
+    return F.cosine_similarity((x @ x.mT).flatten(1), (y @ y.mT).flatten(1), dim=1).mean().item()
 
 
 # -------------------------------------------------------------------------------------------------- numbers: features
@@ -163,9 +163,7 @@ def tsne(x: Tensor, seed: int) -> Tensor:
     try:
         from sklearn.manifold import TSNE
     except ImportError:
-        raise InputError(
-            'scikit-learn: missing, and t-SNE needs it; pip install ".[plots]", or --projection pca'
-        ) from None
+        raise InputError('scikit-learn: missing, and t-SNE needs it; pip install ".[plots]"') from None
     perplexity = min(30.0, (len(x) - 1) / 3)
     return torch.from_numpy(TSNE(perplexity=perplexity, init="pca", random_state=seed).fit_transform(x.cpu().numpy()))
 
@@ -179,9 +177,8 @@ def to_pixels(predicted: Tensor, patches: Tensor, mask: Mask, grid: tuple[int, i
     variance, mean = torch.var_mean(patches, dim=2, keepdim=True)
     if not true_statistics:
         around = mae.visible_statistics(patches, mask, grid)  # (B, M, 1) each
-        mean, variance = (
-            x.scatter(1, mask.masked[:, :, None], y) for x, y in zip((mean, variance), around, strict=True)
-        )
+        index = mask.masked[:, :, None]
+        mean, variance = mean.scatter(1, index, around[0]), variance.scatter(1, index, around[1])
     return predicted * (variance + 1e-6).sqrt() + mean
 
 
@@ -434,7 +431,7 @@ def short(name: str) -> str:
 
 
 def rounded(x) -> list:
-    return torch.as_tensor(x).double().mul(1e6).round().div(1e6).tolist()
+    return torch.as_tensor(x).cpu().double().mul(1e6).round().div(1e6).tolist()
 
 
 # ---------------------------------------------------------------------------------------------- figures: what it does
@@ -485,10 +482,8 @@ def reconstruction(study: Study):
     hidden = mask.hidden[:, :, None]
     made = torch.where(hidden, predicted, patches) if args.keep_visible else predicted
     made, original = (augment.denormalize(unpatchify(y, p, grid)) for y in (made, patches))
-    source = {"true": "TRUE ones, which the model cannot know", "visible": "those of visible neighbours"}[
-        args.statistics
-    ]
-    caption = f"mean and variance of hidden patches: {source}" if norm else "pixels as predicted"
+    source = dict(true="TRUE ones, which the model cannot know", visible="those of visible neighbours")
+    caption = f"mean and variance of hidden patches: {source[args.statistics]}" if norm else "pixels as predicted"
     kept = "visible patches kept" if args.keep_visible else "visible patches predicted too"
     rows = {"original": original, "masked": greyed(original, mask, p, grid), f"decoded, {kept}": made}
     error = (patchify(made - original, p).square() * hidden).sum(dim=(1, 2)) / (hidden.sum(dim=(1, 2)) * 3 * p * p)
@@ -511,10 +506,8 @@ def views(study: Study):
     run, at = study.only(), spaced(len(study.train), study.count(6))
     images, method, size = study.train.images(at, study.device), run.method, run.settings.image_size
     grid, p = (size // run.settings.patch_size,) * 2, run.settings.patch_size
-    crop, shift = (
-        mock.patch.object(augment, name, wraps=getattr(augment, name)) for name in ("crop_resize", "shift_crop")
-    )
-    with crop as crop, shift as shift:  # remember where the views are cut from
+    spies = (mock.patch.object(augment, f, wraps=getattr(augment, f)) for f in ("crop_resize", "shift_crop"))
+    with next(spies) as crop, next(spies) as shift:  # remember where the views are cut from
         batch = run.draw(images, None if study.args.data else at)
     crops = [call.args[1].cpu() for call in crop.call_args_list]
     crops = [c for i, c in enumerate(crops) if not any(torch.equal(c, other) for other in crops[:i])]
@@ -542,6 +535,8 @@ def views(study: Study):
             frame(axis, box, size, line)
     for axis, box in zip(axes[-1], boxes if located else (), strict=False):
         frame(axis, (*box[:2], *(box[2:] - box[:2])), grid[0])
+    for axis, (down, right) in zip(axes[-1], numbers["shifts"][0] if numbers["shifts"] else (), strict=False):
+        axis.set_xlabel(f"shifted by {down}, {right}", fontsize=9, labelpad=1)
     return figure, numbers
 
 
@@ -563,7 +558,7 @@ def latent_reconstruction(study: Study):
             raise Absent(f"{run.label} predicts tokens that nothing here can draw; give a run with pixels or a dvae")
         else:
             tokens, made = tokenizer.tokens(token_images(images, encoder.grid)), made.argmax(dim=2)
-            numbers[f"{run.label}: tokens right"] = (made == tokens).double().mean().item()
+            numbers[f"{run.label}: tokens right"] = (made == tokens).float().mean().item()
             rows["from its true tokens"] = tokenizer.images(tokens, encoder.grid)
             made = tokenizer.images(made, encoder.grid)
         rows[run.label] = made
@@ -586,9 +581,8 @@ def token_usage(study: Study):
         if tokenizer is None:
             raise Absent(f"{run.label} has no codebook; give a run of a d-VAE, or of a method that uses one")
         grid, codes = run.method.grid if own else run.encoder.grid, tokenizer.settings["codes"]
-        tokens = torch.cat(
-            [tokenizer.tokens(token_images(images[i : i + 64], grid)) for i in range(0, len(images), 64)]
-        )
+        parts = (images[i : i + 64] for i in range(0, len(images), 64))
+        tokens = torch.cat([tokenizer.tokens(token_images(part, grid)) for part in parts])
         count, code = tokens.flatten().bincount(minlength=codes).sort(descending=True)
         used, perplexity, share = int((count > 0).sum()), dvae.perplexity(tokens, codes).item(), count / tokens.numel()
         label = f"{run.label}: {used} of {codes} used, perplexity {perplexity:.0f}"
@@ -689,9 +683,8 @@ def decoder_attention(study: Study):
     pictures = augment.center_crop_resize(images, run.encoder.image_size)
     seen = greyed(pictures, mask, p, (h, w))
     asked = [(q, i) for q in masked[[len(masked) // 3, 2 * len(masked) // 3]].tolist() for i in range(len(images))]
-    figure, axes = canvas(
-        len(asked), 2 + len(layers), height=0.7 + len(asked) * (0.25 + WIDTH / max(6, 2 + len(layers)))
-    )
+    columns = 2 + len(layers)
+    figure, axes = canvas(len(asked), columns, height=0.7 + len(asked) * (0.25 + WIDTH / max(6, columns)))
     figure.suptitle(f"Attention of a mask token (circle) in the decoder of {run.label}, mean over heads")
     for row, (q, i) in zip(axes, asked, strict=True):
         show(row[0], pictures[i])
@@ -717,7 +710,7 @@ def class_distance_plots(study: Study):
     images, labels = study.labelled(study.count(500), 50)
     figure, axes = canvas(2, 2, height=6.0)
     figure.suptitle(
-        f"1 - cosine of the features of {len(images)} images of {len(labels.unique())} classes (CMAE, Figure 6)"
+        f"1 - cosine of the features, {len(images)} images, {len(labels.unique())} classes (CMAE, Figure 6)"
     )
     titles = {"intra": "between images of a class", "inter": "between class centres"}
     panels = [(f"{which}_{what}", f"{title}: {name}") for which, title in titles.items()
@@ -752,7 +745,7 @@ def feature_plots(study: Study):
         if by == "pca":
             points, share = pca(x)
             names, numbers[label]["variance"] = (
-                [f"component {i} ({part:.0%})" for i, part in enumerate(share, 1)],
+                [f"component {i} ({v:.0%})" for i, v in enumerate(share, 1)],
                 rounded(share),
             )
         else:
@@ -776,9 +769,8 @@ def neighbours(study: Study, k: int = 6):
     own, theirs, size = val.labels.cpu()[asked], train.labels.cpu()[bank][at], run.encoder.image_size
     same = theirs == own[:, None]
     figure, axes = canvas(len(asked), 1 + at.shape[1], height=0.7 + 1.55 * len(asked))
-    figure.suptitle(
-        f"Nearest of {len(bank)} training images by {run.label}; boxed: of the same class ({same.double().mean():.0%})"
-    )
+    right = same.double().mean().item()
+    figure.suptitle(f"Nearest of {len(bank)} training images by {run.label}; boxed: of the same class ({right:.0%})")
     for i, row in enumerate(axes):
         show(row[0], augment.center_crop_resize(queries[i : i + 1], size)[0])
         row[0].set_title(f"query\n{short(val.classes[own[i]])}", fontsize=9)
@@ -788,7 +780,7 @@ def neighbours(study: Study, k: int = 6):
             if same[i, j]:
                 frame(axis, (0, 0, 1, 1), size)
     numbers = {"queries": asked.tolist(), "neighbours": bank[at].tolist(), "cosines": rounded(cosines)}
-    return figure, numbers | {"same_class": same.double().mean().item()}
+    return figure, numbers | {"same_class": right}
 
 
 FIGURES = {
@@ -834,14 +826,9 @@ def options(argv: list[str] | None = None) -> argparse.Namespace:
     add("--data-root", metavar="DIR", help="where they are now")
     add("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"], help="where to work")
     add = parser.add_argument_group("of some figures").add_argument
-    add(
-        "--keep-visible",
-        action=argparse.BooleanOptionalAction,
-        help="reconstruction: visible patches as they are [yes]",
-    )
-    add(
-        "--statistics", choices=["visible", "true"], help="reconstruction: of visible neighbours [yes] or the true ones"
-    )
+    keep = argparse.BooleanOptionalAction
+    add("--keep-visible", action=keep, help="reconstruction: visible patches as they are [yes]")
+    add("--statistics", choices=["visible", "true"], help="reconstruction: of visible neighbours [yes], or true ones")
     add("--query", metavar="ROW,COLUMN", help="attention-map: of a patch, not of the class token")
     add("--mass", type=float, metavar="SHARE", help="attention-map: inside the outline [0.5]")
     add("--reference", metavar="PATH", help="an encoder to compare with: a run, or weights that weights.py reads")

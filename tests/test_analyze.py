@@ -182,7 +182,7 @@ def test_pca_projects_on_the_eigenvectors_of_the_covariance(seed):
 
 def test_tsne_without_scikit_learn_is_one_line(monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn.manifold", None)
-    with pytest.raises(InputError, match=r'scikit-learn: missing.*pip install "\.\[plots\]", or --projection pca'):
+    with pytest.raises(InputError, match=r'scikit-learn: missing.*pip install "\.\[plots\]"'):
         analyze.tsne(numbers(0, 8, 4), 0)
 
 
@@ -406,6 +406,23 @@ def test_attention_distances_average_heads_and_images(runs):
     expected = analyze.attention_distance(maps, (4, 4), 4)
     assert found["pixels"][1] == pytest.approx(expected.mean().item(), rel=1e-5)
     assert found["heads"][1] == pytest.approx(expected.mean(dim=0).tolist(), rel=1e-4)
+
+
+def test_decoder_attention_is_that_of_hidden_patches(runs):
+    about = study(runs, "lcmae", images=2)
+    (run,), found = about.runs, analyze.decoder_attention(about)[1]["attention"]
+    images = about.pictures(2)
+    mask = run.masks(images, alike=True)
+    maps = analyze.decoder_maps(run, images, mask)
+    assert len(found) == 2 * 2 * 2  # places, images, layers
+    assert len({(f["row"], f["column"], f["image"], f["layer"]) for f in found}) == 8
+    for entry in found:
+        query = 4 * entry["row"] + entry["column"]
+        assert query in mask.masked[0].tolist()
+        expected = maps[entry["layer"] - 1][entry["image"], :, 1 + query].mean(dim=0)
+        patches = torch.tensor(entry["patches"]).flatten()
+        torch.testing.assert_close(patches, expected[1:], atol=1e-5, rtol=1e-4)
+        assert entry["class_token"] + patches.sum().item() == pytest.approx(1, abs=1e-4)
 
 
 @pytest.mark.parametrize("query, token", [(None, 0), ("2,1", 10)])
