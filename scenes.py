@@ -1,0 +1,114 @@
+"""Generated scenes with exact labels, for dense transfer: several of the built-in objects in one setting.
+
+    python transfer.py --make-scenes data/scenes
+
+Objects are those of shapes.py, smaller, two to four of four kinds in a picture of 64 x 64. What hides what is known as
+it is painted, so that the labels of every pixel and the masks of all objects are exact. The same scenes are written in
+VOC's format and in COCO's. A scene is a function of (seed, half, position) alone.
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+import launch
+import shapes
+from common import InputError
+
+KINDS = ("house", "tree", "car", "cat")  # labels 1 … 4; 0 is the ground
+HALVES = ("train", "val")
+
+
+class Scene(shapes.Picture):
+    """Two to four of the built-in objects in one setting, and the pixels (64, 64) that each still covers at the end."""
+
+    def __init__(self, rng: np.random.Generator):
+        super().__init__(rng.random((1, 2 * shapes.SIZE**2), dtype=np.float32))  # more than enough
+        self.rng, self.masks, self.solid = rng, [], False  # solid: what is painted belongs to the last object
+        self.places = rng.permutation([(x, y) for x in (-0.5, 0.5) for y in (-0.4, 0.4)])
+        self.kinds = rng.integers(0, len(KINDS), rng.integers(2, 5))
+        for kind in self.kinds:
+            self.numbers[:, : shapes.DRAWS], self.drawn = rng.random((1, shapes.DRAWS), dtype=np.float32), 0
+            getattr(shapes, KINDS[kind])(self)  # calls `scene`, then `paint` for each part
+            self.solid = False
+        self.image = self.finish()[0].transpose(1, 2, 0)
+
+    def scene(self, settings, tilt, low=-0.3, high=0.4):
+        """The first object brings the setting; each gets a quarter of the picture, roughly, and less than full size."""
+        if not self.masks:
+            super().scene(settings, tilt, low, high)
+        self.masks.append(np.zeros((shapes.SIZE, shapes.SIZE), bool))
+        self.solid = True
+        x, y = self.places[len(self.masks) - 1] + self.rng.uniform(-0.15, 0.15, 2)
+        size = self.rng.uniform(0.45, 0.75)
+        dx, dy = self.frame[0] - np.float32(x), self.frame[1] - np.float32(y)
+        cos, sin = shapes.rotation(self.uniform(-tilt / 2, tilt / 2))
+        mirror = self.rng.choice([-1, 1])
+        self.glow = 1 + 0.08 * self.texture + (self.light[0] * dx + self.light[1] * dy) / np.float32(size)
+        self.x = np.float32(mirror / size) * (cos * dx + sin * dy)
+        self.y = np.float32(1 / size) * (cos * dy - sin * dx)
+        self.pixels = shapes.SIZE / 2 * size
+
+    def paint(self, d, colour, bulge=0.25, surface=0.0):
+        """Paint, and let what is painted hide what was there: a pixel belongs to a part that covers half of it."""
+        super().paint(d, colour, bulge, surface)
+        inside = np.broadcast_to(d < 0, (1, shapes.SIZE, shapes.SIZE))[0]
+        self.masks = [mask & ~inside for mask in self.masks]
+        if self.solid:
+            self.masks[-1] |= inside
+
+
+def run_lengths(mask: np.ndarray) -> list[int]:
+    """COCO's uncompressed code of a mask (H, W): lengths of runs of 0, 1, 0, … down the columns, from left to right."""
+    flat = mask.T.ravel().astype(np.int8)
+    changes = np.flatnonzero(np.diff(flat, prepend=0))
+    return np.diff(changes, prepend=0, append=flat.size).tolist()
+
+
+def write(folder: Path, n: int, seed: int) -> None:
+    """Write n scenes to learn from and a quarter as many to test on, the same ones in VOC's and in COCO's format."""
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise InputError(f"{folder}: is there already; give a new folder to --make-scenes")
+    images, labels, lists, coco = (
+        folder / part for part in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation", "annotations")
+    )
+    try:
+        for part in (images, labels, lists, coco):
+            part.mkdir(parents=True)
+        launch.write_text(folder / "labels.txt", "\n".join(("background", *KINDS)) + "\n")
+        for half, (split, count) in enumerate(zip(HALVES, (n, -(-n // 4)), strict=True)):
+            names = [f"{split}_{i:05d}" for i in range(count)]
+            about = dict(images=[], annotations=[], categories=[dict(id=1 + k, name=v) for k, v in enumerate(KINDS)])
+            for i, name in enumerate(tqdm(names, split, unit="scene", leave=False)):
+                scene = Scene(np.random.default_rng((seed, half, i)))
+                Image.fromarray(scene.image).save(images / f"{name}.jpg", quality=95)
+                classes = sum(mask * (1 + kind) for mask, kind in zip(scene.masks, scene.kinds, strict=True))
+                png = Image.fromarray(classes.astype(np.uint8))
+                png.putpalette([0, 0, 0, 128, 0, 0, 0, 128, 0, 128, 128, 0, 0, 0, 128])  # VOC's first five colours
+                png.save(labels / f"{name}.png")
+                size = dict(height=shapes.SIZE, width=shapes.SIZE)
+                about["images"].append(dict(id=i, file_name=f"JPEGImages/{name}.jpg", **size))
+                about["annotations"] += annotations(scene, i, len(about["annotations"]))
+            launch.write_text(lists / f"{split}.txt", "\n".join(names) + "\n")
+            launch.write_text(coco / f"instances_{split}.json", json.dumps(about) + "\n")
+    except OSError as error:
+        raise InputError(f"{folder}: cannot be written ({error.strerror}); give another to --make-scenes") from None
+
+
+def annotations(scene: Scene, image: int, first: int) -> list[dict]:
+    """COCO's account of a scene's objects that show; their ids begin after `first`."""
+    found = []
+    for mask, kind in zip(scene.masks, scene.kinds.tolist(), strict=True):
+        if mask.any():
+            rows, columns = (np.flatnonzero(mask.any(axis=axis)) for axis in (1, 0))
+            x, y = int(columns[0]), int(rows[0])
+            box = [x, y, int(columns[-1]) + 1 - x, int(rows[-1]) + 1 - y]
+            code = dict(size=list(mask.shape), counts=run_lengths(mask))
+            found.append(
+                dict(id=1 + first + len(found), image_id=image, category_id=1 + kind, bbox=box, area=int(mask.sum()),
+                     iscrowd=0, segmentation=code)
+            )  # fmt: skip
+    return found
