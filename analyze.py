@@ -39,7 +39,7 @@ import launch
 import mae
 import weights
 from common import Attention, InputError, Mask, StepRandom, ViT, patchify, restore, take, unpatchify
-from options import METHODS, build_encoder, field_comments
+from options import METHODS, Parser, build_encoder, field_comments
 
 WIDTH = 9.0  # inches, of 100 pixels
 STYLE = {  # colours differ in lightness, lines and classes also in their markers, so that grey prints tell them apart
@@ -816,7 +816,7 @@ FOR = {
 
 
 def options(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Draw the papers' figures of runs.", allow_abbrev=False)
+    parser = Parser(description="Draw the papers' figures of runs.", allow_abbrev=False)
     add = parser.add_argument
     add("--run", required=True, nargs="+", metavar="RUN", help="run directories; several share the axes")
     add("--figure", required=True, metavar="NAME", choices=[*FIGURES, "all"], help=f"all, or {', '.join(FIGURES)}")

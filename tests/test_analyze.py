@@ -573,6 +573,7 @@ def test_labelled_images_are_equally_many_of_each_class(runs):
         ("mae", "all --to x.png", "to x.png: must end in .png, and take one figure"),
         ("mae", "curves --to x.pdf", "to x.pdf: must end in .png"),
         ("nowhere", "curves", "config.json: no configuration of a run"),
+        ("mae", "tsne", "argument --figure: invalid choice: 'tsne'"),
     ],
 )
 def test_what_cannot_be_is_one_line(runs, name, words, message, monkeypatch):
