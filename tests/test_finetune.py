@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+import augment
 import evaluate
 import finetune
 import launch
@@ -464,6 +465,26 @@ def test_a_probes_crop_is_drawn_once_and_cut_down_to_the_image():
         assert (h, w) == (min(height, H), min(width, W))
         assert (top, left) == (int(down * (H - h + 1)), int(right * (W - w + 1)))
     assert cut > 50  # torchvision's would have drawn these again
+
+
+def test_probes_crop_by_one_draw_tuning_by_ten_and_half_of_the_views_are_mirrored(monkeypatch):
+    used, crop_resize = [], augment.crop_resize
+    monkeypatch.setattr(augment, "crop_resize", lambda *args: used.append(args) or crop_resize(*args))
+    images = torch.zeros(200, 3, 16, 24, dtype=torch.uint8)
+    for probe, draw in ((True, finetune.single_boxes), (False, augment.crop_boxes)):
+        finetune.prepared(
+            images, torch.zeros(200).long(), 3, replace(CALM, crop_scale=0.2), 16, StepRandom(1, 2, 200), probe
+        )
+        _, boxes, size, mirrored = used.pop()
+        assert torch.equal(boxes, draw(StepRandom(1, 2, 200), (16, 24), (0.2, 1.0)))
+        assert size == 16 and 75 < mirrored.sum() < 125
+
+
+def test_without_crops_an_image_is_seen_as_in_validation():
+    images, y = Images(4).pixels, Images(4).labels
+    x, targets = finetune.prepared(images, y, 3, CALM, 16, StepRandom(1, 2, 4), True)
+    assert torch.equal(x, augment.normalize(images.float() / 255))
+    assert torch.equal(targets, nn.functional.one_hot(y, 3).float())
 
 
 def test_an_images_part_does_not_depend_on_who_prepares_it():
