@@ -13,7 +13,8 @@ the right and below; scores are taken at each image's own size. One process; tor
 Data: VOC (VOC2012 as it is), ADE20K (ADEChallengeData2016), COCO (annotations/instances_train*.json and _val*.json;
 images in the folder that such a name ends in, or else paths from DIR). `--make-scenes` writes both VOC and COCO.
 
-Measured: generated scenes, in README.md; VOC, ADE20K and COCO: not run.
+Measured: 200 generated scenes, 12 epochs, batch 8, --lr 3e-4, --jitter 0.8 1.25, one seed: mIoU 46.7 % for a CMAE of 744
+steps on the built-in images, 38.1 % for the untrained encoder. VOC, ADE20K, COCO and a GPU: not run.
 """
 
 import argparse
@@ -181,7 +182,7 @@ class Sample(NamedTuple):
 
 
 def fit(image: Tensor, planes: Tensor, fill: int, size: int, rng: np.random.Generator | None, jitter=(1.0, 1.0)):
-    """Scale an image to the square; with `rng`, its planes too, with jitter, crop what is too large, and mirror."""
+    """Scale an image to fit the square. With `rng`: its planes too, by a jittered scale; crop and mirror both."""
     scale = size / max(image.shape[1:]) * (rng.uniform(*jitter) if rng else 1)
     h, w = (max(1, round(side * scale)) for side in image.shape[1:])
     image = augment.normalize(augment.resize(image[None], (h, w)))[0]
@@ -412,14 +413,15 @@ def fine_tune(model: Segmenter | Detector, reader: Reader, args, device: torch.d
     if n < B:
         raise InputError(f"batch size {B}: larger than the {n} images to learn from")
     steps = args.epochs * (n // B)
-    orders = [
-        [(epoch, int(i)) for i in epoch_order(args.seed, epoch, n)[k * B : (k + 1) * B]]
-        for epoch in range(args.epochs)
-        for k in range(n // B)
-    ]
-    optimizer = torch.optim.AdamW(parameter_groups(model, args.weight_decay), fused=device.type in ("cpu", "cuda"))
+
+    def orders():
+        for epoch in range(args.epochs):
+            keys = [(epoch, i) for i in epoch_order(args.seed, epoch, n).tolist()]
+            yield from (keys[k : k + B] for k in range(0, n - B + 1, B))
+
+    optimizer = torch.optim.AdamW(parameter_groups(model, weight_decay=0.05), fused=device.type in ("cpu", "cuda"))
     model.train()
-    with tqdm(reader.batches(orders, args.workers), args.task, steps, unit="step", leave=False) as bar:
+    with tqdm(reader.batches(orders(), args.workers), args.task, steps, unit="step", leave=False) as bar:
         for step, samples in enumerate(bar):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, steps, steps // 10, args.lr)
@@ -462,7 +464,6 @@ def options() -> argparse.Namespace:
     add("--epochs", type=int, default=20, metavar="N", help="passes over the images")
     add("--batch-size", type=int, default=16, metavar="B", help="images per step")
     add("--lr", type=float, default=5e-4, metavar="RATE", help="peak learning rate")
-    add("--weight-decay", type=float, default=0.05, metavar="X", help="of AdamW; not on biases and vectors")
     add("--jitter", type=float, nargs=2, default=(0.5, 2.0), metavar="X", help="of the scale, in training")
     add("--seed", type=int, default=0, metavar="N", help="of everything random")
     add("--workers", type=int, metavar="N", help="processes that read; if not given, 8 for a GPU, none otherwise")
@@ -470,9 +471,9 @@ def options() -> argparse.Namespace:
     add("--precision", default="auto", choices=["auto", "fp32", "bf16"], metavar="NAME",
         help="of the encoder: auto (bf16 on CUDA), fp32, bf16")  # fmt: skip
     args = parser.parse_args()
-    for name in ("n", "image_size", "epochs", "batch_size"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise InputError(f"{name.replace('_', ' ')} {getattr(args, name)}: must be at least 1")
+    for name, least in dict(n=1, image_size=1, epochs=1, batch_size=1, workers=0).items():
+        if getattr(args, name) is not None and getattr(args, name) < least:
+            raise InputError(f"{name.replace('_', ' ')} {getattr(args, name)}: must be at least {least}")
     if not 0 < args.jitter[0] <= args.jitter[1]:
         raise InputError(f"jitter {args.jitter[0]:g} {args.jitter[1]:g}: give a smallest and a largest positive scale")
     if args.make_scenes is None:
