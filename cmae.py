@@ -85,7 +85,7 @@ RECIPES = {
     "paper": mae.RECIPES["paper"] | dict(epochs=300),
     "tiny": mae.RECIPES["tiny"],
     # A step takes twice MAE's time. In so short a run L_c at its full weight leaves L_r behind.
-    "demo": mae.RECIPES["demo"] | dict(epochs=12, official_scale=True),
+    "demo": mae.RECIPES["demo"] | dict(epochs=12, batch_size=64, lr=1.5e-3, official_scale=True),
 }
 
 

@@ -191,7 +191,7 @@ def polygon(p, *corners):
 
 
 def contrast(p):
-    return p.uniform(0.35, 0.8)
+    return p.uniform(0.2, 0.7)
 
 
 def fraction(t: np.ndarray) -> np.ndarray:
