@@ -519,12 +519,13 @@ def train(
             x, index = next(batches)
             y = labels[index.to(device)]
             if kept:
-                yield x, F.one_hot(y, classes).float()
+                y = F.one_hot(y, classes).float()
             else:
                 rng = StepRandom(seed, step, recipe.batch_size, rows_of(part), device)
                 x, y = prepared(x, y, classes, recipe, size, rng, probe=classifier.blocks == 0)
                 with torch.autocast(device.type, dtype, enabled=dtype is not None):
-                    yield classifier.frozen(x), y
+                    x = classifier.frozen(x)
+            yield x, y  # outside of autocast, which would go on
 
     classifier.train()
     begin, total = time.perf_counter(), torch.zeros((), device=device)

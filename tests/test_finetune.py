@@ -612,6 +612,16 @@ def test_lower_precision_learns_nearly_the_same(precision):
     torch.testing.assert_close(exact.logits(images), rounded.logits(images), rtol=0.1, atol=0.15)
 
 
+def test_autocast_ends_with_the_forward_pass(monkeypatch):
+    seen = []
+    backward = torch.Tensor.backward
+    spy = lambda self: seen.append(torch.is_autocast_enabled("cpu")) or backward(self)  # noqa: E731
+    monkeypatch.setattr(torch.Tensor, "backward", spy)
+    for protocol, blocks in PROTOCOLS:
+        trained(protocol, blocks=blocks, precision="bf16")
+    assert len(seen) == 24 and not any(seen)
+
+
 # ------------------------------------------------------------------------------------------------------ by evaluate
 
 
