@@ -485,7 +485,7 @@ def read_cache(path: Path, key: str) -> tuple[Packed, Tensor, list[str]]:
         file.seek(end)
         length, checksum, magic = TAIL.unpack(file.read())
         file.seek(max(0, end - length))
-        if magic != MAGIC or zlib.crc32(index := file.read(length)) != checksum:
+        if magic != MAGIC or length > end or zlib.crc32(index := file.read(length)) != checksum:
             raise ValueError("its end is not that of a cache")
         index = json.loads(index)
         sizes, total = torch.tensor(index["sizes"]), end - length

@@ -5,8 +5,8 @@ import sys
 import time
 import zipfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
-from pickle import UnpicklingError
 
 import torch
 import torch.distributed as dist
@@ -26,10 +26,14 @@ def write_whole(path, write: Callable) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror}); what was there before is kept") from None
+    except (OSError, RuntimeError) as error:
+        reason = error if isinstance(error, OSError) else error.__context__  # torch.save hides what the disk said
+        if not isinstance(reason, OSError):
+            raise
+        raise InputError(f"{path}: cannot be written ({reason.strerror}); what was there before is kept") from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # it may never have been there
+            temporary.unlink()
     if hasattr(os, "O_DIRECTORY"):  # the rename too
         folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
         os.fsync(folder)
@@ -46,19 +50,19 @@ def save(path, tree) -> None:
 
 
 def load(path):
-    """What `save` wrote, on the CPU. Runs no pickled code, and checks every record's checksum, which torch does not."""
+    """What `save` wrote, on the CPU. Runs no pickled code, and checks every record's checksum, which torch does not.
+
+    Nor does torch read a record that is marked as a folder: it would hand out memory as it happens to be.
+    """
     damaged = f"{path}: damaged or not written by this program; delete it, or give another"
     try:
         with zipfile.ZipFile(path) as archive:
-            if archive.testzip() is not None:
+            if archive.testzip() is not None or any(record.external_attr & 0x10 for record in archive.infolist()):
                 raise InputError(damaged)
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
-    except InputError:
-        raise
-    except (OSError, EOFError, ValueError, KeyError, RuntimeError, NotImplementedError, zipfile.BadZipFile,
-            UnpicklingError):  # fmt: skip
+    except Exception:  # zipfile, zlib, pickle and torch raise every kind there is
         raise InputError(damaged) from None
 
 

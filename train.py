@@ -19,6 +19,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -109,6 +110,23 @@ def train(args, config, Method, device: torch.device, run: "Run"):
             batch = order[place * args.batch_size :][: args.batch_size]
             yield from (batch[rows_of(step, part)] for part in range(args.accumulate))
 
+    def learn(step: int, part: int, images, index) -> dict[str, Tensor]:  # adds to the gradients
+        rng = StepRandom(args.seed, step, args.batch_size, rows_of(step, part), device)
+        batch = method.draw(images, index, rng)
+        if world_size() > 1:
+            network.require_backward_grad_sync = part == args.accumulate - 1  # once a step is enough
+        with torch.autocast(device.type, autocast, enabled=autocast is not None):
+            parts = compiled(batch)
+        scaler.scale(parts["loss"] / args.accumulate).backward()
+        return parts
+
+    if 0 < first < steps and world_size() > 2:
+        # After its first backward pass DDP lays its buckets out anew, and with them the order in which ranks are added
+        # up. The run that is continued was past that: a pass that is thrown away gets this one past it, too.
+        index = next(indices())
+        learn(first, args.accumulate - 1, image_set.images(index, device), index)
+        optimizer.zero_grad(set_to_none=True)
+
     batches = image_set.batches(indices(), device, workers=args.workers)
     show = Pictures(args, method, device)
     rarely = 0.5 if sys.stderr.isatty() else 30  # seconds between redraws, on a screen or in a log file
@@ -121,14 +139,7 @@ def train(args, config, Method, device: torch.device, run: "Run"):
             torch.manual_seed(args.seed + (step * world_size() + rank()) * 1_000_003)  # drop path's only
             losses: dict[str, Tensor] = {}
             for part in range(args.accumulate):
-                images, index = next(batches)
-                rng = StepRandom(args.seed, step, args.batch_size, rows_of(step, part), device)
-                batch = method.draw(images, index, rng)
-                if world_size() > 1:
-                    network.require_backward_grad_sync = part == args.accumulate - 1  # once a step is enough
-                with torch.autocast(device.type, autocast, enabled=autocast is not None):
-                    parts = compiled(batch)
-                scaler.scale(parts["loss"] / args.accumulate).backward()
+                parts = learn(step, part, *next(batches))
                 losses = {k: losses.get(k, 0) + v.detach() / args.accumulate for k, v in parts.items()}
             if args.clip_grad:
                 scaler.unscale_(optimizer)
@@ -146,6 +157,8 @@ def train(args, config, Method, device: torch.device, run: "Run"):
             epoch = done / steps_per_epoch
             if stopping or done == steps or (epoch_done and epoch % args.save_every == 0):
                 meter.check_finite()
+                if not torch.stack([p.isfinite().all() for p in method.parameters()]).all():  # by a bad gradient
+                    raise not_finite("weights", done)
                 run.save(done, args, method, optimizer, scaler)
                 show(run.directory)
             if stopping:
@@ -276,10 +289,14 @@ class Meter:
         if world_size() > 1:
             dist.all_reduce(self.bad_step, dist.ReduceOp.MIN)
         if (step := self.bad_step.item()) < math.inf:
-            raise InputError(
-                f"loss: not finite at step {int(step)}; the last checkpoint is kept. "
-                "Try a lower --lr, --clip-grad 1, or --precision bf16 or fp32"
-            )
+            raise not_finite("loss", int(step))
+
+
+def not_finite(what: str, step: int) -> InputError:
+    return InputError(
+        f"{what}: not finite at step {step}; the last checkpoint is kept. "
+        "Try a lower --lr, --clip-grad 1, or --precision bf16 or fp32"
+    )
 
 
 class Pictures:
@@ -306,8 +323,7 @@ class Pictures:
             return
         grid = make_grid(rows.flatten(0, 1).cpu(), nrow=rows.shape[1], padding=2, pad_value=1.0)
         grid = grid.repeat_interleave(self.zoom, dim=1).repeat_interleave(self.zoom, dim=2)
-        save_image(grid, directory / "reconstruction.tmp.png")
-        os.replace(directory / "reconstruction.tmp.png", directory / "reconstruction.png")
+        launch.write_whole(directory / "reconstruction.png", lambda file: save_image(grid, file, format="png"))
 
 
 class Run:
@@ -343,6 +359,8 @@ class Run:
             try:
                 self.directory.mkdir(parents=True, exist_ok=True)
                 self.lock()
+                for left in self.directory.glob(".*.tmp"):  # by a run that was killed while it wrote
+                    left.unlink()
             except OSError as error:
                 raise InputError(
                     f"{self.directory}: cannot be written ({error.strerror}); give another --out"
@@ -352,10 +370,15 @@ class Run:
             dist.broadcast_object_list(found, group=self.control)
         step = 0
         if found[0] is not None:
-            step = found[0]["step"]
-            method.load_state_dict(found[0]["method"])
-            optimizer.load_state_dict(found[0]["optimizer"])
-            scaler.load_state_dict(found[0]["scaler"])
+            try:
+                step = found[0]["step"]
+                method.load_state_dict(found[0]["method"])
+                optimizer.load_state_dict(found[0]["optimizer"])
+                scaler.load_state_dict(found[0]["scaler"])
+            except (LookupError, TypeError, ValueError, AttributeError, RuntimeError):
+                raise InputError(
+                    f"{self.directory}: the checkpoint's weights are not this program's; give --resume never"
+                ) from None
             say(f"continuing {self.directory} from step {step}")
         if rank() == 0:
             about = dict(
@@ -412,10 +435,10 @@ class Run:
         """One configuration line, then the steps that the checkpoint has seen; what came after it is done again."""
         path, lines = self.directory / "log.jsonl", []
         if step and path.exists():
-            for line in path.read_text().splitlines():
-                row = json.loads(line) if line.endswith("}") else {}
-                if row.get("step", math.inf) <= step:
-                    lines.append(line)
+            for line in path.read_text(errors="replace").splitlines():
+                with suppress(ValueError, TypeError, LookupError):  # a line cut off or damaged is left out
+                    if json.loads(line)["step"] <= step:
+                        lines.append(line)
         launch.write_text(path, "\n".join([json.dumps(about), *lines]) + "\n")
         self.log_file = open(path, "a", buffering=1)
 
@@ -426,7 +449,11 @@ class Run:
 
     def log(self, row: dict) -> None:
         if rank() == 0:
-            self.log_file.write(json.dumps(row) + "\n")
+            try:
+                self.log_file.write(json.dumps(row) + "\n")
+            except OSError as error:
+                name = self.log_file.name
+                raise InputError(f"{name}: cannot be written ({error.strerror}); the last checkpoint is kept") from None
 
 
 def versions() -> dict:

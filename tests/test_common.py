@@ -621,3 +621,75 @@ def test_parameter_groups_are_maes_and_optionally_cmaes():
     assert "cls_token" in exempt and "patch_embed.proj.weight" not in exempt
     with pytest.raises(InputError, match="no decay 'cls_token,mask_token': no parameter"):
         parameter_groups(vit, 0.05, ("cls_token,mask_token",))
+
+
+# ---------------------------------------------------------------------------------------- uniform masks, uniform shifts
+
+
+def chi_squares(hidden):
+    """(n, cells) bool, the same count in each row → chi-squares of cells and of pairs of cells, per degree of freedom.
+
+    Of a uniform mask both are near 1: cells hidden equally often, and every two of them together equally often.
+    """
+    hidden = hidden.double()
+    n, K = hidden.shape
+    p = hidden.mean().item()
+    cells = (hidden.sum(0) - n * p).square().sum() / (n * p * (1 - p)) * (K - 1) / K / (K - 1)
+    i, j = torch.triu_indices(K, K, 1)
+    both = p * (p * K - 1) / (K - 1)  # the probability that two given cells are hidden
+    pairs = ((hidden.T @ hidden)[i, j] - n * both).square().mean() / (n * both * (1 - both))
+    return cells.item(), pairs.item()
+
+
+def looks_uniform(hidden) -> bool:
+    """With 15 degrees of freedom a uniform mask is above 2.51 once in a thousand; its pairs, with more, less often."""
+    cells, pairs = chi_squares(hidden)
+    return cells < 2.51 and pairs < 2.51
+
+
+def biased_masks(n: int = 4000):
+    """Wrong ways to draw half of 16 cells, some of which hide every cell equally often."""
+    draw = torch.Generator().manual_seed(0)
+    noise = torch.rand(n, 16, generator=draw)
+    tilt = torch.linspace(0, 0.1, 16)
+    start = torch.randint(0, 16, (n, 1), generator=draw)
+    eighth = torch.rand(n // 8, 16, generator=draw)
+    order = {
+        "later cells a little more often": noise + tilt,
+        "the first cell never": noise.index_fill(1, torch.tensor([0]), -1.0),
+        "a window that wraps around": ((torch.arange(16) - start) % 16).float(),
+        "checkerboards": (torch.arange(16) % 2 + start % 2) % 2 + 0.0,
+        "one draw for eight images": eighth.repeat_interleave(8, dim=0),
+        "noise of a few grey levels, ties by place": (noise * 4).floor() + torch.arange(16) / 100,
+    }
+    for name, noise in order.items():
+        yield name, torch.zeros(n, 16, dtype=torch.bool).scatter(1, noise.argsort(1, descending=True)[:, :8], True)
+
+
+def test_masks_pass_a_chi_square_that_biased_ones_fail():
+    for seed in range(3):
+        assert looks_uniform(random_mask(rng(seed, total=4000), (4, 4), 0.5).hidden)
+    for name, hidden in biased_masks():
+        assert (hidden.sum(1) == 8).all() and not looks_uniform(hidden), name
+
+
+def test_masks_of_steps_and_images_are_independent():
+    """One cell in two steps, in two images, in two seeds, and in the same row of the next step: all uncorrelated."""
+    hidden = torch.stack([
+        torch.stack([random_mask(rng(seed, step, 500), (4, 4), 0.5).hidden for step in range(8)]) for seed in range(3)
+    ]).double()  # fmt: skip
+    centred = hidden - 0.5  # (seeds, steps, images, cells)
+    for other in (centred.roll(1, 0), centred.roll(1, 1), centred.roll(1, 2), centred.roll((1, 1), (1, 2))):
+        assert (centred * other).mean().abs() < 0.004  # 192,000 products of ±1/4: three standard deviations are 0.0017
+    same = (hidden.roll(1, 1) == hidden).all(-1).double().mean()
+    assert same < 0.002  # 1 of 12,870 masks
+
+
+@given(st.integers(0, 40), st.integers(1, 40), st.integers(0, 10**6))
+def test_pixel_shifts_are_uniform_between_their_bounds(low, count, seed):
+    """CMAE draws low ≤ r < p for each direction: both ends occur, and nothing beyond them."""
+    drawn = rng(seed, total=60 * count).integers(low, low + count, 2)
+    assert drawn.min() == low and drawn.max() == low + count - 1
+    expected = 60.0
+    counts = torch.stack([(drawn[:, axis] - low).bincount(minlength=count) for axis in (0, 1)]).double()
+    assert (counts - expected).abs().max() < 6 * math.sqrt(expected)  # per place, six standard deviations

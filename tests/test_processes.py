@@ -1,0 +1,411 @@
+"""Many processes, and processes that die: the same result for any number of them, and nothing lost or half-written.
+
+`Ranks` starts processes from a server that has everything imported, as torchrun would start them: a hundred of them
+take less time than five that import torch.
+"""
+
+import json
+import multiprocessing
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import traceback
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from test_train import OWN, SMALL, assert_same_bits, log, state
+
+import launch
+import train
+from common import InputError
+from options import METHODS
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """82 + 21 images, which no batch and no number of processes here divides."""
+    root, draw = tmp_path_factory.mktemp("photos"), np.random.default_rng(0)
+    for split, n in (("train", 41), ("val", 10)):
+        for name in ("cat", "dog"):
+            (root / split / name).mkdir(parents=True)
+            for i in range(n + (split == "val" and name == "cat")):
+                coarse = Image.fromarray(draw.integers(0, 256, (5, 5, 3), dtype=np.uint8))
+                coarse.resize((40, 40), Image.Resampling.BICUBIC).save(root / split / name / f"{i}.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    """The processes' parent. It inherits this environment, hence one thread and a cache of our own."""
+    patch = pytest.MonkeyPatch()
+    patch.setenv("MINMIM_CACHE", str(tmp_path_factory.mktemp("cache")))
+    patch.setenv("OMP_NUM_THREADS", "1")
+    patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "tests")]))  # to find what it shall import
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["test_processes"])
+    yield context
+    patch.undo()
+
+
+def be_rank(environment: dict, words: list[str], before: str, said: str) -> None:
+    """In a process of its own: train.py with these words, after the lines of `before`; stderr goes to a file."""
+    os.environ.update(environment)
+    os.setpgrp()
+    sys.stderr = open(said, "w", buffering=1)
+    sys.argv = ["train.py", *words]
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        exec(before, dict(train=train, launch=launch, os=os, signal=signal, torch=torch))
+        launch.command(train.main)
+    except BaseException as error:
+        if not isinstance(error, SystemExit):
+            traceback.print_exc()
+        raise
+    finally:
+        sys.stderr.flush()
+
+
+class Ranks:
+    """`n` processes of one run of train.py, as torchrun would start them. `wait()` → their exit statuses."""
+
+    def __init__(self, server, place: Path, *words, n: int = 1, before: str = "", **environment):
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            port = s.getsockname()[1]
+        self.said = [place / f"said-{port}-{r}" for r in range(n)]
+        many = dict(WORLD_SIZE=n, LOCAL_WORLD_SIZE=n, MASTER_ADDR="127.0.0.1", MASTER_PORT=port) if n > 1 else {}
+        self.processes = []
+        for r in range(n):
+            ranks = many | (dict(RANK=r, LOCAL_RANK=r) if n > 1 else {}) | environment
+            ranks = {name: str(value) for name, value in ranks.items()}
+            arguments = (ranks, [*map(str, words)], before, str(self.said[r]))
+            self.processes.append(server.Process(target=be_rank, args=arguments, daemon=True))
+            self.processes[-1].start()
+
+    def wait(self, seconds: float = 120) -> list[int]:
+        end = time.time() + seconds
+        for process in self.processes:
+            process.join(max(0.1, end - time.time()))
+        late = [process for process in self.processes if process.is_alive()]
+        for process in late:
+            process.kill()
+            process.join()
+        assert not late, self.stderr
+        return [process.exitcode for process in self.processes]
+
+    @property
+    def stderr(self) -> str:
+        return "".join(file.read_text() for file in self.said if file.exists())
+
+    def lines(self) -> list[str]:
+        return [line for line in self.stderr.splitlines() if line.strip()]
+
+
+@pytest.fixture
+def ranks(server, photos, tmp_path):
+    """ranks("--flag", …, method=…, n=4, out="run") → Ranks, started."""
+
+    def begin(*flags, method="mae", n=1, out="run", before="", **environment):
+        words = ["--method", method, "--data", photos, "--out", tmp_path / out, *SMALL, *OWN[method], *flags]
+        return Ranks(server, tmp_path, *words, n=n, before=before, **environment)
+
+    yield begin
+    for process in multiprocessing.active_children():
+        process.kill()
+
+
+def assert_fine(run: Ranks):
+    assert run.wait() == [0] * len(run.processes), run.stderr
+
+
+def wait_for(run: Ranks, directory: Path, steps: int):
+    """Until the run has logged so many steps."""
+    end = time.time() + 100
+    while not (directory / "log.jsonl").exists() or len(log(directory)) <= steps:
+        assert any(process.is_alive() for process in run.processes) and time.time() < end, run.stderr
+        time.sleep(0.01)
+
+
+# --------------------------------------------------------------------------------------------- numbers of processes
+
+
+@pytest.fixture(scope="module")
+def tokenizer(server, photos, tmp_path_factory):
+    """One for all runs of CAE: tokens are argmaxes, of which some differ between two that are equal to 1e-5."""
+    place = tmp_path_factory.mktemp("tokenizer")
+    words = ["--method", "dvae", "--data", photos, "--out", place / "run", *SMALL, *OWN["dvae"], "--max-steps", 2]
+    assert_fine(Ranks(server, place, *words))
+    return place / "run"
+
+
+def assert_alike(one: Path, other: Path, loss: float, weights: float):
+    ours, theirs = ([row["loss"] for row in log(place)[1:]] for place in (one, other))
+    assert len(ours) == 20 and ours == pytest.approx(theirs, rel=loss), other
+    a, b = state(one), state(other)
+    assert a["step"] == b["step"] == 20
+    for name in a["method"]:
+        torch.testing.assert_close(
+            b["method"][name], a["method"][name], atol=weights, rtol=weights, msg=lambda m, n=name: f"{other} {n}: {m}"
+        )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+def test_one_two_and_four_processes_end_alike(ranks, tmp_path, tokenizer, method):
+    """Twenty steps in two accumulated parts, of 24 images, three an epoch; ten images of each epoch are left over."""
+    flags = ["--max-steps", 20, "--epochs", 20, "--batch-size", 24, "--accumulate", 2, "--lr", 1e-3]
+    flags += ["--tokenizer", tokenizer] if method == "cae" else []
+    for n in (1, 2, 4):
+        assert_fine(ranks(*flags, method=method, n=n, out=str(n)))
+    assert_alike(tmp_path / "1", tmp_path / "2", 1e-5, 2e-5)
+    assert_alike(tmp_path / "1", tmp_path / "4", 1e-5, 2e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["mae", "cmae", "conmim"])
+def test_one_and_four_processes_end_nearly_alike_in_bf16(ranks, tmp_path, method):
+    """bf16 keeps 8 bits: sums in another order differ by 2⁻⁸ or so. Losses agree to 1 %, weights to three steps' length
+    (of Adam, whose steps of noisy gradients differ in sign)."""
+    flags = ["--max-steps", 20, "--epochs", 20, "--batch-size", 24, "--lr", 1e-3, "--precision", "bf16"]
+    for n in (1, 4):
+        assert_fine(ranks(*flags, method=method, n=n, out=str(n)))
+    assert_alike(tmp_path / "1", tmp_path / "4", 1e-2, 3e-3)
+
+
+@given(st.integers(1, 4096), st.integers(1, 64), st.integers(1, 9))
+def test_the_rows_of_ranks_and_parts_make_up_the_batch(batch_size, ranks, accumulate):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "world_size", lambda: ranks)
+        if batch_size % (ranks * accumulate):
+            with pytest.raises(InputError, match=f"batch size {batch_size}: not divisible by {ranks} processes"):
+                train.divide(batch_size, accumulate)
+        else:
+            assert train.divide(batch_size, accumulate) * ranks * accumulate == batch_size
+
+
+# -------------------------------------------------------------------------------------------------- processes that die
+
+# The second checkpoint is being written, and half of it is on the disk, when the process is killed.
+HALF = """
+save, saved = torch.save, []
+def half(tree, file):
+    saved.append(str(file.name))
+    if sum("/.checkpoint.pt" in name for name in saved) < 2:
+        return save(tree, file)
+    import io
+    content = io.BytesIO()
+    save(tree, content)
+    file.write(content.getvalue()[: len(content.getvalue()) // 2])
+    file.flush()
+    os.kill(os.getpid(), signal.SIGKILL)
+torch.save = half
+"""
+# It is whole and on the disk, but has not got its name yet.
+UNNAMED = """
+replace, named = os.replace, []
+def late(old, new):
+    named.append(str(new))
+    if sum(name.endswith("/checkpoint.pt") for name in named) == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    replace(old, new)
+os.replace = late
+"""
+# It has its name, but encoder.pt is not there yet.
+NAMED = """
+replace, named = os.replace, []
+def early(old, new):
+    replace(old, new)
+    named.append(str(new))
+    if sum(name.endswith("/checkpoint.pt") for name in named) == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+os.replace = early
+"""
+
+
+def test_killed_while_a_checkpoint_is_written_the_one_before_is_whole(ranks, tmp_path):
+    """And the same command ends with the bits of a run that was not killed, leaving nothing half-written."""
+    whole = ranks("--epochs", 4, out="whole")
+    for name, before, step in (("half", HALF, 5), ("unnamed", UNNAMED, 5), ("named", NAMED, 10)):
+        run = ranks("--epochs", 4, out=name, before=before)
+        assert run.wait() == [-signal.SIGKILL], run.stderr
+        left = [path for path in (tmp_path / name).iterdir() if path.name.endswith(".tmp")]
+        assert state(tmp_path / name)["step"] == step and len(left) == (name != "named")
+    assert_fine(whole)
+    for name in ("half", "unnamed", "named"):
+        assert_fine(ranks("--epochs", 4, out=name))
+        assert_same_bits(state(tmp_path / name), state(tmp_path / "whole"))
+        assert not [path for path in (tmp_path / name).iterdir() if path.name.endswith(".tmp")]
+        encoders = [launch.load(tmp_path / place / "encoder.pt")["state_dict"] for place in (name, "whole")]
+        assert_same_bits(*encoders)
+
+
+def test_sigterm_to_one_of_four_processes_saves_and_ends_all(ranks, tmp_path):
+    """A cluster may tell only one of them. All finish the same step; the same command then ends with the same bits."""
+    assert_fine(ranks("--epochs", 40, n=4, out="whole"))
+    run = ranks("--epochs", 40, n=4)
+    wait_for(run, tmp_path / "run", 6)
+    os.kill(run.processes[2].pid, signal.SIGTERM)
+    assert run.wait() == [128 + signal.SIGTERM] * 4, run.stderr
+    step = state(tmp_path / "run")["step"]
+    assert 6 <= step < 200 and f"stopped at step {step} of 200" in run.stderr and "Traceback" not in run.stderr
+    assert_fine(ranks("--epochs", 40, n=4))
+    assert_same_bits(state(tmp_path / "run"), state(tmp_path / "whole"))
+
+
+# Rank 1 dies after step 12 of the first attempt: two steps after the second checkpoint.
+DIES = """
+import os, signal, sys
+sys.path[:0] = [{root!r}]
+import launch, train
+plain = train.Meter.update
+def update(self, step, *arguments, **names):
+    plain(self, step, *arguments, **names)
+    if os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" and step == 12:
+        os.kill(os.getpid(), signal.SIGKILL)
+train.Meter.update = update
+launch.command(train.main)
+"""
+
+
+@pytest.mark.slow
+def test_a_worker_that_is_killed_is_started_again_and_the_weights_are_right(ranks, photos, tmp_path, server):
+    """torchrun --max-restarts: the processes start over, the run does not."""
+    (tmp_path / "train.py").write_text(DIES.format(root=str(ROOT)))
+    whole = ranks("--epochs", 4, n=2, out="whole")
+    words = ["--method", "mae", "--data", photos, "--out", tmp_path / "run", *SMALL, *OWN["mae"], "--epochs", 4]
+    agent = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=1"]
+    done = subprocess.run(
+        [*agent, str(tmp_path / "train.py"), *map(str, words)], capture_output=True, text=True, timeout=300,
+        env=os.environ | dict(OMP_NUM_THREADS="1"),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert f"continuing {tmp_path / 'run'} from step 10" in done.stderr
+    assert_fine(whole)
+    assert_same_bits(state(tmp_path / "run"), state(tmp_path / "whole"))
+    assert [row["step"] for row in log(tmp_path / "run")[1:]] == list(range(1, 21))  # none twice
+
+
+def test_a_loss_that_is_not_finite_ends_all_processes_with_one_line(ranks, tmp_path):
+    """Rank 1 alone meets it, but no rank may wait for another, or save."""
+    spoil = """
+import mae
+plain, calls = mae.MAE.forward, []
+def spoiled(self, batch):
+    losses = plain(self, batch)
+    calls.append(1)
+    if len(calls) == 7 and os.environ["RANK"] == "1":
+        losses["loss"] = losses["loss"] * float("nan")
+    return losses
+mae.MAE.forward = spoiled
+"""
+    run = ranks("--epochs", 4, n=2, before=spoil)
+    assert run.wait() == [2, 2], run.stderr
+    assert "loss: not finite at step 7; the last checkpoint is kept" in run.stderr and "Traceback" not in run.stderr
+    assert state(tmp_path / "run")["step"] == 5
+
+
+# ------------------------------------------------------------------------------------------------- places to write to
+
+
+def test_of_two_runs_started_at_once_one_is_refused(ranks, tmp_path):
+    """Both begin before there is a cache, a directory or a lock."""
+    both = [ranks("--epochs", 300, MINMIM_CACHE=tmp_path / "new") for _ in range(2)]
+    end = time.time() + 100
+    while all(run.processes[0].is_alive() for run in both):
+        assert time.time() < end
+        time.sleep(0.02)
+    first, second = sorted(both, key=lambda run: not run.processes[0].is_alive())
+    wait_for(first, tmp_path / "run", 2)
+    os.kill(first.processes[0].pid, signal.SIGTERM)
+    assert second.wait() == [2] and first.wait() == [128 + signal.SIGTERM], first.stderr + second.stderr
+    refusal = f"{tmp_path / 'run'}: another run is writing here; give another --out"
+    assert [line for line in second.lines() if "decoding" not in line] == [refusal]
+    steps = [row["step"] for row in log(tmp_path / "run")[1:]]
+    assert steps == list(range(1, len(steps) + 1)) and state(tmp_path / "run")["step"] == len(steps)
+
+
+@pytest.fixture
+def read_only(tmp_path):
+    """A directory that nobody may write to; root may write wherever permissions alone forbid it."""
+    (tmp_path / "read-only").mkdir(mode=0o555)
+    for place in (tmp_path / "read-only", Path("/sys"), Path("/proc")):
+        if place.is_dir():
+            try:
+                with open(place / ".probe", "w"):
+                    pass
+                os.unlink(place / ".probe")
+            except OSError as error:
+                return place, error.strerror
+    pytest.skip("every directory here can be written to")
+
+
+@pytest.mark.parametrize("below", ["", "run"])
+def test_a_read_only_place_is_refused(ranks, read_only, below):
+    place, reason = read_only
+    run = ranks("--max-steps", 1, out=place / below)
+    assert run.wait() == [2], run.stderr
+    (line,) = run.lines()
+    assert line.startswith(f"{place / below}: cannot be written (") and line.endswith("); give another --out")
+    assert below or reason in line
+
+
+def test_a_disk_that_fills_up_under_a_run_keeps_its_checkpoint(ranks, tmp_path):
+    """The first checkpoint fits; then no file may grow beyond a few kilobytes. The same command ends the run later."""
+    full = """
+import resource
+plain = train.Run.save
+def save(self, *arguments):
+    plain(self, *arguments)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8_000, resource.RLIM_INFINITY))
+train.Run.save = save
+"""
+    assert_fine(ranks("--epochs", 3, "--save-every", 1, out="whole"))
+    run = ranks("--epochs", 3, "--save-every", 1, before=full)
+    assert run.wait() == [2], run.stderr
+    assert "cannot be written (File too large)" in run.lines()[-1] and "Traceback" not in run.stderr
+    assert state(tmp_path / "run")["step"] == 5
+    assert not [path for path in (tmp_path / "run").iterdir() if path.name.endswith(".tmp")]
+    assert_fine(ranks("--epochs", 3, "--save-every", 1))
+    assert_same_bits(state(tmp_path / "run"), state(tmp_path / "whole"))
+
+
+def test_many_readers_see_only_whole_files(server, tmp_path):
+    """A file that is replaced a hundred times is whole whenever somebody looks."""
+    path = tmp_path / "x.json"
+    launch.write_text(path, json.dumps([0] * 5_000))
+    writer = server.Process(target=rewrite, args=(str(path),), daemon=True)
+    writer.start()
+    seen = set()
+    while writer.is_alive():
+        numbers = json.loads(path.read_text())
+        assert len(numbers) == 5_000 and len(set(numbers)) == 1
+        seen.add(numbers[0])
+    writer.join()
+    assert writer.exitcode == 0 and json.loads(path.read_text())[0] == 100 and len(seen) > 1
+    assert os.listdir(tmp_path) == ["x.json"]
+
+
+def rewrite(path: str) -> None:
+    for i in range(101):
+        launch.write_text(path, json.dumps([i] * 5_000))
+
+
+def test_two_programs_may_write_one_file_at_once(server, tmp_path):
+    """Each writes under a name of its own, so that what stands in the end is one of the two, whole."""
+    writers = [server.Process(target=rewrite, args=(str(tmp_path / "x.json"),), daemon=True) for _ in range(2)]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join(60)
+    assert [writer.exitcode for writer in writers] == [0, 0]
+    assert set(json.loads((tmp_path / "x.json").read_text())) == {100} and os.listdir(tmp_path) == ["x.json"]
