@@ -58,10 +58,11 @@ def values(results: Path, side: str) -> list[float]:
     return [x for run in runs_of(results, name) if (x := value(run, key)) is not None]
 
 
-def sources(method: str) -> dict[str, str]:
-    """The method's file and those of methods that it imports, each with the name of its content."""
+def sources(method: str, data: str = "") -> dict[str, str]:
+    """The method's file, those of methods that it imports, that of built-in images: each with its content's name."""
     text = (HERE / f"{method}.py").read_text()
     names = [method, *(name for name in METHODS if re.search(rf"^import {name}$", text, re.MULTILINE))]
+    names += ["shapes"] if data == "shapes" else []
     return {f"{name}.py": blob((HERE / f"{name}.py").read_bytes()) for name in names}
 
 
@@ -199,9 +200,10 @@ def verdict(low: list[float], high: list[float]) -> str:
     return "shown" if apart > 2 * error else "contradicted" if apart < -2 * error else "not shown at this scale"
 
 
-RULE = """`python reproduce.py --claims` makes it, beyond the runs of the cpu table. A verdict compares the first with
-the last of a claim's runs: *shown* where their means lie apart as in the paper by more than twice the standard error of
-the difference, *contradicted* where they do the other way round, else *not shown at this scale*."""
+RULE = """`python reproduce.py --claims` makes it, together with the cpu table; `--list` prints every command. A verdict
+compares the first with the last of a claim's runs, which stand from what the paper finds lowest to what it finds
+highest: *shown* where their means lie apart as in the paper by more than twice the standard error of the difference,
+*contradicted* where they do the other way round, else *not shown at this scale*."""
 
 
 # ------------------------------------------------------------------------------------------------------------ tables
@@ -223,8 +225,8 @@ def spell(numbers: list[float], digits: int | None = None) -> str:
 
 def names_of(results: Path, folder: str) -> list[str]:
     """The results of a budget, in the order of the table."""
-    names = [f"{folder}/{file.stem}" for file in results.glob(f"{folder}/*.json")]
-    return sorted(names, key=lambda name: (ROWS.index(name.split("/")[1].split("-")[0]), name))
+    files = sorted(results.glob(f"{folder}/*.json"))
+    return [f"{folder}/{file.stem}" for row in ROWS for file in files if file.stem.split("-")[0] == row]
 
 
 def results_block(results: Path) -> str:
@@ -314,7 +316,7 @@ def claims_block(results: Path) -> str:
         measured = " < ".join(spell(x) for x in found) if all(found) else ""
         rows.append([f"{claim.paper}, {claim.where}", claim.statement, claim.reported, measured, seeds,
                      verdict(found[0], found[-1]), " < ".join(links)])  # fmt: skip
-    head = "paper | claim, from lower to higher | paper | measured, mean ± deviation | seeds | verdict | runs"
+    head = "paper | claim, from lower to higher | its numbers | measured, mean ± deviation | seeds | verdict | runs"
     differs = [[f"claims/{name}", f"`--method {m} {flags}`"] for name, (m, flags, _) in VARIANTS.items()]
     return "\n\n".join([RULE, table(head, rows), table("run | in place of its method's row in the cpu table", differs)])
 

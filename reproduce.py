@@ -42,11 +42,11 @@ from ledger import BASELINES, CLAIMS, HERE, ROWS, VARIANTS, changed, curves, dra
 
 
 def pixels(study) -> dict:
-    """The bar below all encoders: the probes on the image as 16 x 16 average colours."""
+    """The bar below all encoders: the probes on the image as 8 x 8 average colours."""
     size, device = study.runs[0].settings.image_size, study.device
 
     def colours(images):
-        return F.adaptive_avg_pool2d(images, 16).flatten(1)
+        return F.adaptive_avg_pool2d(images, 8).flatten(1)
 
     halves = [evaluate.of_all(colours, half.to(device), size, device) for half in (study.train, study.val)]
     found = (*halves[0], *halves[1], len(study.train.classes))
@@ -246,7 +246,12 @@ class Runner:
         elif folder.exists() and any(folder.iterdir()):
             raise InputError(f"{folder}: holds what reproduce.py did not make; give another --out")
         folder.mkdir(parents=True, exist_ok=True)
-        state = {"commands": work.commands, "sources": sources(work.method), "measured": {}, "seconds": 0.0}
+        state = {
+            "commands": work.commands,
+            "sources": sources(work.method, self.args.data),
+            "measured": {},
+            "seconds": 0.0,
+        }
         launch.write_text(file, json.dumps(state))
         return state
 
