@@ -103,7 +103,7 @@ def damaged(content: bytes, how: str, where: float, other: bytes) -> bytes:
     return content[:at] + (other if how != "remove" else b"") + content[at + (len(other) if how != "insert" else 0) :]
 
 
-@settings(max_examples=300)
+@settings(max_examples=150)
 @given(damages)
 @example(("cut", 0.0, b""))
 @example(("insert", 0.0, b"\0"))
@@ -490,7 +490,7 @@ def test_a_place_below_a_file_is_one_line(tmp_path):
 # ----------------------------------------------------------------------------------------------------- augmentations
 
 
-@settings(max_examples=40)
+@settings(max_examples=12)
 @given(st.integers(1, 3), st.integers(1, 3), st.integers(0, 99))
 def test_the_smallest_images_are_drawn_by_every_method(H, W, seed):
     images = [torch.randint(0, 256, (3, H, W), dtype=torch.uint8), torch.full((3, 1, 1), 255, dtype=torch.uint8)]
