@@ -70,7 +70,7 @@ RECIPES = {
         betas=(0.9, 0.999), codes=1024, hidden=128, blocks=2, first_stride=2, kl_weight=1.0, crop_scale=0.2,
     ),
     "demo": dict(
-        image_size=64, patch_size=8, epochs=2, warmup_epochs=0.2, batch_size=128, lr=3e-3, weight_decay=1e-4,
+        image_size=64, patch_size=8, epochs=5, warmup_epochs=0.5, batch_size=128, lr=3e-3, weight_decay=1e-4,
         betas=(0.9, 0.999), codes=128, hidden=32, blocks=1, first_stride=4, kl_weight=1.0, crop_scale=0.2,
     ),
 }  # fmt: skip
