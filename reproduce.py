@@ -103,7 +103,7 @@ MEASURES = {measure.__name__: measure for measure in (pixels, attention, positio
 # ----------------------------------------------------------------------------------------------- what there is to do
 
 EPOCHS = {"cpu": 18, "gpu": 40}  # of pretraining, the same for every method
-TUNE_EPOCHS = {"cpu": 15, "gpu": 20}  # of fine-tuning, and of supervised training from scratch
+TUNE_EPOCHS = {"cpu": 12, "gpu": 20}  # of fine-tuning, and of supervised training from scratch
 
 
 @dataclass(frozen=True)
@@ -291,7 +291,8 @@ def say(line: str) -> None:
 
 # ------------------------------------------------------------------------------------------------------ result files
 
-ELSEWHERE = set("out data_root resume download workers save_every log_every evaluate seed".split())  # or not the run's
+# What is not the experiment's: where and how it ran, and the seed, which is beside it.
+ELSEWHERE = "out data_root resume download workers save_every log_every evaluate seed device compile precision"
 
 
 def stands(file: Path, work: Work, seed: int) -> bool:
@@ -304,10 +305,10 @@ def stands(file: Path, work: Work, seed: int) -> bool:
 def about(folder: Path, seed: int, state: dict, threads: int) -> dict:
     """One seed's part of a result file, the configuration included."""
     found = json.loads((folder / "config.json").read_text())
-    settings = {k: v for k, v in found["settings"].items() if k not in ELSEWHERE and v is not None}
+    settings = {k: v for k, v in found["settings"].items() if k not in ELSEWHERE.split() and v is not None}
     return dict(
         seed=seed, commit=found["git"].get("commit"), dirty=found["git"].get("dirty"), sources=state["sources"],
-        versions=found["versions"], machine=machine(found["versions"], threads), seconds=round(state["seconds"]),
+        versions=found["versions"], machine=machine(found, threads), seconds=round(state["seconds"]),
         loss=losses(folder / "log.jsonl"), measured={k: v for k, v in state["measured"].items() if k != "train"},
         config=settings | found["config"],
     )  # fmt: skip
@@ -323,14 +324,14 @@ def keep(file: Path, work: Work, run: dict) -> None:
     launch.write_text(file, json.dumps(tree, indent=1) + "\n")
 
 
-def machine(versions: dict, threads: int) -> str:
-    """Its kind, not its name: the GPU, or the processor's family and how much of it one command had."""
-    if "gpu" in versions:
-        return versions["gpu"]
+def machine(found: dict, threads: int) -> str:
+    """Its kind, not its name: the GPU, or the processor's family and how much of it one command had; the precision."""
     file = Path("/proc/cpuinfo")
     model = re.search(r"model name\s*: (.*)", file.read_text()) if file.exists() else None
     family = " ".join(re.sub(r"\(\w+\)", "", model[1] if model else platform.machine()).split()[:2])
-    return f"{family}, {threads} of {os.cpu_count()} cores"
+    on_gpu = found["settings"]["device"] == "cuda"
+    kind = found["versions"]["gpu"] if on_gpu else f"{family}, {threads} of {os.cpu_count()} cores"
+    return f"{kind}, {found['settings']['precision']}"
 
 
 def losses(log: Path, points: int = 18) -> list[dict]:

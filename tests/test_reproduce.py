@@ -402,7 +402,8 @@ if (out.parent / "slow").exists() and not (out / "half").exists():
     signal.signal(signal.SIGTERM, stop)
     (out.parent / "began").touch()
     time.sleep(60)
-config = dict(settings=dict(epochs=4, out=str(out), seed=int(sys.argv[-3])), config=dict(tau=0.1), git={}, versions={})
+settings = dict(epochs=4, precision="bf16", device="cpu", out=str(out), seed=int(sys.argv[-3]))
+config = dict(settings=settings, config=dict(tau=0.1), git={}, versions={})
 (out / "config.json").write_text(json.dumps(config))
 rows = [dict(step=s, epoch=s / 2, loss=10.0 - s, lr=1.0, images_per_second=1.0, seconds=s) for s in range(1, 9)]
 (out / "log.jsonl").write_text("\\n".join(json.dumps(row) for row in [config, *rows]))
@@ -611,3 +612,10 @@ def test_a_measure_is_a_command_that_prints_one_line(study, monkeypatch, capsys)
     monkeypatch.setattr(sys, "argv", ["reproduce.py", "--measure", "classes", "--run", str(folder)])
     reproduce.main()
     assert set(json.loads(capsys.readouterr().out)) == {"intra_mean", "intra_std", "inter_mean", "inter_std"}
+
+
+def test_a_machine_is_told_by_its_kind():
+    gpu = dict(versions=dict(gpu="NVIDIA H200"), settings=dict(device="cuda", precision="bf16"))
+    assert reproduce.machine(gpu, 4) == "NVIDIA H200, bf16"
+    cpu = dict(versions=dict(gpu="NVIDIA H200"), settings=dict(device="cpu", precision="fp32"))
+    assert re.fullmatch(r"\w+ ?\S*, 4 of \d+ cores, fp32", reproduce.machine(cpu, 4))
