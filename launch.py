@@ -89,7 +89,11 @@ def start(device: str = "auto") -> torch.device:
     chosen = torch.device(device, local) if device == "cuda" else torch.device(device)
     if ranks > 1:
         on_gpu = chosen.type == "cuda"
-        dist.init_process_group("nccl" if on_gpu else "gloo", device_id=chosen if on_gpu else None)
+        # torchrun --max-restarts hands out the store of the attempt before, with addresses of processes that are gone.
+        store, rank, _ = next(dist.rendezvous("env://"))
+        store = dist.PrefixStore("attempt " + os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+        backend, gpu = ("nccl", chosen) if on_gpu else ("gloo", None)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, device_id=gpu)
     return chosen
 
 
