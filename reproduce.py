@@ -136,7 +136,7 @@ def work_of(folder: str, name: str, budget: str, args) -> Work:
         subset = " --classes 10 --crop-scale 0.2" if tiny else ""
         measured = "knn linear linear-paper attentive finetune attention classes"
     else:
-        recipe, model, subset = "tiny", f" --model {args.model} --save-every 5", ""
+        recipe, model, subset = "tiny", f" --model {args.model or 'small'} --save-every 5", ""
         kept = " --crop-scale 0"  # the attentive probe sees whole images, each encoded once
         measured = "knn linear attentive finetune classes"
     method, differs, untrained = name, "", ""
@@ -164,8 +164,7 @@ def work_of(folder: str, name: str, budget: str, args) -> Work:
             f"evaluate.py --run RUN --protocol {protocols[key]}" if key in protocols
             else f"reproduce.py --measure {key} --run RUN"
         )  # fmt: skip
-    large = budget == "gpu" and args.model != "small"
-    return Work(f"{folder}/{name}" + f"-{args.model}" * large, method, commands)
+    return Work(f"{folder}/{name}" + "-base" * (args.model == "base"), method, commands)
 
 
 def choose_data(root: str | None) -> str:
@@ -213,19 +212,22 @@ class Runner:
         try:
             if stands(result, work, seed):
                 return "stood already"
-            if self.over():
+            if self.over():  # before there is a directory
                 return "left for later"
             folder = self.out / f"{work.name}-{seed}"
             state = self.begin(folder, work)
             for key, command in work.commands.items():
-                if key not in state["measured"]:
-                    say(f"{name}: {key}")
-                    begin = time.monotonic()
-                    try:
-                        state["measured"][key] = self.call(command, folder, seed)
-                    finally:
-                        state["seconds"] += time.monotonic() - begin
-                        launch.write_text(folder / "reproduce.json", json.dumps(state))
+                if key in state["measured"]:
+                    continue
+                if self.over():
+                    return "left for later"
+                say(f"{name}: {key}")
+                begin = time.monotonic()
+                try:
+                    state["measured"][key] = self.call(command, folder, seed)
+                finally:
+                    state["seconds"] += time.monotonic() - begin
+                    launch.write_text(folder / "reproduce.json", json.dumps(state))
             with self.writing:
                 keep(result, work, about(folder, seed, state, self.threads))
             return "done"
@@ -266,13 +268,14 @@ class Runner:
                 [sys.executable, str(HERE / script), *words], stdout=subprocess.PIPE, stderr=output, env=environment,
                 start_new_session=True,
             )  # fmt: skip
-            while True:
+            asked, printed = False, None
+            while printed is None:
                 try:
                     printed, _ = process.communicate(timeout=0.5)
-                    break
                 except subprocess.TimeoutExpired:
-                    if self.over():  # train.py then writes a checkpoint; fine-tuning has one of the last half minute
+                    if self.over() and not asked:  # once: train.py then saves, but a second time it ends at once
                         process.terminate()
+                        asked = True
         if process.returncode:
             if self.over():
                 raise Stopped
@@ -367,13 +370,17 @@ def options(argv: list[str] | None = None) -> argparse.Namespace:
     add("--data-root", metavar="DIR", help="where Tiny-ImageNet is")
     add("--out", default="runs/reproduce", metavar="DIR", help="where the runs go [runs/reproduce]")
     add("--results", metavar="DIR", help="where the result files are [results]")
-    add("--model", default="small", choices=["small", "base"], help="of the gpu budget [small]")
+    add("--model", choices=["small", "base"], help="of the gpu budget [small]")
     add("--epochs", type=int, metavar="N", help=f"of pretraining {EPOCHS}")
     add("--tune-epochs", type=int, metavar="N", help=f"of fine-tuning and supervised training {TUNE_EPOCHS}")
     add("--images", type=int, metavar="K", help="a rehearsal: pretrain on the first K; needs --results of its own")
     args = parser.parse_args(argv)
     if args.images and not args.results:
         raise InputError("images: makes a rehearsal, which must not lie among the results; give --results")
+    runs = "list methods seeds minutes data_root model epochs tune_epochs images".split()
+    idle = ["model"] if args.budget == "cpu" or args.claims else [] if args.budget else runs
+    if idle := [name for name in idle if getattr(args, name)]:
+        raise InputError(f"{idle[0].replace('_', ' ')}: does nothing here; leave it out")
     if bool(args.measure) != bool(args.run):
         raise InputError("measure: needs a run, and a run a measure; give both")
     for name in ("seeds", "jobs", "minutes", "epochs", "tune_epochs"):

@@ -382,6 +382,9 @@ def test_rehearsals_need_a_place_of_their_own_and_names_must_be_known():
         planned("--budget", "cpu", "--methods", "mae,simclr")
     with pytest.raises(InputError, match="jobs 0: must be above 0"):
         reproduce.options(["--budget", "cpu", "--jobs", "0"])
+    for words in ("--budget cpu --model base", "--claims --model small", "--readme --epochs 3", "--check --list"):
+        with pytest.raises(InputError, match="does nothing here"):
+            reproduce.options(words.split())
     assert [w.name for w in planned("--budget", "gpu", "--model", "base", "--methods", "cae,mae")] == [
         "gpu/mae-base", "gpu/cae-base",
     ]  # fmt: skip
@@ -396,7 +399,9 @@ assert out.is_dir()
 with open(out.parent / "calls.txt", "a") as file:
     file.write("train " + " ".join(sys.argv[1:]) + f" threads {os.environ['OMP_NUM_THREADS']}\\n")
 if (out.parent / "slow").exists() and not (out / "half").exists():
-    def stop(*_):
+    def stop(*_):  # as train.py's: it takes a step's time to save, and a second signal does not wait for it
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(1.2)
         (out / "half").touch()
         sys.exit(143)
     signal.signal(signal.SIGTERM, stop)
