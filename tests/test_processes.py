@@ -139,47 +139,43 @@ def wait_for(run: Ranks, directory: Path, steps: int):
 # --------------------------------------------------------------------------------------------- numbers of processes
 
 
-@pytest.fixture(scope="module")
-def tokenizer(server, photos, tmp_path_factory):
-    """One for all runs of CAE: tokens are argmaxes, of which some differ between two that are equal to 1e-5."""
-    place = tmp_path_factory.mktemp("tokenizer")
-    words = ["--method", "dvae", "--data", photos, "--out", place / "run", *SMALL, *OWN["dvae"], "--max-steps", 2]
-    assert_fine(Ranks(server, place, *words))
-    return place / "run"
-
-
 def assert_alike(one: Path, other: Path, loss: float, weights: float):
     ours, theirs = ([row["loss"] for row in log(place)[1:]] for place in (one, other))
-    assert len(ours) == 20 and ours == pytest.approx(theirs, rel=loss), other
+    assert len(ours) == 20 and ours == pytest.approx(theirs, rel=loss)
     a, b = state(one), state(other)
     assert a["step"] == b["step"] == 20
     for name in a["method"]:
         torch.testing.assert_close(
-            b["method"][name], a["method"][name], atol=weights, rtol=weights, msg=lambda m, n=name: f"{other} {n}: {m}"
+            b["method"][name], a["method"][name], atol=weights, rtol=weights, msg=lambda m, n=name: f"{n}: {m}"
         )
+
+
+# Three steps an epoch, of 24 images; ten images of each epoch are left over. At this rate rounding is not blown up.
+# Drop path is the one stated exception.
+TWENTY = ["--max-steps", 20, "--epochs", 20, "--batch-size", 24, "--lr", 1e-4, "--drop-path", 0]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
-def test_one_two_and_four_processes_end_alike(ranks, tmp_path, tokenizer, method):
-    """Twenty steps in two accumulated parts, of 24 images, three an epoch; ten images of each epoch are left over."""
-    flags = ["--max-steps", 20, "--epochs", 20, "--batch-size", 24, "--accumulate", 2, "--lr", 1e-3]
-    flags += ["--tokenizer", tokenizer] if method == "cae" else []
-    for n in (1, 2, 4):
+def test_one_and_four_processes_end_alike(ranks, tmp_path, method):
+    """Twenty steps in two accumulated parts; test_train.py has two processes, without."""
+    # CAE's tokens are argmaxes, and one that is nearly a tie may fall to either side in a batch of another size.
+    flags = [*TWENTY, "--accumulate", 2, *(["--target", "pixels"] if method == "cae" else [])]
+    for n in (1, 4):
         assert_fine(ranks(*flags, method=method, n=n, out=str(n)))
-    assert_alike(tmp_path / "1", tmp_path / "2", 1e-5, 2e-5)
-    assert_alike(tmp_path / "1", tmp_path / "4", 1e-5, 2e-5)
+    assert_alike(tmp_path / "1", tmp_path / "4", 3e-5, 3e-5)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["mae", "cmae", "conmim"])
-def test_one_and_four_processes_end_nearly_alike_in_bf16(ranks, tmp_path, method):
-    """bf16 keeps 8 bits: sums in another order differ by 2⁻⁸ or so. Losses agree to 1 %, weights to three steps' length
-    (of Adam, whose steps of noisy gradients differ in sign)."""
-    flags = ["--max-steps", 20, "--epochs", 20, "--batch-size", 24, "--lr", 1e-3, "--precision", "bf16"]
+@pytest.mark.parametrize("method, loss", [("mae", 0.01), ("conmim", 0.01), ("cmae", 0.05)])
+def test_one_and_four_processes_end_nearly_alike_in_bf16(ranks, tmp_path, method, loss):
+    """bf16 keeps 8 bits: sums in another order differ by 2⁻⁸ or so, losses by less than 1 %, CMAE's by 1/τ times that.
+
+    Adam's steps have the length of the rate, 20 of them 0.002: weights whose gradient is noise differ by as much.
+    """
     for n in (1, 4):
-        assert_fine(ranks(*flags, method=method, n=n, out=str(n)))
-    assert_alike(tmp_path / "1", tmp_path / "4", 1e-2, 3e-3)
+        assert_fine(ranks(*TWENTY, "--precision", "bf16", method=method, n=n, out=str(n)))
+    assert_alike(tmp_path / "1", tmp_path / "4", loss, 2e-3)
 
 
 @given(st.integers(1, 4096), st.integers(1, 64), st.integers(1, 9))
@@ -319,7 +315,7 @@ mae.MAE.forward = spoiled
 
 def test_of_two_runs_started_at_once_one_is_refused(ranks, tmp_path):
     """Both begin before there is a cache, a directory or a lock."""
-    both = [ranks("--epochs", 300, MINMIM_CACHE=tmp_path / "new") for _ in range(2)]
+    both = [ranks("--epochs", 2000, MINMIM_CACHE=tmp_path / "new") for _ in range(2)]
     end = time.time() + 100
     while all(run.processes[0].is_alive() for run in both):
         assert time.time() < end
