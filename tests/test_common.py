@@ -1,5 +1,6 @@
 """common.py: masks, patches, positions, the ViT, losses, heads, EMA, schedules, randomness."""
 
+import itertools
 import math
 
 import numpy as np
@@ -693,3 +694,24 @@ def test_pixel_shifts_are_uniform_between_their_bounds(low, count, seed):
     expected = 60.0
     counts = torch.stack([(drawn[:, axis] - low).bincount(minlength=count) for axis in (0, 1)]).double()
     assert (counts - expected).abs().max() < 6 * math.sqrt(expected)  # per place, six standard deviations
+
+
+# ------------------------------------------------------------------------------------------------------- fast paths
+
+
+def test_take_and_patchify_and_their_gradients_equal_indexing_by_hand():
+    torch.manual_seed(0)
+    x, index = torch.randn(3, 5, 4, requires_grad=True), torch.tensor([[4, 0], [1, 1], [2, 3]])
+    g = torch.randn(3, 2, 4)
+    (take(x, index) * g).sum().backward()
+    expected = torch.zeros_like(x)
+    for b in range(3):
+        for k in range(2):
+            assert torch.equal(take(x, index)[b, k], x[b, index[b, k]])
+            expected[b, index[b, k]] += g[b, k]
+    torch.testing.assert_close(x.grad, expected)
+    images = torch.randn(2, 3, 4, 6)
+    patches = patchify(images, 2)
+    for b, n, row, column, c in itertools.product(range(2), range(6), range(2), range(2), range(3)):
+        value = images[b, c, n // 3 * 2 + row, n % 3 * 2 + column]
+        assert patches[b, n, (row * 2 + column) * 3 + c] == value
