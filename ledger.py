@@ -203,7 +203,8 @@ def verdict(low: list[float], high: list[float]) -> str:
 RULE = """`python reproduce.py --claims` makes it, together with the cpu table; `--list` prints every command. A verdict
 compares the first with the last of a claim's runs, which stand from what the paper finds lowest to what it finds
 highest: *shown* where their means lie apart as in the paper by more than twice the standard error of the difference,
-*contradicted* where they do the other way round, else *not shown at this scale*."""
+*contradicted* where they do the other way round, else *not shown at this scale*. The demo's recipe stands behind all of
+them, so that CMAE's L_c is scaled by 2τ, as in its official code."""
 
 
 # ------------------------------------------------------------------------------------------------------------ tables

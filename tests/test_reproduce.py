@@ -375,6 +375,20 @@ def test_the_table_trains_all_methods_for_as_long_at_their_own_rates():
         assert "supervised" in works[0].commands["finetune"] and "--untrained" in works[0].commands["linear"]
 
 
+def test_without_tiny_imagenet_the_built_in_images_stand_in_and_it_says_so(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("MINMIM_CACHE", str(tmp_path / "cache"))
+    assert reproduce.choose_data(str(tmp_path)) == "shapes"
+    assert capsys.readouterr().err.endswith("The built-in images stand in for Tiny-ImageNet.\n")
+    monkeypatch.setattr(reproduce.data, "open_set", lambda *_: None)
+    assert reproduce.choose_data(None) == "tiny-imagenet"
+
+
+def test_seeds_unless_given():
+    given = {words: reproduce.options(words.split()).seeds for words in ("--budget cpu", "--budget gpu", "--claims")}
+    assert given == {"--budget cpu": 2, "--budget gpu": 1, "--claims": 3}
+    assert reproduce.options("--claims --seeds 5".split()).seeds == 5
+
+
 def test_rehearsals_need_a_place_of_their_own_and_names_must_be_known():
     with pytest.raises(InputError, match="give --results"):
         reproduce.options(["--budget", "cpu", "--images", "64"])
