@@ -1,4 +1,4 @@
-"""Shared by all tests: hypothesis profiles, and one thread, so that two workers do not fight over two cores."""
+"""Shared by all tests: hypothesis profiles, and one thread for each worker of `pytest -n`, so that they do not fight."""
 
 import os
 
@@ -8,4 +8,6 @@ from hypothesis import HealthCheck, settings
 settings.register_profile("default", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile("ci", parent=settings.get_profile("default"), derandomize=True, database=None)
 settings.load_profile("ci" if os.environ.get("CI") else "default")
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the commands that tests start
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
