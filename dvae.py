@@ -6,8 +6,8 @@ from relaxed samples of it, and both maximise the evidence lower bound; afterwar
     image ─ encoder ─ logits ─ Gumbel-softmax at τ ─ decoder ─ logit-Laplace ──── reconstruction   (App. A.3)
                          └──────────── KL to the uniform prior, times β ───────── L = -ELBO        (Eq. 1)
 
-CAE (arXiv 2202.03026, §G.1) finds a d-VAE trained on ImageNet-1K similar to DALL-E's or better (Table 7; its ViT-L a
-little worse) and says no more about it, so that DALL-E's stands here: its networks (released code), its likelihood,
+CAE (arXiv 2202.03026, §G.1) finds a d-VAE trained on ImageNet-1K as good as DALL-E's (CAE's Table 7; with ViT-L
+a little worse) and says no more about it, so that DALL-E's stands here: its networks (released code), its likelihood,
 its β and its cosines of τ and β (App. A). The defaults are the released model, and `load_tokenizer` reads its encoder's
 weights.
 
