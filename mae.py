@@ -25,6 +25,7 @@ from torch import Tensor, nn
 import augment
 from common import (
     Block,
+    Linear,
     Mask,
     ViT,
     initialize,
@@ -84,12 +85,12 @@ class Decoder(nn.Module):
 
     def __init__(self, encoder: ViT, width: int, depth: int, heads: int, out: int):
         super().__init__()
-        self.embed = nn.Linear(encoder.width, width)
+        self.embed = Linear(encoder.width, width)
         self.mask_token = nn.Parameter(torch.empty(1, 1, width))
         self.register_buffer("pos_embed", sincos_positions(width, encoder.grid), persistent=False)
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
         self.norm = nn.LayerNorm(width, eps=1e-6)
-        self.predict = nn.Linear(width, out)
+        self.predict = Linear(width, out)
         initialize(self)
 
     def features(self, latents: Tensor, mask: Mask) -> Tensor:

@@ -6,9 +6,11 @@ import math
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
+import common
 from common import (
     MLP,
     SIZES,
@@ -30,6 +32,7 @@ from common import (
     info_nce,
     initialize,
     learning_rate,
+    linear,
     normalize_patches,
     parameter_groups,
     patchify,
@@ -715,3 +718,43 @@ def test_take_and_patchify_and_their_gradients_equal_indexing_by_hand():
     for b, n, row, column, c in itertools.product(range(2), range(6), range(2), range(2), range(3)):
         value = images[b, c, n // 3 * 2 + row, n % 3 * 2 + column]
         assert patches[b, n, (row * 2 + column) * 3 + c] == value
+
+
+@pytest.mark.parametrize("amd", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+def test_linear_equals_a_float64_loop_with_its_gradients(bias, amd, monkeypatch):
+    monkeypatch.setattr(common, "AMD", amd)
+    torch.manual_seed(0)
+    layer = common.Linear(7, 6, bias=bias)
+    inputs = torch.randn(2, 5, 7, requires_grad=True)
+    x, weights = inputs[:, 1:], torch.randn(2, 4, 6)  # x is not contiguous
+    y = layer(x)
+    (y * weights).sum().backward()
+    X, W, G = x.detach().double(), layer.weight.detach().double(), weights.double()
+    for b, t in itertools.product(range(2), range(4)):
+        for o in range(6):
+            exact = sum(X[b, t, i] * W[o, i] for i in range(7)) + (layer.bias[o].double() if bias else 0)
+            assert y[b, t, o].item() == pytest.approx(exact.item(), abs=1e-5)
+        for i in range(7):
+            exact = sum(G[b, t, o] * W[o, i] for o in range(6))
+            assert inputs.grad[b, 1 + t, i].item() == pytest.approx(exact.item(), abs=1e-5)
+    for o, i in itertools.product(range(6), range(7)):
+        exact = sum(G[b, t, o] * X[b, t, i] for b, t in itertools.product(range(2), range(4)))
+        assert layer.weight.grad[o, i].item() == pytest.approx(exact.item(), abs=1e-5)
+    if bias:
+        torch.testing.assert_close(layer.bias.grad, weights.sum(dim=(0, 1)))
+
+
+def test_linear_is_a_convolution_in_float32_on_amd_alone(monkeypatch):
+    taken, conv2d = [], F.conv2d
+    monkeypatch.setattr(F, "conv2d", lambda *a: taken.append(a) or conv2d(*a))
+    layer, x = common.Linear(4, 3), torch.randn(2, 5, 4)
+    monkeypatch.setattr(common, "AMD", False)
+    plain = layer(x)
+    monkeypatch.setattr(common, "AMD", True)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(x).dtype == torch.bfloat16
+    assert linear(x.double(), layer.weight.double()).dtype == torch.float64
+    assert layer(x[0]).shape == (5, 3) and not taken
+    torch.testing.assert_close(layer(x), plain)
+    assert len(taken) == 1
