@@ -1,0 +1,198 @@
+"""bench.py: the same work for all contenders, counted FLOPs, medians in turns, tables of 80 columns, errors."""
+
+import json
+import math
+import sys
+
+import pytest
+import torch
+from torchvision.datasets.folder import default_loader
+
+import bench
+import common
+from common import InputError
+
+TINY = "--width 16 --depth 2 --heads 2 --decoder-width 8 --decoder-depth 1 --decoder-heads 1 --image-size 32"
+CPU = torch.device("cpu")
+
+
+def parse(more=""):
+    return bench.parse(f"{TINY} --batch-size 2 --repeats 1 {more}".split())
+
+
+def vit_flops(tokens, width, depth, hidden=4):
+    """Forward: qkv, scores, weighted values, output, two layers of the MLP; two FLOPs a multiplication."""
+    return depth * 2 * (tokens * width * width * (4 + 2 * hidden) + 2 * tokens * tokens * width)
+
+
+@pytest.mark.parametrize("amd", [True, False])
+def test_counted_flops_of_mae_are_those_of_its_products(monkeypatch, amd):
+    monkeypatch.setattr(common, "AMD", amd)  # a convolution's are counted like a product's
+    B, N, V, D, W, P = 2, 16, 4, 16, 8, 192
+    forward = vit_flops(1 + V, D, 2) + vit_flops(1 + N, W, 1)
+    embed = 2 * V * P * D  # its backward multiplies for the kernel alone, pixels need no gradient
+    rest = 2 * (1 + V) * D * W + 2 * (N - V) * W * P
+    expected = B * (3 * (forward + rest) + 2 * embed)
+    assert bench.flops(bench.stepper(parse(), "mae", B, "fp32", False, CPU)) == expected
+
+
+@pytest.mark.parametrize("name", ["mae", "cmae", "hf", "lightly"])
+def test_a_step_trains_its_contender(name, monkeypatch):
+    if name in bench.PEERS:
+        pytest.importorskip(bench.PEERS[name])
+    seen, builder = [], bench.peer_loss if name in bench.PEERS else bench.our_loss
+
+    def keep(*a):
+        seen.append(builder(*a))
+        return seen[-1]
+
+    monkeypatch.setattr(bench, builder.__name__, keep)
+    step = bench.stepper(parse(), name, 2, "fp32", False, CPU)
+    module, loss_of, _ = seen[0]
+    before = loss_of(module).item()
+    for _ in range(20):
+        step()
+    assert loss_of(module).item() < before
+    assert all(p.grad is None for p in module.parameters())
+
+
+def test_the_peer_has_our_sizes_target_and_share_of_masked_patches():
+    # That both are then one function is test_mae::test_same_weights_and_mask_give_hugging_faces_numbers.
+    pytest.importorskip("transformers")
+    args = parse()
+    ours, theirs = bench.build_method(args, "mae"), bench.peer_loss(args, "hf", 2, CPU)[0]
+    trained = [sum(p.numel() for p in m.parameters() if p.requires_grad) for m in (ours, theirs)]
+    assert trained[0] == trained[1]
+    assert theirs.config.norm_pix_loss and theirs.config.mask_ratio == ours.config.mask_ratio
+
+
+def test_contenders_take_turns_and_medians_are_reported(monkeypatch):
+    now, order = [0.0], []
+    monkeypatch.setattr(bench.time, "perf_counter", lambda: now[0])
+    costs = {"a": iter([9, 9, 1, 5, 2]), "b": iter([9, 9, 4, 4, 7])}  # the first two warm up
+
+    def call(name):
+        order.append(name)
+        now[0] += next(costs[name])
+
+    found = bench.interleave({n: lambda n=n: call(n) for n in costs}, 3, CPU)
+    assert found == {"a": 2, "b": 4} and order[-6:] == ["a", "b"] * 3
+
+
+def test_step_rows_share_ratios_and_costs(monkeypatch):
+    pytest.importorskip("transformers")
+    seconds = {("hf", False): 1.5, ("cmae", False): 2.0}
+    monkeypatch.setattr(bench, "interleave", lambda calls, *_: dict.fromkeys(calls, 0.5) | seconds)
+    args = parse("--method mae cmae --peer hf --precision fp32 --no-memory")
+    mae, cmae, hf = bench.bench_step(args, CPU)
+    assert mae["by_hf"] == 3 and cmae["by_hf"] == 0.75 and "by_hf" not in hf and mae["images_per_second"] == 4
+    assert mae["cost"] == 1 and cmae["time_by_mae"] == 4
+    assert cmae["cost"] == pytest.approx(4 * mae["gflop"] / cmae["gflop"])
+    assert mae["share"] == pytest.approx(100 * mae["gflop"] * 1e9 / (2 * 2048**3))
+
+
+@pytest.mark.slow
+def test_memory_is_measured_beyond_the_imports_and_grows_with_the_batch():
+    args = parse()
+    small, large = (bench.in_a_child(bench.peak_memory, args, "mae", B, "fp32", False, CPU) for B in (2, 512))
+    assert large - small > 20e6  # the encoder alone keeps over 40 kB an image
+
+
+def test_input_rows_and_the_torchvision_path(tmp_path, monkeypatch):
+    files, args = bench.picture_folder(tmp_path, 4, 32), parse()
+    image = default_loader(files[0])
+    assert bench.torchvision_views(args, "mae")(image).shape == (3, 32, 32)
+    views = bench.torchvision_views(args, "cmae")(image)
+    assert [v.shape for v in views] == [(3, 32, 32)] * 2 and not torch.equal(*views)
+    monkeypatch.setattr(bench, "interleave", lambda calls, *_: {k: 4.0 if call() else 1.0 for k, call in calls.items()})
+    mae, cmae = bench.bench_input(parse("--method mae cae --peer torchvision --cpu-time"), CPU)
+    assert mae["images_per_second"] == 8 * 2 and mae["torchvision_images_per_second"] == 8 * 2 / 4
+    assert mae["by_torchvision"] == 4 and "by_torchvision" not in cmae
+
+
+def test_scale_halves_a_gpus_share_and_all_reduces_a_ring():
+    args = bench.parse(f"{TINY} --batch-size 64 --what scale --method cmae".split())
+    few, many = bench.bench_scale(args, CPU)
+    method = bench.build_method(args, "cmae")
+    trained = sum(p.numel() for p in method.parameters() if p.requires_grad)
+    assert few["all_reduce_megabytes"] == pytest.approx(2 * 7 / 8 * 4 * trained / 1e6)
+    assert many["all_reduce_megabytes"] == pytest.approx(2 * 31 / 32 * 4 * trained / 1e6)
+    assert few["tflop_per_gpu"] == pytest.approx(4 * many["tflop_per_gpu"])
+    assert few["gathered_keys_megabytes"] == pytest.approx(7 * 8 * 256 * 4 / 1e6)
+    assert few["memory_gb"] > many["memory_gb"] > 16 * trained / 1e9
+
+
+def test_activations_count_each_storage_once_and_no_weights():
+    class Twice(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = torch.nn.Parameter(torch.ones(1000))
+
+        def draw(self, images, index, rng):
+            return torch.ones(len(images), 1000)
+
+        def forward(self, x):
+            y = x * self.w  # keeps x, and w, which does not count
+            return {"loss": (y * y).sum()}  # keeps y twice
+
+    assert bench.activations(parse(), Twice(), 3) == 2 * 3 * 1000 * 4
+
+
+def test_command_prints_80_columns_and_writes_every_figure(monkeypatch, capsys, tmp_path):
+    file = tmp_path / "f.json"
+    words = f"bench.py {TINY} --batch-size 2 --repeats 1 --method mae cmae --no-memory --json {file} --device cpu"
+    monkeypatch.setattr(sys, "argv", words.split())
+    bench.main()
+    found = json.loads(file.read_text())
+    assert found["command"] == "python " + words and found["threads"] == torch.get_num_threads()
+    assert found["versions"]["torch"] == torch.__version__ and found["device"]
+    assert [(r["name"], r["precision"]) for r in found["rows"]] == [
+        (n, p) for p in ("fp32", "bf16") for n in ("mae", "cmae")
+    ]
+    assert all(math.isfinite(v) for r in found["rows"] for v in r.values() if isinstance(v, float))
+    printed = capsys.readouterr().out
+    assert "images/s" in printed
+
+
+def test_tables_stay_within_80_columns():
+    row = dict(name="cmae_loc, compiled", batch=4096, precision="bf16", images_per_second=123456.0, gflop=12345.0,
+               share=100.0, megabytes=123456.0, cost=1.234, by_hf=1.234,
+               by_lightly=1.234)  # fmt: skip
+    start = dict(name="cmae_loc", first_run_seconds=100.0, first_step_seconds=4.5, resident_gib=1.234,
+                 checkpoint_seconds=0.123, checkpoint_megabytes=1234.0)  # fmt: skip
+    scale = dict(name="cmae_loc", gpus=32, images_per_gpu=512, images_per_second=12345.0, tflop_per_gpu=12.3,
+                 compute_ms=123.0, all_reduce_megabytes=1234.0, all_reduce_ms=12.3, gathered_keys_megabytes=4.1,
+                 memory_gb=79.0, first_limit="all-reduce")  # fmt: skip
+    for one in (row, start, scale):
+        text = bench.table([one])
+        assert max(map(len, text.splitlines())) <= 80 and "cmae_loc" in text
+
+
+@pytest.mark.parametrize(
+    "words, says",
+    [
+        ("--batch-size 1", "at least 2"),
+        ("--repeats 0", "at least 1"),
+        ("--peer jax", "invalid choice"),
+        ("--method none", "invalid choice"),
+    ],
+)
+def test_wrong_settings_are_refused(words, says):
+    with pytest.raises(InputError, match=says):
+        bench.parse(words.split())
+
+
+def test_a_peer_that_is_not_installed_is_named(monkeypatch):
+    monkeypatch.setitem(bench.PEERS, "hf", "no_such_package")
+    with pytest.raises(InputError, match="peer hf: no_such_package is not installed"):
+        bench.parse(["--peer", "hf"])
+
+
+@pytest.mark.slow
+def test_start_and_epoch_run_train_py(tmp_path, monkeypatch):
+    args = parse("--classes 2 --what start --precision fp32 --device cpu")
+    (start,) = bench.bench_start(args, CPU)
+    assert start["first_step_seconds"] > 0 and start["checkpoint_megabytes"] > 0 and start["resident_gib"] > 0.1
+    args.batch_size = [-1]
+    with pytest.raises(InputError, match=r"train\.py: failed \(batch size -1"):
+        bench.bench_epoch(args, CPU)
