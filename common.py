@@ -96,7 +96,10 @@ class StepRandom:
         self.total, self.rows, self.device = total, rows or slice(0, total), torch.device(device)
 
     def _mine(self, drawn) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(drawn[self.rows])).to(self.device)
+        mine = torch.from_numpy(np.ascontiguousarray(drawn[self.rows]))
+        if self.device.type == "cuda":  # from pinned memory, so that the copy does not wait for what the GPU has to do
+            return mine.pin_memory().to(self.device, non_blocking=True)
+        return mine.to(self.device)
 
     def uniform(self, *shape: int, low: float = 0.0, high: float = 1.0) -> Tensor:
         """float32 (B, *shape), uniform in [low, high)."""
