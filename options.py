@@ -58,9 +58,8 @@ def options(argv: list[str]):
     args = parser.parse_args(argv)
     if args.lr is None:
         args.lr = base_lr * args.batch_size / 256  # the linear scaling rule of the papers
-    shorter = args.epochs / parser.get_default("epochs")
-    if shorter < 1 and not any(word.split("=")[0] == "--warmup-epochs" for word in argv):
-        args.warmup_epochs *= shorter
+    if args.epochs <= args.warmup_epochs and not any(word.split("=")[0] == "--warmup-epochs" for word in argv):
+        args.warmup_epochs *= args.epochs / parser.get_default("epochs")  # or the rate would never reach its peak
     args.out = args.out or f"runs/{args.method}-{re.sub(r'[^A-Za-z0-9]+', '-', str(args.data)).strip('-')}"
     args.betas = list(args.betas)
     for name in "epochs max_steps batch_size accumulate classes images repeat save_every log_every".split():
@@ -160,7 +159,7 @@ def build_parser(name: str | None, Method) -> Parser:
         ("--lr", dict(type=float, metavar="RATE", help="peak learning rate; if not given, the recipe's, times B/256")),
         ("--min-lr", dict(type=float, default=0.0, metavar="RATE", help="at the end of the cosine")),
         ("--warmup-epochs", dict(type=float, default=2, metavar="N",
-                                 help="linear from 0; not given, in proportion if --epochs are fewer")),
+                                 help="linear from 0; not given, in proportion if --epochs are no more")),
         ("--weight-decay", dict(type=float, default=0.05, metavar="X", help="of AdamW; not on biases and vectors")),
         ("--no-decay", dict(nargs="*", default=[], metavar="PART", help="nor on parameters with this in their name")),
         ("--betas", dict(type=float, nargs=2, default=(0.9, 0.95), metavar="BETA", help="of AdamW")),

@@ -385,7 +385,7 @@ def test_without_tiny_imagenet_the_built_in_images_stand_in_and_it_says_so(tmp_p
 
 def test_seeds_unless_given():
     given = {words: reproduce.options(words.split()).seeds for words in ("--budget cpu", "--budget gpu", "--claims")}
-    assert given == {"--budget cpu": 2, "--budget gpu": 1, "--claims": 3}
+    assert given == {"--budget cpu": 1, "--budget gpu": 1, "--claims": 3}
     assert reproduce.options("--claims --seeds 5".split()).seeds == 5
 
 

@@ -495,15 +495,15 @@ def test_help_shows_every_knob_with_its_comment_and_default(method):
         assert title in text
 
 
-def test_warm_up_keeps_its_share_of_a_shorter_training_unless_given():
-    """MAE's tiny recipe warms up for 10 of 100 epochs; a longer training does not warm up longer, as in the paper."""
+def test_warm_up_leaves_time_to_train():
+    """MAE's tiny recipe warms up for 10 of 100 epochs, whatever their number, unless that would be all of them."""
 
     def warmup(words):
         return options(f"--method mae --recipe tiny --device cpu {words}".split())[0].warmup_epochs
 
-    assert warmup("") == warmup("--epochs 200") == 10
-    assert warmup("--epochs 25") == 2.5
-    assert warmup("--epochs 25 --warmup-epochs 4") == warmup("--epochs=25 --warmup-epochs=4") == 4
+    assert warmup("") == warmup("--epochs 200") == warmup("--epochs 11") == 10
+    assert warmup("--epochs 10") == 1 and warmup("--epochs 5") == 0.5
+    assert warmup("--epochs 5 --warmup-epochs 4") == warmup("--epochs=5 --warmup-epochs=4") == 4
 
 
 def test_settings_come_from_defaults_then_recipe_then_flags():
