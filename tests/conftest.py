@@ -1,4 +1,4 @@
-"""Shared by all tests: hypothesis profiles, and one thread for each worker of `pytest -n`, so that they do not fight."""
+"""Shared by all tests: hypothesis profiles, and one thread for each worker of `pytest -n`: no fight for cores."""
 
 import os
 
