@@ -374,9 +374,9 @@ def bench_start(args, device: torch.device) -> list[dict]:
     rows = []
     for name in args.method:
         with tempfile.TemporaryDirectory() as directory:
-            out, more = Path(directory) / "run", ("--max-steps", "1", "--log-every", "1")
-            runs = [run_train(command(args, name, out, *more), out) for _ in range(args.repeats)]
-            tree = launch.load(out / "checkpoint.pt")
+            outs, more = [Path(directory) / str(i) for i in range(args.repeats)], ("--max-steps", "1")
+            runs = [run_train(command(args, name, out, *more), out) for out in outs]
+            tree = launch.load(outs[-1] / "checkpoint.pt")
             file = Path(directory) / "checkpoint.pt"
             saving = interleave({"save": lambda f=file, t=tree: launch.save(f, t)}, args.repeats, torch.device("cpu"))
             row = dict(name=name, first_run_seconds=runs[0]["first_step_seconds"])  # it may build the images' cache

@@ -190,9 +190,10 @@ def test_a_peer_that_is_not_installed_is_named(monkeypatch):
 
 @pytest.mark.slow
 def test_start_and_epoch_run_train_py(tmp_path, monkeypatch):
-    args = parse("--classes 2 --what start --precision fp32 --device cpu")
+    args = parse("--classes 2 --what start --precision fp32 --device cpu --repeats 2")
     (start,) = bench.bench_start(args, CPU)
-    assert start["first_step_seconds"] > 0 and start["checkpoint_megabytes"] > 0 and start["resident_gib"] > 0.1
+    assert start["first_step_seconds"] > 0.5 and start["first_run_seconds"] > 0.5  # torch alone takes as long
+    assert start["checkpoint_megabytes"] > 0 and start["resident_gib"] > 0.1
     args.batch_size = [-1]
     with pytest.raises(InputError, match=r"train\.py: failed \(batch size -1"):
         bench.bench_epoch(args, CPU)
