@@ -233,7 +233,7 @@ def names_of(results: Path, folder: str) -> list[str]:
 def results_block(results: Path) -> str:
     parts = []
     for folder in ("cpu", "gpu"):
-        rows, notes, machines, name = [], [], set(), None
+        rows, notes, machines, name = [], {}, set(), None
         for name in names_of(results, folder):
             found, label = read(results / f"{name}.json"), f"`{name.split('/')[1]}`"
             runs, last = found["runs"], spell(values(results, f"{name} loss.loss"))
@@ -242,7 +242,7 @@ def results_block(results: Path) -> str:
                 label, last = "untrained; supervised from scratch", ""
                 rows.append(["pixels", len(runs), *pixels, "", "", "", "", ""])
             if "stale" in found:
-                notes.append(f"† {name}: {found['stale']}")
+                notes.setdefault(found["stale"], []).append(name)
                 label += " †"
             cells = [spell(values(results, f"{name} {k}.top1"), 1) for k in ("knn", "linear", "attentive", "finetune")]
             commits = ", ".join(sorted({(run["commit"] or "?")[:7] + "*" * bool(run["dirty"]) for run in runs}))
@@ -259,7 +259,7 @@ def results_block(results: Path) -> str:
             f"`python reproduce.py --budget {folder}`: {size}{config['data']}, {config['model']} encoder, "
             f"{config['epochs']} epochs, on {' or '.join(sorted(machines))}. Top-1 in per cent, mean ± standard "
             "deviation over seeds; minutes of a seed, measuring included; * a tree with changes.",
-            table(head, rows), *notes,
+            table(head, rows), *(f"† {', '.join(names)}: {why}" for why, names in notes.items()),
         ]  # fmt: skip
     return "\n\n".join(parts)
 
