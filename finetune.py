@@ -110,7 +110,7 @@ RECIPES = {
     # Ours, for about two minutes of two CPU cores. Probes see every image as it is, hence encode it once; their rates
     # are the best of a few on a tenth of the built-in training images. On so few steps mixing would be too much.
     "demo": dict(
-        linear=LINEAR | dict(batch_size=256, base_lr=50.0, crop_scale=0.0),
+        linear=LINEAR | dict(batch_size=256, base_lr=10.0, crop_scale=0.0),
         attentive=ATTENTIVE | dict(batch_size=256, base_lr=0.1, epochs=45, warmup_epochs=5.0, crop_scale=0.0),
         finetune=CALM | dict(batch_size=128, base_lr=1e-3, epochs=15, warmup_epochs=1.5, crop_scale=0.3,
                              layer_decay=0.75, smoothing=0.1),
