@@ -38,6 +38,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import augment
@@ -165,7 +166,10 @@ def stepper(args, name: str, B: int, precision: str, compiled: bool, device: tor
 
 
 def flops(step: Callable) -> int:
-    with FlopCounterMode(display=False) as counter:
+    with (
+        sdpa_kernel(SDPBackend.MATH),
+        FlopCounterMode(display=False) as counter,
+    ):  # it cannot count a CPU's fused kernel
         step()
     return counter.get_total_flops()
 
@@ -184,6 +188,8 @@ def held(what: str) -> int:
 def peak_memory(pipe, threads: int, args, name: str, B: int, precision: str, compiled: bool, device) -> None:
     """What three steps hold at their peak; run in a process of its own, after a tiny model's step."""
     torch.set_num_threads(threads)
+    if device.type == "cpu":
+        launch.keep_freed_memory()  # as train.py does
     tiny = dict(width=8, depth=1, heads=1, decoder_width=8, decoder_depth=1, decoder_heads=1)
     stepper(argparse.Namespace(**vars(args) | tiny), name, 2, precision, False, device)()
     before = held("VmRSS")

@@ -305,10 +305,10 @@ class Linear(nn.Linear):
 def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
     """softmax(q kᵀ / √d + bias) v over (B, heads, tokens, d); a bias is (B or 1, heads, queries, keys).
 
-    Short sequences on a CPU are faster in plain matrix products.
+    On a CPU, torch's kernel takes six times as long in bf16 as plain matrix products do, if sequences are short.
     """
     bias = None if bias is None else bias.to(q.dtype)
-    if q.device.type == "cpu" and q.shape[-2] * k.shape[-2] <= 256 * 256:
+    if q.device.type == "cpu" and q.dtype != torch.float32 and q.shape[-2] * k.shape[-2] <= 256 * 256:
         scores = q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)
         return (scores if bias is None else scores + bias).softmax(dim=-1).to(v.dtype) @ v
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)

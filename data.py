@@ -425,7 +425,7 @@ def cache_folder() -> Path:
 def fingerprint(files: Files, labels: Tensor) -> list:
     """What a cache of these files is made from: paths, labels, sizes in bytes, times of change."""
     try:
-        stats = [os.stat(files.root / path) for path in files.paths]
+        stats = [os.stat(f"{files.root}/{path}") for path in files.paths]  # pathlib would take three times as long
     except OSError as error:
         raise InputError(f"{error.filename}: cannot be read ({error.strerror}); repair or remove it") from error
     return [files.paths.tolist(), labels.tolist(), [[s.st_size, s.st_mtime_ns] for s in stats]]
@@ -492,9 +492,9 @@ def read_cache(path: Path, key: str) -> tuple[Packed, Tensor, list[str]]:
         if index["key"] != key or 3 * int(sizes.prod(dim=1).sum()) != total:
             raise ValueError("it belongs to other images")
         file.seek(0)
-        checksum = 0
-        for start in range(0, total, 1 << 24):  # by reading: checking the mapped pages would make them all resident
-            checksum = zlib.crc32(file.read(min(1 << 24, total - start)), checksum)
+        checksum, piece = 0, memoryview(bytearray(1 << 20))
+        for start in range(0, total, len(piece)):  # by reading: checking the mapped pages would make them all resident
+            checksum = zlib.crc32(piece[: file.readinto(piece[: total - start])], checksum)
         if checksum != index["crc32"]:
             raise ValueError("its checksum differs")
     flat = torch.from_numpy(np.memmap(path, np.uint8, mode="c", shape=(total,)))  # "c": writable, never written back

@@ -85,6 +85,19 @@ def test_crop_resize_of_the_whole_image_is_the_image():
     assert_close(augment.crop_resize(images, whole, 16), images.float() / 255, atol=1e-6, rtol=0)
 
 
+@pytest.mark.parametrize("B", [0, 31, 32, 33, 70])
+def test_filtering_a_few_at_a_time_gives_what_one_at_a_time_gives(B):
+    images, boxes, sigma = pixels(0, 70, 20, 24), boxes_in(0, 70, 20, 24), unit(0, 70)
+    for whole, single in [
+        (augment.crop_resize(images[:B], boxes[:B], 16), lambda i: augment.crop_resize(images[i], boxes[i], 16)),
+        (
+            augment.gaussian_blur(images[:B] / 255, sigma[:B]),
+            lambda i: augment.gaussian_blur(images[i] / 255, sigma[i]),
+        ),
+    ]:
+        assert len(whole) == B and all(torch.equal(whole[i : i + 1], single(slice(i, i + 1))) for i in range(B))
+
+
 def test_crop_resize_ignores_autocast():
     images, boxes = pixels(0, 2, 16, 16), boxes_in(0, 2, 16, 16)
     with torch.autocast("cpu", dtype=torch.bfloat16):
