@@ -295,7 +295,7 @@ def statistics(images: Tensor) -> tuple[Tensor, Tensor]:
 
 def normalize(images: Tensor) -> Tensor:
     mean, std = statistics(images)
-    return (images - mean).div_(std)
+    return torch.addcmul(-mean / std, images, 1 / std)  # in one pass
 
 
 def denormalize(images: Tensor) -> Tensor:

@@ -462,14 +462,14 @@ def versions() -> dict:
 
 
 def git_state() -> dict:
-    """Commit and dirty flag of the checkout that these files lie in; nothing where there is none."""
+    """Commit of the checkout that these files lie in, and whether its code differs; nothing where there is none."""
 
     def git(*words):  # fmt: skip
         here = Path(__file__).parent
         return subprocess.run(["git", "-C", here, *words], capture_output=True, text=True, check=True).stdout.strip()
 
     try:
-        return dict(commit=git("rev-parse", "HEAD"), dirty=bool(git("status", "--porcelain")))
+        return dict(commit=git("rev-parse", "HEAD"), dirty=bool(git("status", "--porcelain", "--", "*.py")))
     except (OSError, subprocess.CalledProcessError):
         return {}
 
