@@ -92,14 +92,15 @@ def cubic_taps(start: Tensor, length: Tensor, n: int, size: int) -> tuple[Tensor
 
 
 def weighted_rows(x: Tensor, pixel: Tensor, weight: Tensor) -> Tensor:
-    """(B, n, C) and (B, size, K) → (B, size, C): every row out is a weighted sum of K rows in.
+    """(B, C, n, D) and (B, size, K) → (B, C, size, D): every row out is a weighted sum of K rows in.
 
     That is what `embedding_bag` computes; the matrix product with its zeros would take over ten times as long.
     """
-    B, n, _ = x.shape
-    rows = pixel + n * torch.arange(B, device=x.device)[:, None, None]
-    out = F.embedding_bag(rows.flatten(0, 1), x.flatten(0, 1), per_sample_weights=weight.flatten(0, 1), mode="sum")
-    return out.reshape(B, pixel.shape[1], x.shape[2])
+    B, C, n, _ = x.shape
+    row = pixel[:, None] + n * torch.arange(B * C, device=x.device).view(B, C, 1, 1)  # (B, C, size, K)
+    weight = weight[:, None].expand_as(row)
+    out = F.embedding_bag(row.flatten(0, 2), x.flatten(0, 2), per_sample_weights=weight.flatten(0, 2), mode="sum")
+    return out.view(*row.shape[:3], -1)
 
 
 def separable(images: Tensor, rows: tuple[Tensor, Tensor], columns: tuple[Tensor, Tensor]) -> Tensor:
@@ -111,10 +112,8 @@ def separable(images: Tensor, rows: tuple[Tensor, Tensor], columns: tuple[Tensor
     out = torch.empty(B, C, rows[0].shape[1], columns[0].shape[1], device=images.device)
     some = 32 if images.device.type == "cpu" else max(1, B)
     for s in (slice(i, i + some) for i in range(0, B, some)):
-        down, across = ([x[s].repeat_interleave(C, dim=0) for x in taps] for taps in (rows, columns))
-        x = weighted_rows(images[s].flatten(0, 1).float(), *down)  # (b · C, h, W)
-        x = weighted_rows(x.transpose(1, 2), *across)  # (b · C, w, h)
-        out[s] = x.transpose(1, 2).unflatten(0, (-1, C))
+        x = weighted_rows(images[s].float(), *(taps[s] for taps in rows))  # (b, C, h, W)
+        out[s] = weighted_rows(x.transpose(2, 3), *(taps[s] for taps in columns)).transpose(2, 3)
     return out
 
 
@@ -128,8 +127,9 @@ def crop_resize(images: Tensor | list[Tensor], boxes: Tensor, size: int, hflip: 
         crops = [x[None, :, t : t + h, s : s + w] for x, (t, s, h, w) in zip(images, boxes.tolist(), strict=True)]
         views = torch.cat([resize(crop, (size, size)) for crop in crops])
         return views if hflip is None else change(views, hflip, lambda x: x.flip(3))
-    top, left, height, width = boxes.to(images.device, non_blocking=True).unbind(1)
-    rows, columns = cubic_taps(top, height, images.shape[2], size), cubic_taps(left, width, images.shape[3], size)
+    corner, box = boxes.to(images.device, non_blocking=True).T.flatten().chunk(2)  # (2 · B,): down, then across
+    taps = cubic_taps(corner, box, max(images.shape[2:]), size)
+    rows, columns = zip(*(x.chunk(2) for x in taps), strict=True)
     if hflip is not None:
         mirror = hflip.to(images.device, non_blocking=True)[:, None, None]
         columns = tuple(torch.where(mirror, taps.flip(1), taps) for taps in columns)
@@ -295,7 +295,7 @@ def statistics(images: Tensor) -> tuple[Tensor, Tensor]:
 
 def normalize(images: Tensor) -> Tensor:
     mean, std = statistics(images)
-    return torch.addcmul(-mean / std, images, 1 / std)  # in one pass
+    return (images - mean).div_(std)
 
 
 def denormalize(images: Tensor) -> Tensor:

@@ -46,7 +46,7 @@ import data
 import launch
 from common import SIZES, InputError, StepRandom, ViT, normalize_patches, parameter_groups
 from options import METHODS, Parser
-from train import versions
+from train import git_state, versions
 
 PEERS = {"hf": "transformers", "lightly": "lightly", "torchvision": "torchvision"}  # and the package each needs
 
@@ -285,42 +285,72 @@ def torchvision_views(args, name: str) -> Callable:
     return views
 
 
+def stages(args, files: list[Path], packed: data.Packed, device: torch.device) -> dict[str, tuple[Callable, Callable]]:
+    """Each stage of an input path on one batch: ours as a call, and torchvision's of one image."""
+    from torchvision.datasets.folder import default_loader
+    from torchvision.transforms import v2
+
+    B, S = len(files), args.image_size
+    images, rng = packed.images(torch.arange(B), device), StepRandom(0, 0, B, None, device)
+    views = augment.crop_resize(images, augment.crop_boxes(rng, (S, S)), S)
+    pictures = [default_loader(file) for file in files]
+
+    def each(function: Callable) -> Callable:
+        return lambda: [function(picture) for picture in pictures]
+
+    return {
+        "decode": (lambda: [data.decode(file) for file in files], lambda: [default_loader(file) for file in files]),
+        "cache": (lambda: packed.images(torch.randperm(B), device), None),
+        "crop": (lambda: augment.crop_resize(images, augment.crop_boxes(rng, (S, S)), S),
+                 each(v2.RandomResizedCrop(S, (0.2, 1.0), interpolation=v2.InterpolationMode.BICUBIC))),
+        "colour": (lambda: augment.color_jitter(views, *augment.draw_color_jitter(rng, 0.4, 0.4, 0.4, 0.1)),
+                   each(v2.ColorJitter(0.4, 0.4, 0.4, 0.1))),
+        "blur": (lambda: augment.gaussian_blur(views, rng.uniform(low=0.1, high=2.0)), each(v2.GaussianBlur(13))),
+    }  # fmt: skip
+
+
 def bench_input(args, device: torch.device) -> list[dict]:
-    """Images/s of the whole path of a method's input, as every epoch takes it.
+    """Images/s of each stage, then of the whole path of a method's input, as every epoch takes it.
 
     Ours: from the cache file's memory to `draw`'s batch on the device. Per image: torchvision's ImageFolder, transforms
     and a DataLoader with as many processes as we have threads, from files to a batch on the host. A call is eight
-    batches, and leaves no process at work.
+    batches, and leaves no process at work. Stages are one batch and one process, on both sides.
     """
     from torchvision.datasets import ImageFolder
 
-    B, calls = max(args.batch_size), {}
+    B, batches, peer = max(args.batch_size), 8, "torchvision" in args.peer
+    calls, images = {}, {}  # the latter: images that a call is worth
     with tempfile.TemporaryDirectory() as directory:
         files = picture_folder(Path(directory), B, args.image_size)
         packed = data.Packed(*data.pack([data.decode(file) for file in files]))
         packed = data.Packed(packed.flat.to(device), packed.sizes)
+        for name, (ours, theirs) in stages(args, files, packed, device).items():
+            calls[name], images[name] = ours, B
+            if peer and theirs:
+                calls[name, "torchvision"] = theirs
         for name in args.method:
             method = build_method(args, name).to(device)
 
-            def ours(method=method):
-                for step in range(8):
+            def draw_all(method=method):
+                for step in range(batches):
                     index = torch.randperm(B)
                     method.draw(packed.images(index, device), index, StepRandom(0, step, B, None, device))
 
-            calls[name] = ours
-            if "torchvision" in args.peer and name in ("mae", "cmae"):
-                folder = torch.utils.data.ConcatDataset([ImageFolder(directory, torchvision_views(args, name))] * 8)
+            calls[name], images[name] = draw_all, B * batches
+            if peer and name in ("mae", "cmae"):
+                folder = ImageFolder(directory, torchvision_views(args, name))
                 workers = 0 if args.cpu_time else torch.get_num_threads()
                 loader = torch.utils.data.DataLoader(
-                    folder, B, shuffle=True, num_workers=workers, persistent_workers=workers > 0
-                )
+                    torch.utils.data.ConcatDataset([folder] * batches), B, shuffle=True, num_workers=workers,
+                    persistent_workers=workers > 0,
+                )  # fmt: skip
                 calls[name, "torchvision"] = lambda loader=loader: [None for _ in loader]
-        seconds = {name: t / 8 for name, t in interleave(calls, args.repeats, device, args.cpu_time).items()}
+        seconds = interleave(calls, args.repeats, device, args.cpu_time)
     rows = []
-    for name in args.method:
-        row = dict(name=name, batch=B, images_per_second=B / seconds[name])
+    for name, n in images.items():
+        row = dict(name=name, batch=B, images_per_second=n / seconds[name])
         if (theirs := seconds.get((name, "torchvision"))) is not None:
-            row |= dict(torchvision_images_per_second=B / theirs, by_torchvision=theirs / seconds[name])
+            row |= dict(torchvision_images_per_second=n / theirs, by_torchvision=theirs / seconds[name])
         rows.append(row)
     return rows
 
@@ -516,7 +546,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 
 def about(device: torch.device) -> dict:
-    """Device, threads, versions and command: what a figure needs beside it."""
+    """Device, threads, versions, commit and command: what a figure needs beside it."""
     name = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine()
     if device.type == "cpu" and Path("/proc/cpuinfo").exists():
         models = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
@@ -526,7 +556,7 @@ def about(device: torch.device) -> dict:
         if importlib.util.find_spec(package):
             found[package] = importlib.metadata.version(package)
     words = "python " + " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
-    return dict(device=name, threads=torch.get_num_threads(), versions=found, command=words)
+    return dict(device=name, threads=torch.get_num_threads(), versions=found, git=git_state(), command=words)
 
 
 def main() -> None:

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+from bench import table as columns
 from common import InputError
 from options import METHODS
 
@@ -322,6 +323,19 @@ def claims_block(results: Path) -> str:
     return "\n\n".join([RULE, table(head, rows), table("run | in place of its method's row in the cpu table", differs)])
 
 
+def speed_block(results: Path) -> str:
+    """What `bench.py --json` wrote, as it printed it."""
+    parts = []
+    for file in sorted(results.glob("bench/*.json")):
+        found = json.loads(file.read_text())
+        commit = (found["git"].get("commit") or "?")[:7] + "*" * bool(found["git"].get("dirty"))
+        where = f"{found['device']}, {found['threads']} threads, torch {found['versions']['torch']}, "
+        where += f"commit [{commit}](results/bench/{file.name})"
+        lines = [found["command"].split(" --json")[0], *columns(found["rows"]).splitlines()]
+        parts += [where, "\n".join(f"    {line}".rstrip() for line in lines)]
+    return "\n\n".join(parts) or "Not run yet."
+
+
 # ------------------------------------------------------------------------------------------- index of what is cited
 
 ITEM = r"\(?(?:[A-Z]\.?)?\d+(?:\.\d+)*[a-e]?(?!\w)\)?"
@@ -395,7 +409,9 @@ def index_block(results: Path) -> str:
 
 # ------------------------------------------------------------------------------------------------------------ README
 
-BLOCKS = {"results": results_block, "claims": claims_block, "losses": losses_block, "index": index_block}
+BLOCKS = {
+    "results": results_block, "claims": claims_block, "losses": losses_block, "speed": speed_block, "index": index_block
+}  # fmt: skip
 
 
 def parts_of(readme: str, name: str) -> tuple[str, str, str]:
@@ -428,7 +444,7 @@ def problems(readme: str, results: Path) -> list[str]:
         file = results / f"losses-{folder}.svg"
         if curves(results, folder) and (not file.exists() or file.read_text() != drawing(results, folder)):
             found.append(f"{file.name}: is not what reproduce.py --readme writes")
-    for file in sorted(results.rglob("*.json")):
+    for file in sorted(set(results.rglob("*.json")) - set(results.glob("bench/*.json"))):
         result = read(file)
         old = sorted({name for run in result["runs"] for name in changed(run["sources"])})
         if old and not result.get("stale"):

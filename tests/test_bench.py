@@ -104,8 +104,13 @@ def test_input_rows_and_the_torchvision_path(tmp_path, monkeypatch):
     assert bench.torchvision_views(args, "mae")(image).shape == (3, 32, 32)
     views = bench.torchvision_views(args, "cmae")(image)
     assert [v.shape for v in views] == [(3, 32, 32)] * 2 and not torch.equal(*views)
-    monkeypatch.setattr(bench, "interleave", lambda calls, *_: {k: 4.0 if call() else 1.0 for k, call in calls.items()})
-    mae, cmae = bench.bench_input(parse("--method mae cae --peer torchvision --cpu-time"), CPU)
+    seconds = {True: 4.0, False: 1.0}  # of calls that go image by image, and of the others
+    monkeypatch.setattr(bench, "interleave", lambda calls, *_: {k: seconds[type(calls[k]()) is list] for k in calls})
+    *parts, mae, cmae = bench.bench_input(parse("--method mae cae --peer torchvision --cpu-time"), CPU)
+    assert [part["name"] for part in parts] == ["decode", "cache", "crop", "colour", "blur"]
+    for part in parts:  # one batch, one image of it after the other at torchvision's; its cache has no peer
+        assert part["images_per_second"] in (2, 2 / 4)
+        assert (part["name"] == "cache") == ("by_torchvision" not in part)
     assert mae["images_per_second"] == 8 * 2 and mae["torchvision_images_per_second"] == 8 * 2 / 4
     assert mae["by_torchvision"] == 4 and "by_torchvision" not in cmae
 

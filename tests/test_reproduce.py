@@ -167,6 +167,20 @@ def test_the_cpu_table_and_all_claims_are_three_dozen_runs_at_most():
 # ------------------------------------------------------------------------------------------------------------ README
 
 
+def test_the_speeds_are_what_bench_printed_with_machine_versions_and_commit(results):
+    assert ledger.speed_block(results) == "Not run yet."
+    found = dict(device="a laptop", threads=2, versions=dict(torch="2.9"), git=dict(commit="0123456789", dirty=True))
+    rows = [dict(name="mae", batch=64, precision="fp32", images_per_second=259.4, ms=3.0), dict(name="hf", batch=64)]
+    (results / "bench").mkdir()
+    file = results / "bench/step.json"
+    file.write_text(json.dumps(found | dict(command="python bench.py --peer hf --json step.json", rows=rows)))
+    head, *lines = ledger.speed_block(results).splitlines()
+    assert head == "a laptop, 2 threads, torch 2.9, commit [0123456*](results/bench/step.json)"
+    table = ["what batch type images/s", "mae     64 fp32      259", "hf      64"]
+    assert lines == ["", *(f"    {line}" for line in ["python bench.py --peer hf", *table])]
+    assert ledger.problems(ledger.generated(README, results), results) == []  # and is taken for no training's result
+
+
 def test_generated_parts_stand_between_their_lines_and_nothing_else_changes(results):
     readme = ledger.generated(README, results)
     assert ledger.generated(readme, results) == readme and ledger.problems(readme, results) == []
