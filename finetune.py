@@ -607,14 +607,8 @@ class Progress:
         saved = launch.load(path)
         if not isinstance(saved, dict) or "settings" not in saved:
             raise InputError(f"{path}: not a checkpoint of evaluate.py; give --resume never to start over")
-        theirs = saved["settings"]
-        differs = [
-            f"{k} {theirs.get(k)!r} there, {self.settings.get(k)!r} here"
-            for k in sorted(self.settings.keys() | theirs.keys())
-            if theirs.get(k) != self.settings.get(k)
-        ]
-        if differs:
-            raise InputError(f"{path}: with other settings ({'; '.join(differs)}); give --resume never to start over")
+        if differs := launch.differences(saved["settings"], self.settings):
+            raise InputError(f"{path}: with other settings ({differs}); give --resume never to start over")
         return saved
 
     def end_epoch(self, row: dict, last: bool) -> None:

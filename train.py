@@ -410,16 +410,8 @@ class Run:
         checkpoint = launch.load(path)
         if not isinstance(checkpoint, dict) or "settings" not in checkpoint:
             raise InputError(f"{path}: not a checkpoint of train.py; give another --resume")
-        theirs = checkpoint["settings"]
-        differs = [
-            f"{k} {theirs.get(k)!r} there, {settings.get(k)!r} here"
-            for k in sorted(settings.keys() | theirs.keys())
-            if k not in FREE and theirs.get(k) != settings.get(k)
-        ]
-        if differs:
-            raise InputError(
-                f"{path}: of another run ({'; '.join(differs)}); give the same, another --out or --resume never"
-            )
+        if differs := launch.differences(checkpoint["settings"], settings, FREE):
+            raise InputError(f"{path}: of another run ({differs}); give the same, another --out or --resume never")
         return checkpoint
 
     def save(self, step: int, args, method, optimizer, scaler) -> None:
