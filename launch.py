@@ -68,7 +68,7 @@ def load(path):
 
 
 def differences(theirs: dict, ours: dict, free: set[str] = frozenset()) -> str:
-    """What differs between the settings of a checkpoint and those given, but for the `free`; nothing if nothing does."""
+    """What differs between the settings of a checkpoint and those given, but for the `free`; "" if nothing does."""
     keys = sorted(k for k in (theirs.keys() | ours.keys()) - free if theirs.get(k) != ours.get(k))
     return "; ".join(f"{k} {theirs.get(k)!r} there, {ours.get(k)!r} here" for k in keys)
 
