@@ -587,7 +587,9 @@ class Head(nn.Module):
 
 
 def info_nce(queries: Tensor, keys: Tensor, tau: float) -> Tensor:
-    """-log(exp(ρ⁺/τ) / Σ_j exp(ρ_j/τ)) over cosine similarities ρ, averaged over the queries. (B, d), (B, d) → scalar.
+    """CMAE's Eq. (7), (B, d), (B, d) → scalar: -log(exp(ρ⁺/τ) / Σ_j exp(ρ_j/τ)), averaged over the queries.
+
+    ρ are cosine similarities, Eq. (6) of CMAE.
 
     Key b of the same rank is query b's positive; the keys of all other images of all ranks are its negatives. Keys
     carry no gradient.

@@ -201,11 +201,13 @@ def verdict(low: list[float], high: list[float]) -> str:
     return "shown" if apart > 2 * error else "contradicted" if apart < -2 * error else "not shown at this scale"
 
 
-RULE = """`python reproduce.py --claims` makes it, together with the cpu table; `--list` prints every command. A verdict
+RULE = """`python reproduce.py --claims --data-root DIR --jobs 2` does the runs, three seeds of each, those of the cpu
+table among them that it needs; `--claims --list` prints every command, `--readme` writes what stands here. A verdict
 compares the first with the last of a claim's runs, which stand from what the paper finds lowest to what it finds
 highest: *shown* where their means lie apart as in the paper by more than twice the standard error of the difference,
-*contradicted* where they do the other way round, else *not shown at this scale*. The demo's recipe stands behind all of
-them, so that CMAE's L_c is scaled by 2τ, as in its official code."""
+*contradicted* where they do the other way round, else *not shown at this scale*; *not judged* where a side has one seed
+only. With three seeds that is a loose bound, and the rows are many: a false verdict or two are to be expected. The
+demo's recipe stands behind all of them, so that CMAE's L_c is scaled by 2τ, as in its official code."""
 
 
 # ------------------------------------------------------------------------------------------------------------ tables
@@ -315,7 +317,7 @@ def claims_block(results: Path) -> str:
         names = dict.fromkeys(claim.order)
         links = [f"[{name}](results/{name}.json)" if runs_of(results, name) else name for name in names]
         seeds = ", ".join(map(str, sorted({len(x) for x in found})))
-        measured = " < ".join(spell(x) for x in found) if all(found) else ""
+        measured = " → ".join(spell(x) for x in found) if all(found) else ""
         rows.append([f"{claim.paper}, {claim.where}", claim.statement, claim.reported, measured, seeds,
                      verdict(found[0], found[-1]), " < ".join(links)])  # fmt: skip
     head = "paper | claim, from lower to higher | its numbers | measured, mean ± deviation | seeds | verdict | runs"

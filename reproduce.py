@@ -8,7 +8,7 @@
 
 A piece is a `train.py` command and what is then measured, by commands that anyone can type; --list prints them all.
 The same command goes on where it was stopped, and what stands in `results/` from the same commands and the same code is
-not done again. Without Tiny-ImageNet the built-in images stand in, and a result says so.
+not done again. Without Tiny-ImageNet the built-in images stand in; a result says so, and lies beside the runs.
 """
 
 import argparse
@@ -173,7 +173,7 @@ def choose_data(root: str | None) -> str:
         data.open_set("tiny-imagenet", root, "val")
         return "tiny-imagenet"
     except InputError as error:
-        say(f"{error}\nThe built-in images stand in for Tiny-ImageNet.")
+        say(f"{error}\nThe built-in images stand in for Tiny-ImageNet; results go beside the runs.")
         return "shapes"
 
 
@@ -369,7 +369,7 @@ def options(argv: list[str] | None = None) -> argparse.Namespace:
     add("--minutes", type=float, metavar="M", help="stop after so many; the same command goes on")
     add("--data-root", metavar="DIR", help="where Tiny-ImageNet is")
     add("--out", default="runs/reproduce", metavar="DIR", help="where the runs go [runs/reproduce]")
-    add("--results", metavar="DIR", help="where the result files are [results]")
+    add("--results", metavar="DIR", help="where the result files are [results; of the built-in images OUT/results]")
     add("--model", choices=["small", "base"], help="of the gpu budget [small]")
     add("--epochs", type=int, metavar="N", help=f"of pretraining {EPOCHS}")
     add("--tune-epochs", type=int, metavar="N", help=f"of fine-tuning and supervised training {TUNE_EPOCHS}")
@@ -407,6 +407,8 @@ def main() -> None:
         launch.write_text(readme, generated(readme.read_text(), results))
     else:
         args.data = choose_data(args.data_root)
+        if args.data != "tiny-imagenet" and results == HERE / "results":  # where Tiny-ImageNet's results stay
+            args.results = Path(args.out) / "results"
         works = plan(args)
         if not args.list:
             return Runner(args).all(works)

@@ -138,7 +138,7 @@ def test_the_ledger_judges_what_was_measured(results):
     block = ledger.claims_block(results)
     (line,) = [line for line in block.splitlines() if "ten classes of Tiny-ImageNet" in line]
     cells = [cell.strip() for cell in line.strip("|").split("|")]
-    assert cells[2:6] == ["62.95 < 65.84", "60.5 ± 0.7 < 70.2 ± 0.4", "2", "shown"]
+    assert cells[2:6] == ["62.95 < 65.84", "60.5 ± 0.7 → 70.2 ± 0.4", "2", "shown"]
     assert cells[6] == "[cpu/mae](results/cpu/mae.json) < [cpu/cmae_loc](results/cpu/cmae_loc.json)"
     (line,) = [line for line in block.splitlines() if "all of Tiny-ImageNet" in line]
     assert "not run" in line
@@ -392,9 +392,31 @@ def test_the_table_trains_all_methods_for_as_long_at_their_own_rates():
 def test_without_tiny_imagenet_the_built_in_images_stand_in_and_it_says_so(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("MINMIM_CACHE", str(tmp_path / "cache"))
     assert reproduce.choose_data(str(tmp_path)) == "shapes"
-    assert capsys.readouterr().err.endswith("The built-in images stand in for Tiny-ImageNet.\n")
+    assert capsys.readouterr().err.endswith("results go beside the runs.\n")
     monkeypatch.setattr(reproduce.data, "open_set", lambda *_: None)
     assert reproduce.choose_data(None) == "tiny-imagenet"
+
+
+@pytest.mark.parametrize(
+    "name, flags, where",
+    [
+        ("shapes", [], "out/results"),
+        ("shapes", ["--results", "mine"], "mine"),
+        ("tiny-imagenet", [], reproduce.HERE / "results"),
+    ],
+)
+def test_results_of_built_in_images_never_replace_those_of_tiny_imagenet(monkeypatch, name, flags, where):
+    class Runner:
+        def __init__(self, args):
+            self.args = args
+
+        def all(self, works):
+            assert works and Path(self.args.results) == Path(where)
+
+    monkeypatch.setattr(reproduce, "Runner", Runner)
+    monkeypatch.setattr(reproduce, "choose_data", lambda root: name)
+    monkeypatch.setattr(sys, "argv", ["reproduce.py", "--budget", "cpu", "--out", "out", *flags])
+    reproduce.main()
 
 
 def test_seeds_unless_given():

@@ -1,0 +1,96 @@
+"""Every command that README and the headers show, but for train.py's, is run: on a small run, in a short form.
+
+train.py's are run for every method by test_train.py, by one process and by two; here and there `test_map.py` sees to it
+that each is understood as it stands.
+"""
+
+import shlex
+import subprocess
+import sys
+
+import pytest
+from test_map import commands
+from test_train import OWN, ROOT, SMALL, assert_fine, environment, photos  # noqa: F401  (fixtures)
+
+QUICK = "--epochs 1 --warmup-epochs 0 --batch-size 16 --resume never".split()
+TINY = "--width 16 --depth 1 --heads 1 --decoder-width 16 --decoder-depth 1 --decoder-heads 1 --image-size 32".split()
+SHORT = {  # what is given beside a command's own words, by program and a word that it has
+    ("evaluate.py", "--paper"): QUICK,
+    ("evaluate.py", "attentive"): QUICK,
+    ("evaluate.py", "partial"): QUICK,
+    ("evaluate.py", "finetune"): QUICK,
+    ("evaluate.py", "supervised"): QUICK,
+    ("transfer.py", "--make-scenes"): ["--n", "8"],
+    ("transfer.py", "--task"): ["--epochs", "1", "--batch-size", "4"],
+    ("bench.py", "bench.py"): [*TINY, "--batch-size", "2", "--repeats", "1", "--no-memory", "--precision", "fp32"],
+    ("reproduce.py", "--data-root"): ["--list"],
+}
+ELSEWHERE = {  # commands that are not run here, and why
+    "--format": "ADE20K's layout is made, and learnt from, in test_transfer.py",
+    "--readme": "it would write README.md; test_reproduce.py has it write a copy",
+}
+SHOWN = {command: None for _, command in commands() if "train.py" not in command and "pytest" not in command}
+RUN = [command for command in SHOWN if not any(word in command.split() for word in ELSEWHERE)]
+
+
+@pytest.fixture(scope="session")
+def place(photos, environment, tmp_path_factory):  # noqa: F811
+    """A folder with a run of CMAE, and scenes."""
+    folder = tmp_path_factory.mktemp("commands")
+    words = ["train.py", "--method", "cmae", "--data", photos, "--out", folder / "run", *SMALL, *OWN["cmae"]]
+    begin = [words, ["transfer.py", "--make-scenes", folder / "scenes", "--n", "8"]]
+    for script, *words in begin:
+        words = [
+            sys.executable,
+            ROOT / script,
+            *map(str, words),
+            *(["--max-steps", "3"] if script == "train.py" else []),
+        ]
+        assert_fine(subprocess.run(words, env=environment, capture_output=True, text=True, cwd=folder))
+    return folder
+
+
+def short(command: str, place, photos) -> list[str]:  # noqa: F811
+    """The command with the small run, set and scenes in place of what it names, and fewer epochs, images, processes."""
+    words, program = [], next(word for word in shlex.split(command) if word.endswith(".py"))
+    before = ""
+    for word in shlex.split(command):
+        if before == "--data":
+            word = str(place / "scenes") if program == "transfer.py" else str(photos)
+        elif before == "--to" or before == "--make-scenes":
+            word = str(place / "new" / word)
+        elif before == "--image-size":
+            word = "64"
+        elif word == program:
+            word = str(ROOT / program)
+        elif word == "DIR":
+            word = str(place)
+        elif word == "RUN" or word.startswith(("runs/", "mae_pretrain")):
+            word = str(place / "run")
+        elif word.startswith("--nproc_per_node"):
+            word = "--nproc_per_node=2"
+        before = word
+        words.append(word)
+    words = ["-m", "torch.distributed.run", "--standalone", *words[1:]] if words[0] == "torchrun" else words[1:]
+    if program == "bench.py" and "--data-root" in words:
+        at = words.index("--data-root")
+        del words[at : at + 2]
+    words = [word for word in words if word != "--compile"]  # which takes a minute
+    extra = [flag for (script, mark), flags in SHORT.items() if script == program and mark in command for flag in flags]
+    return [sys.executable, *words, *extra]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", RUN)
+def test_every_command_runs_in_short(command, place, photos, environment):  # noqa: F811
+    pytest.importorskip("matplotlib" if "analyze.py" in command else "torch")
+    pytest.importorskip("transformers" if "hf" in command.split() else "torch")
+    pytest.importorskip("pycocotools" if "detect" in command else "torch")
+    (place / "new").mkdir(exist_ok=True)
+    done = subprocess.run(
+        short(command, place, photos), env=environment, capture_output=True, text=True, cwd=place / "new", timeout=300
+    )
+    if "--check" in command:  # what it finds, if anything, is test_reproduce.py's
+        assert done.returncode in (0, 2) and "Traceback" not in done.stderr
+    else:
+        assert_fine(done)
