@@ -311,8 +311,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tenso
     bias = None if bias is None else bias.to(q.dtype)
     slow = q.dtype != torch.float32 or bias is not None
     if q.device.type == "cpu" and slow and q.shape[-2] * k.shape[-2] <= 256 * 256:
-        scores = q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)
-        return (scores if bias is None else scores + bias).softmax(dim=-1).to(v.dtype) @ v
+        with torch.autocast("cpu", enabled=False):  # else bf16 scores go through float32 and back; softmax adds in it
+            scores = q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)
+            return (scores if bias is None else scores + bias).softmax(dim=-1) @ v
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
 
 
