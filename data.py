@@ -28,7 +28,6 @@ import torch.distributed as dist
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
-from torchvision.datasets import CIFAR10, CIFAR100
 from tqdm import tqdm
 
 import common
@@ -402,6 +401,8 @@ def shape_set(split: str) -> ImageSet:
 
 
 def cifar(name: str, root: Path, split: str, download: bool) -> ImageSet:
+    from torchvision.datasets import CIFAR10, CIFAR100  # a third of a second that other sets need not wait
+
     try:
         source = {"cifar10": CIFAR10, "cifar100": CIFAR100}[name](root, train=split == "train", download=download)
     except (RuntimeError, OSError) as error:  # the first is torchvision's word for missing and for damaged

@@ -27,7 +27,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
-from torchvision.utils import make_grid, save_image
 from tqdm import tqdm
 
 import data
@@ -321,6 +320,8 @@ class Pictures:
         self.method.train()
         if rows is None:
             return
+        from torchvision.utils import make_grid, save_image  # here: the first step need not wait for it
+
         grid = make_grid(rows.flatten(0, 1).cpu(), nrow=rows.shape[1], padding=2, pad_value=1.0)
         grid = grid.repeat_interleave(self.zoom, dim=1).repeat_interleave(self.zoom, dim=2)
         launch.write_whole(directory / "reconstruction.png", lambda file: save_image(grid, file, format="png"))

@@ -638,7 +638,7 @@ def test_cifar_download_that_fails(tmp_path, monkeypatch):
     def unreachable(*args, **kwargs):
         raise OSError("no route to host")
 
-    monkeypatch.setattr(data.CIFAR10, "download", unreachable)
+    monkeypatch.setattr(torchvision.datasets.CIFAR10, "download", unreachable)
     assert "cifar10 cannot be fetched (no route to host)" in the_error("cifar10", tmp_path, download=True)
 
 
