@@ -6,8 +6,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from test_cmae import plain_decoder
 
-from common import InputError, Mask, StepRandom, ViT, patchify, random_mask, take, unpatchify
+from augment import normalize
+from common import MEAN, STD, InputError, Mask, StepRandom, ViT, patchify, random_mask, take, unpatchify
 from mae import MAE, Batch, Config, masked_pixels, picture_rows, visible_statistics
 
 SMALL = Config(decoder_width=16, decoder_depth=2, decoder_heads=2)
@@ -118,6 +120,17 @@ def test_loss_is_the_masked_mean_in_a_loop():
     assert model(batch)["loss"].item() == pytest.approx(total / masked, rel=1e-5)
 
 
+def test_the_decoder_sees_every_token_at_its_own_place():
+    """Patch by patch in raster order, mask tokens where nothing was seen, each with its position."""
+    model = small()
+    batch = batch_for(model)
+    latents = model.encoder(batch.images, batch.mask.visible)
+    features = model.decoder.features(latents, batch.mask)
+    for b in range(3):
+        expected = plain_decoder(model.decoder, latents[b], batch.mask.visible[b].tolist(), 16)
+        torch.testing.assert_close(features[b], expected[batch.mask.order[b]], atol=1e-5, rtol=1e-5)
+
+
 @given(st.integers(0, 1000))
 def test_the_order_of_the_mask_does_not_matter(seed):
     model = small()
@@ -196,18 +209,55 @@ def test_picture_keeps_visible_patches_and_uses_no_hidden_statistics():
     torch.testing.assert_close(same, picture_rows(batch.images, batch.mask, predicted, model.encoder, True)[2])
 
 
-def test_visible_statistics_are_gaussian_means_of_the_visible():
-    model = small()
-    batch = batch_for(model, B=1)
-    patches = patchify(batch.images, 8)
-    mean, variance = visible_statistics(patches, batch.mask, (4, 4))
-    i = batch.mask.masked[0, 5].item()
+@pytest.mark.parametrize("h, w", [(4, 4), (3, 5)])
+def test_visible_statistics_are_gaussian_means_of_the_visible(h, w):
+    torch.manual_seed(0)
+    patches, mask = torch.randn(1, h * w, 192), random_mask(StepRandom(0, 0, 1), (h, w), 0.6)
+    mean, variance = visible_statistics(patches, mask, (h, w))
+    i = mask.masked[0, 5].item()
     weights, means, variances = [], [], []
-    for j in batch.mask.visible[0].tolist():
-        d2 = (i // 4 - j // 4) ** 2 + (i % 4 - j % 4) ** 2
+    for j in mask.visible[0].tolist():
+        d2 = (i // w - j // w) ** 2 + (i % w - j % w) ** 2
         weights.append(torch.tensor(-d2 / 2).exp())
         means.append(patches[0, j].mean())
         variances.append(patches[0, j].var())
-    w = torch.stack(weights) / sum(weights)
-    assert mean[0, 5].item() == pytest.approx((w * torch.stack(means)).sum().item(), abs=1e-5)
-    assert variance[0, 5].item() == pytest.approx((w * torch.stack(variances)).sum().item(), rel=1e-4)
+    weights = torch.stack(weights) / sum(weights)
+    assert mean[0, 5].item() == pytest.approx((weights * torch.stack(means)).sum().item(), abs=1e-5)
+    assert variance[0, 5].item() == pytest.approx((weights * torch.stack(variances)).sum().item(), rel=1e-4)
+
+
+def test_pictures_undo_the_standardisation_and_show_grey_for_what_is_hidden():
+    """A prediction times the neighbours' deviation plus their mean; the mean colour of all images where nothing is."""
+    torch.manual_seed(0)
+    encoder = ViT((24, 40), 8, 32, 1, 4)
+    images, mask = 0.2 * torch.randn(2, 3, 24, 40) + 0.3, random_mask(StepRandom(0, 0, 2), (3, 5), 0.6)
+    predicted = torch.randn(2, 9, 192)
+    mean, variance = visible_statistics(patchify(images, 8), mask, (3, 5))
+    _, masked, filled = (patchify(row, 8) for row in picture_rows(images, mask, predicted, encoder, True))
+    _, _, raw = (patchify(row, 8) for row in picture_rows(images, mask, 0.1 * predicted, encoder, False))
+    colour, spread = torch.tensor([MEAN, STD]).repeat(1, 64)  # row, column, channel
+    for b in range(2):
+        for place, i in enumerate(mask.masked[b].tolist()):
+            value = predicted[b, place] * variance[b, place].sqrt() + mean[b, place]
+            torch.testing.assert_close(filled[b, i], (value * spread + colour).clamp(0, 1), atol=1e-5, rtol=0)
+            torch.testing.assert_close(raw[b, i], (0.1 * predicted[b, place] * spread + colour).clamp(0, 1))
+            torch.testing.assert_close(masked[b, i], colour)
+    assert picture_rows(torch.zeros_like(images), mask, predicted, encoder, True).isfinite().all()  # no variance
+
+
+def test_draw_crops_flips_and_hides_as_configured():
+    """With `crop_scale=1` only the whole image fits; cells of 2 x 2 patches are hidden whole."""
+    images = torch.randint(0, 256, (1, 3, 32, 32), dtype=torch.uint8).repeat(64, 1, 1, 1)
+    whole = normalize(images / 255)
+    for crop_scale in (1.0, 0.2):
+        batch = small(Config(crop_scale=crop_scale, mask_cell=2)).draw(images, torch.arange(64), StepRandom(0, 0, 64))
+        straight, mirrored = (((batch.images - x).abs().amax((1, 2, 3)) < 1e-3).sum() for x in (whole, whole.flip(3)))
+        assert straight + mirrored == 64 and 20 < straight < 44 if crop_scale == 1 else straight + mirrored < 16
+        cells = batch.mask.hidden.reshape(64, 2, 2, 2, 2)
+        assert torch.equal(cells, cells[:, :, :1, :, :1].expand_as(cells))
+
+
+def test_the_decoder_has_maes_epsilon_and_keeps_no_positions_in_a_checkpoint():
+    model = small()
+    assert {part.eps for part in model.modules() if isinstance(part, torch.nn.LayerNorm)} == {1e-6}
+    assert "decoder.pos_embed" not in model.state_dict()
