@@ -29,6 +29,7 @@ from common import (
     drop_path,
     ema_update,
     epoch_order,
+    gather_over_ranks,
     info_nce,
     initialize,
     learning_rate,
@@ -37,13 +38,16 @@ from common import (
     parameter_groups,
     patchify,
     random_mask,
+    rank,
     reconstruction_loss,
     relative_places,
     restore,
     sincos_positions,
+    sum_over_ranks,
     take,
     unpatchify,
     visible_count,
+    world_size,
 )
 
 grids = st.tuples(st.integers(1, 9), st.integers(1, 9)).filter(lambda g: g[0] * g[1] >= 2)
@@ -107,6 +111,37 @@ def test_epoch_order_is_a_permutation_of_its_own(seed, epoch, n):
 def test_epoch_orders_differ():
     orders = {tuple(epoch_order(seed, epoch, 20).tolist()) for seed in range(5) for epoch in range(5)}
     assert len(orders) == 25
+
+
+# ------------------------------------------------------------------------------------------------------------ ranks
+
+
+class ThreeRanks:
+    """Stands in for torch.distributed: the others hold 10 and 100 times what this rank, the second, has."""
+
+    is_initialized, get_world_size, get_rank = (lambda _: True), (lambda _: 3), (lambda _: 1)
+
+    def all_reduce(self, x):
+        x *= 111
+
+    def all_gather(self, parts, x):
+        for part, factor in zip(parts, (10, 1, 100), strict=True):
+            part.copy_(factor * x)
+
+
+def test_sums_and_gathers_over_ranks(monkeypatch):
+    """Sums go forward and backward, gathers in the order of ranks and without gradient; nothing changes in place."""
+    x = torch.tensor([[1.0, 2.0]], requires_grad=True)
+    assert sum_over_ranks(x) is x and torch.equal(gather_over_ranks(x), x) and not gather_over_ranks(x).requires_grad
+    assert (world_size(), rank()) == (1, 0)
+    monkeypatch.setattr(common, "dist", ThreeRanks())
+    assert (world_size(), rank()) == (3, 1)
+    y, weight = sum_over_ranks(x), torch.tensor([[3.0, 5.0]])
+    y.backward(weight)
+    assert y.tolist() == [[111, 222]] and x.grad.tolist() == [[333, 555]] and x.tolist() == [[1, 2]]
+    assert weight.tolist() == [[3, 5]]
+    gathered = gather_over_ranks(x)
+    assert gathered.tolist() == [[10, 20], [1, 2], [100, 200]] and not gathered.requires_grad
 
 
 # ---------------------------------------------------------------------------------------------- patches and targets
@@ -243,6 +278,8 @@ def test_block_mask_hides_blocks_not_specks():
         hidden = mask.hidden.reshape(-1, 14, 14).double()
         return ((hidden[:, :, 1:] * hidden[:, :, :-1]).mean() / hidden.mean()).item()
 
+    beits = block_mask(rng(), (14, 14), 98, smallest=16, tries=10)
+    assert torch.equal(block_mask(rng(), (14, 14), 98).masked, beits.masked)
     assert joined(block_mask(rng(total=200), (14, 14), 98)) > 0.75 > 0.6 > joined(random_mask(rng(), (14, 14), 0.5))
 
 
@@ -251,6 +288,14 @@ def test_no_block_spans_the_grid():
     hidden = block_mask(rng(total=300), (4, 4), 4, smallest=4).hidden.view(-1, 4, 4)
     spanned = hidden.all(1).any(1) | hidden.all(2).any(1)
     assert spanned.float().mean() < 0.1
+
+
+def test_blocks_are_as_often_tall_as_wide():
+    """The logarithm of their aspect ratio is uniform around 0: neighbours below and to the right are hidden alike."""
+    hidden = block_mask(rng(total=1500), (14, 14), 30).hidden.view(-1, 14, 14)
+    below, right = (hidden[:, 1:] & hidden[:, :-1]).sum((1, 2)), (hidden[:, :, 1:] & hidden[:, :, :-1]).sum((1, 2))
+    difference = (below - right).double()
+    assert difference.mean().abs() < 4 * difference.std() / math.sqrt(1500)
 
 
 def test_block_mask_refuses_to_hide_all_or_nothing():
@@ -270,8 +315,8 @@ def test_restore_inverts_the_shuffle(grid, seed):
 # -------------------------------------------------------------------------------------------------------------- ViT
 
 
-def test_positions_match_a_loop():
-    D, h, w = 12, 3, 5
+@pytest.mark.parametrize("D, h, w", [(12, 3, 5), (48, 1, 500)])
+def test_positions_match_a_loop(D, h, w):
     positions = sincos_positions(D, (h, w))[0]
     assert positions[0].tolist() == [0.0] * D
     for y in range(h):
@@ -290,6 +335,19 @@ def test_attend_matches_scaled_dot_product(heads, queries, keys):
     q, k, v = torch.randn(2, heads, queries, 8), torch.randn(2, heads, keys, 8), torch.randn(2, heads, keys, 8)
     expected = torch.nn.functional.scaled_dot_product_attention(q, k, v)
     torch.testing.assert_close(attend(q, k, v), expected, atol=1e-5, rtol=1e-4)
+
+
+def test_attend_leaves_all_to_torchs_kernel_but_short_sequences_in_half_precision(monkeypatch):
+    taken, kernel = [], F.scaled_dot_product_attention
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *a, **k: taken.append(a) or kernel(*a, **k))
+    for queries, keys, dtype, to_kernel in (
+        (4, 4, torch.float32, True), (4, 4, torch.float64, False), (4, 4, torch.bfloat16, False),
+        (256, 256, torch.bfloat16, False), (256, 257, torch.bfloat16, True),
+    ):  # fmt: skip
+        taken.clear()
+        q, k = torch.randn(1, 1, queries, 8, dtype=dtype), torch.randn(1, 1, keys, 8, dtype=dtype)
+        torch.testing.assert_close(attend(q, k, k), kernel(q, k, k), atol=0.05, rtol=0.05)
+        assert (len(taken) == 1) == to_kernel
 
 
 @given(st.sampled_from([5, 300]), st.sampled_from([3, 280]), st.sampled_from([1, 2]))
@@ -511,6 +569,18 @@ def test_batch_norm_matches_torch(n, affine):
     assert torch.equal(ours.eval()(x), ours.train()(x))  # always the statistics of the batch
 
 
+def test_batch_norm_of_two_ranks_is_that_of_their_whole_batch(monkeypatch):
+    torch.manual_seed(0)
+    x = torch.randn(8, 5) * 3 + 10
+    mine, other = x[:4], x[4:]
+    whole = BatchNorm(5)(x)
+    centred = other - x.mean(0)
+    theirs = iter([other.sum(0), centred.square().sum(0)])
+    monkeypatch.setattr(common, "world_size", lambda: 2)
+    monkeypatch.setattr(common, "sum_over_ranks", lambda y: y + next(theirs))
+    torch.testing.assert_close(BatchNorm(5)(mine), whole[:4], atol=1e-5, rtol=1e-4)
+
+
 def test_head_is_linear_norm_relu_linear():
     head = Head(6, 10, 4)
     x = torch.randn(5, 6)
@@ -556,6 +626,18 @@ def test_info_nce_limits():
     eye = torch.eye(4)
     assert info_nce(eye, eye, 0.01) < 1e-6  # every image finds itself
     assert info_nce(torch.ones(4, 3), torch.ones(4, 3), 0.07).item() == pytest.approx(math.log(4), rel=1e-5)
+
+
+def test_info_nce_of_two_ranks_is_that_of_their_whole_batch(monkeypatch):
+    """A rank's queries look for its own keys, behind those of the ranks before it; every rank's are negatives."""
+    torch.manual_seed(0)
+    q, k = torch.randn(6, 4), torch.randn(6, 4)
+    whole, losses = info_nce(q, k, 0.2), []
+    for r in range(2):
+        monkeypatch.setattr(common, "rank", lambda r=r: r)
+        monkeypatch.setattr(common, "gather_over_ranks", lambda x: F.normalize(k, dim=-1))
+        losses.append(info_nce(q[3 * r : 3 * r + 3], k[3 * r : 3 * r + 3], 0.2))
+    torch.testing.assert_close(sum(losses) / 2, whole)
 
 
 def test_info_nce_keys_get_no_gradient_and_queries_do():
@@ -623,6 +705,9 @@ def test_parameter_groups_are_maes_and_optionally_cmaes():
     assert not decayed & exempt and decayed | exempt | {"norm.weight"} == set(names.values())
     exempt = {names[id(p)] for p in parameter_groups(vit, 0.05, ("cls_token",))[1]["params"]}
     assert "cls_token" in exempt and "patch_embed.proj.weight" not in exempt
+    table = torch.nn.Module()
+    table.bias, table.weight = (torch.nn.Parameter(torch.ones(2, 2)) for _ in range(2))  # of whatever shape
+    assert [[p is table.bias for p in g["params"]] for g in parameter_groups(table, 0.05)] == [[False], [True]]
     with pytest.raises(InputError, match="no decay 'cls_token,mask_token': no parameter"):
         parameter_groups(vit, 0.05, ("cls_token,mask_token",))
 
