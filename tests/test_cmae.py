@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_common import naive_info_nce
 
+import augment
 import cmae
 import mae
 from augment import denormalize
@@ -329,6 +330,23 @@ def test_random_crops_in_place_of_pixel_shift():
     assert found.count(None) > 60  # a crop of its own
 
 
+def test_both_views_are_cropped_and_flipped_as_configured():
+    """With `crop_scale=1` only the whole image fits, upright or mirrored: as one master, or each view by itself."""
+    images = torch.randint(0, 256, (1, 3, 32, 32), dtype=torch.uint8).repeat(64, 1, 1, 1)
+    whole = augment.normalize(images / 255)
+    for settings, alike in ((dict(shift_range="0"), True), (dict(pixel_shift=False), False)):
+        for crop_scale in (1.0, 0.2):
+            model = small(target_color=False, crop_scale=crop_scale, **settings)
+            batch = model.draw(images, torch.arange(64), StepRandom(0, 0, 64))
+            mirrored = []
+            for view in (batch.images, batch.target_images):
+                found = [(view - x).abs().amax((1, 2, 3)) < 1e-3 for x in (whole, whole.flip(3))]
+                assert (found[0] | found[1]).sum() == 64 if crop_scale == 1 else (found[0] | found[1]).sum() < 16
+                assert crop_scale < 1 or 20 < found[1].sum() < 44
+                mirrored.append(found[1])
+            assert crop_scale < 1 or torch.equal(*mirrored) == alike
+
+
 def test_colour_changes_the_target_view_only():
     _, plain = draw(target_color=False)
     _, coloured = draw(target_color=True)
@@ -338,6 +356,25 @@ def test_colour_changes_the_target_view_only():
     grey = denormalize(coloured.target_images)
     grey = (grey.amax(1) - grey.amin(1)).amax((1, 2)) < 1e-3
     assert 0.05 < grey.float().mean() < 0.4  # 0.2 expected
+
+
+def test_colours_are_jittered_as_often_and_as_strongly_as_in_its_code(monkeypatch):
+    """ColorJitter(0.4, 0.4, 0.4, 0.1) with a probability of 0.8, greyscale with 0.2, blur of 0.1-2 pixels at 224."""
+    seen = {}
+    for name in ("color_jitter", "grayscale", "gaussian_blur"):
+        monkeypatch.setattr(augment, name, lambda x, *parameters, name=name: seen.update({name: parameters}) or x)
+    small(target_blur=0.4).draw(images_for(2, 8).repeat(1500, 1, 1, 1), torch.arange(3000), StepRandom(0, 0, 3000))
+    jitter, (gray,) = augment.ColorJitter(*seen["color_jitter"]), seen["grayscale"]
+    for values, middle, strength in zip(jitter[1:5], (1, 1, 1, 0), (0.4, 0.4, 0.4, 0.1), strict=True):
+        assert values.min() == pytest.approx(middle - strength, abs=2e-3)
+        assert values.max() == pytest.approx(middle + strength, abs=2e-3)
+    assert jitter.where.double().mean().item() == pytest.approx(0.8, abs=0.025)
+    assert gray.double().mean().item() == pytest.approx(0.2, abs=0.025)
+    sigma, blurred = seen["gaussian_blur"]
+    assert sigma.min() == pytest.approx(0.1 * 32 / 224, abs=1e-3) and sigma.max() == pytest.approx(
+        2 * 32 / 224, abs=1e-3
+    )
+    assert blurred.double().mean().item() == pytest.approx(0.4, abs=0.03)
 
 
 def test_blur_is_a_switch_of_its_own():
