@@ -406,14 +406,21 @@ def test_in_view_loss_compares_with_the_masked_input_patches():
 # ----------------------------------------------------------------------------------------------------------- Table 2
 
 
-@given(st.integers(1, 7), st.integers(1, 7))
-def test_gaussian_weights_are_normalised_inside_the_image(h, w):
-    weights = gaussian_weights((h, w))
+@given(st.integers(1, 7), st.integers(1, 7), st.sampled_from([1.0, 0.7]))
+def test_gaussian_weights_are_normalised_inside_the_image(h, w, sigma):
+    weights = gaussian_weights((h, w), sigma) if sigma != 1 else gaussian_weights((h, w))
     torch.testing.assert_close(weights.sum(1), torch.ones(h * w))
     for i, j in itertools.product(range(h * w), repeat=2):
         down, right = abs(i // w - j // w), abs(i % w - j % w)
-        ratio = math.exp(-(down**2 + right**2) / 2) if max(down, right) <= 2 else 0
+        ratio = math.exp(-(down**2 + right**2) / (2 * sigma**2)) if max(down, right) <= 2 else 0
         assert (weights[i, j] / weights[i, i]).item() == pytest.approx(ratio, abs=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["average", "conv"])
+def test_local_decoders_have_maes_epsilon_and_keep_no_weights_in_a_checkpoint(kind):
+    decoder = LocalDecoder(ViT(32, 8, 32, 1, 4), 16, kind, 12)
+    assert {part.eps for part in decoder.modules() if isinstance(part, torch.nn.LayerNorm)} == {1e-6}
+    assert not {"weights", "pos_embed"} & decoder.state_dict().keys()
 
 
 @pytest.mark.parametrize("kind", ["average", "conv"])
