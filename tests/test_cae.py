@@ -170,9 +170,13 @@ def test_the_paper_recipe_is_appendix_a():
     assert (paper["betas"], paper["clip_grad"], paper["min_lr"], paper["layer_scale"]) == ((0.9, 0.999), 3, 1e-5, 0.1)
     c = Config(**{k: v for k, v in paper.items() if k in Config.__dataclass_fields__})
     assert c == Config(tokenizer_epochs=dvae.RECIPES["paper"]["epochs"]) and c.codes == 8192
-    for name, recipe in cae.RECIPES.items():  # the tokenizer that is trained first is that of dvae's recipe
+
+
+def test_the_tokenizer_that_is_trained_first_is_that_of_dvaes_recipe():
+    for name, recipe in cae.RECIPES.items():
         theirs = {k: v for k, v in dvae.RECIPES[name].items() if k in ("codes", "hidden", "blocks", "first_stride")}
         assert theirs.items() <= (dvae.Config().__dict__ | recipe).items()
+        assert cae.tokenizer_settings(name) == theirs | dict(tokenizer_epochs=dvae.RECIPES[name]["epochs"])
 
 
 @given(st.integers(1, 4), st.integers(1, 5), st.integers(0, 10**6))
@@ -348,6 +352,13 @@ def test_the_same_initialisation_as_the_encoder():
     assert 0.005 < model.mask_token.std() < 0.05
 
 
+def test_every_norm_has_maes_epsilon_and_no_checkpoint_holds_positions():
+    for settings in ({}, dict(decoder_depth=0)):
+        model = small(**settings)
+        assert {part.eps for part in model.modules() if isinstance(part, torch.nn.LayerNorm)} == {1e-6}
+        assert "pos_embed" not in model.state_dict()
+
+
 # ----------------------------------------------------------------------------------------------- draws, targets, tokens
 
 
@@ -396,7 +407,7 @@ def test_draw_crops_and_flips_as_configured():
             assert straight + mirrored < 16
 
 
-@pytest.mark.parametrize("size,p,smallest", [(224, 16, 16), (64, 8, 5), (32, 8, 1)])
+@pytest.mark.parametrize("size,p,smallest", [(224, 16, 16), (64, 8, 5), (32, 8, 1), (256, 8, 84)])
 def test_blocks_are_no_smaller_than_16_of_196_patches_in_proportion(monkeypatch, size, p, smallest):
     asked = []
 
