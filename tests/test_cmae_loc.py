@@ -610,6 +610,20 @@ def test_colour_changes_the_second_view_only():
     assert 0.6 < changed.float().mean() <= 1  # 1 - 0.2 · 0.8 expected
 
 
+def test_colours_are_jittered_as_often_and_as_strongly_as_in_cmae(monkeypatch):
+    """ColorJitter(0.4, 0.4, 0.4, 0.1) with a probability of 0.8, greyscale with 0.2."""
+    seen = {}
+    for name in ("color_jitter", "grayscale"):
+        monkeypatch.setattr(augment, name, lambda x, *parameters, name=name: seen.update({name: parameters}) or x)
+    small(key_color=True).draw(images_for(2, 8).repeat(1500, 1, 1, 1), torch.arange(3000), StepRandom(0, 0, 3000))
+    jitter, (gray,) = augment.ColorJitter(*seen["color_jitter"]), seen["grayscale"]
+    for values, middle, strength in zip(jitter[1:5], (1, 1, 1, 0), (0.4, 0.4, 0.4, 0.1), strict=True):
+        assert values.min() == pytest.approx(middle - strength, abs=2e-3)
+        assert values.max() == pytest.approx(middle + strength, abs=2e-3)
+    assert jitter.where.double().mean().item() == pytest.approx(0.8, abs=0.025)
+    assert gray.double().mean().item() == pytest.approx(0.2, abs=0.025)
+
+
 def test_picture_has_the_second_view_as_its_last_row():
     model = small()
     batch = model.draw(images_for(), torch.full((7,), -1), StepRandom(0, 0, 7))
