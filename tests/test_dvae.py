@@ -105,6 +105,14 @@ def test_a_token_for_each_8_pixels_whatever_the_first_stride(first_stride):
     torch.testing.assert_close(drawn, unsqueeze(torch.sigmoid(mu)).detach())
 
 
+def test_at_a_stride_of_8_the_first_layer_sees_whole_codes():
+    images = torch.rand(1, 3, 16, 40, requires_grad=True)
+    Tokenizer(**SMALL, first_stride=8).encoder.input(images)[:, :, 1, 2].sum().backward()
+    seen = torch.zeros(16, 40, dtype=torch.bool)
+    seen[8:16, 16:24] = True
+    assert torch.equal(images.grad[0].abs().sum(0) > 0, seen)
+
+
 @torch.no_grad()
 def test_logits_and_distributions_are_float32_under_autocast():
     """In bf16 the two largest logits are sometimes equal, and the first of them would be the token."""
@@ -162,7 +170,7 @@ def test_what_is_no_tokenizer_is_refused_in_one_line_that_says_where_to_get_one(
 
 @pytest.mark.parametrize("wrong", [
     dict(codes=1), dict(hidden=6), dict(hidden=0), dict(blocks=0), dict(first_stride=3), dict(tau=0.0),
-    dict(tau_end=-1.0),
+    dict(tau_end=-1.0), dict(tau_end=0.0),
 ])  # fmt: skip
 def test_settings_that_cannot_be_built_are_refused(wrong):
     with pytest.raises(InputError):
