@@ -318,8 +318,10 @@ def test_gaussian_blur_matches_torchvision_where_chosen(seed, B, H, W, kernel_si
             assert torch.equal(out[b], images[b])
 
 
-def test_gaussian_blur_without_width_changes_nothing():
+def test_gaussian_blur_has_13_taps_and_without_width_changes_nothing():
     images = pixels(0, 2, 16, 16).float() / 255
+    wide = torch.full((2,), 2.0)
+    assert torch.equal(augment.gaussian_blur(images, wide), augment.gaussian_blur(images, wide, kernel_size=13))
     assert torch.equal(augment.gaussian_blur(images, torch.zeros(2)), images)
 
 
