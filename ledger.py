@@ -316,7 +316,8 @@ def claims_block(results: Path) -> str:
         found = [values(results, side) for side in sides(claim)]
         names = dict.fromkeys(claim.order)
         links = [f"[{name}](results/{name}.json)" if runs_of(results, name) else name for name in names]
-        seeds = ", ".join(map(str, sorted({len(x) for x in found})))
+        counts = [len(x) for x in found]
+        seeds = " → ".join(map(str, counts if len(set(counts)) > 1 else counts[:1]))
         measured = " → ".join(spell(x) for x in found) if all(found) else ""
         rows.append([f"{claim.paper}, {claim.where}", claim.statement, claim.reported, measured, seeds,
                      verdict(found[0], found[-1]), " < ".join(links)])  # fmt: skip
