@@ -72,8 +72,10 @@ def short(command: str, place, photos) -> list[str]:  # noqa: F811
         before = word
         words.append(word)
     words = ["-m", "torch.distributed.run", "--standalone", *words[1:]] if words[0] == "torchrun" else words[1:]
-    if program == "bench.py" and "--data-root" in words:
-        at = words.index("--data-root")
+    for flag in (
+        {"--data-root", "--classes"} & set(words) if program == "bench.py" else ()
+    ):  # of the small set: none, two
+        at = words.index(flag)
         del words[at : at + 2]
     words = [word for word in words if word != "--compile"]  # which takes a minute
     extra = [flag for (script, mark), flags in SHORT.items() if script == program and mark in command for flag in flags]

@@ -486,7 +486,7 @@ def test_files_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="counts what glibc hands back")
-def test_a_step_s_memory_is_not_handed_back_to_the_system_on_a_cpu():
+def test_a_step_s_memory_is_not_handed_back_to_the_system_on_a_cpu(monkeypatch):
     script = """
         import resource, sys, torch, launch
         if sys.argv[1] == "kept":
@@ -502,7 +502,12 @@ def test_a_step_s_memory_is_not_handed_back_to_the_system_on_a_cpu():
         words = [sys.executable, "-c", textwrap.dedent(script), how]
         return int(subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True).stdout)
 
-    assert faults("kept") < 1000 < faults("as it is")
+    if faults("as it is") > 1000:  # not every system clears pages one by one
+        assert faults("kept") < 1000
+    calls = []
+    monkeypatch.setattr(launch.ctypes, "CDLL", lambda _: types.SimpleNamespace(mallopt=lambda *a: calls.append(a)))
+    launch.start("cpu")
+    assert calls == [(-3, 1 << 25), (-1, 2**31 - 1)]
 
 
 @pytest.mark.parametrize("method", METHODS)
