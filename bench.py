@@ -166,10 +166,8 @@ def stepper(args, name: str, B: int, precision: str, compiled: bool, device: tor
 
 
 def flops(step: Callable) -> int:
-    with (
-        sdpa_kernel(SDPBackend.MATH),
-        FlopCounterMode(display=False) as counter,
-    ):  # it cannot count a CPU's fused kernel
+    # It cannot count a CPU's fused attention.
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         step()
     return counter.get_total_flops()
 

@@ -72,9 +72,7 @@ def short(command: str, place, photos) -> list[str]:  # noqa: F811
         before = word
         words.append(word)
     words = ["-m", "torch.distributed.run", "--standalone", *words[1:]] if words[0] == "torchrun" else words[1:]
-    for flag in (
-        {"--data-root", "--classes"} & set(words) if program == "bench.py" else ()
-    ):  # of the small set: none, two
+    for flag in {"--data-root", "--classes"} & set(words) if program == "bench.py" else ():
         at = words.index(flag)
         del words[at : at + 2]
     words = [word for word in words if word != "--compile"]  # which takes a minute
