@@ -163,6 +163,7 @@ def test_shared_decoder_shares_all_but_norm_and_output():
     own = [n for n, p in model.feature_decoder.named_parameters() if id(p) not in shared]
     assert own == ["norm.weight", "norm.bias", "predict.weight", "predict.bias"]
     assert len(model.feature_decoder.blocks) == 2 and len(model.decoder.blocks) == 3
+    assert len(small(share_decoder=True, feature_decoder_depth=1).feature_decoder.blocks) == 1
     separate = small(feature_decoder_depth=2)
     assert not {id(p) for p in separate.decoder.parameters()} & {id(p) for p in separate.feature_decoder.parameters()}
     for blocks in (0, 4):
@@ -202,6 +203,13 @@ def test_teacher_starts_as_the_student_and_is_not_trained():
     for part in ("encoder", "projector"):
         pairs = zip(getattr(model, part).parameters(), getattr(model, "momentum_" + part).parameters(), strict=True)
         assert all(torch.equal(s, t) and s.requires_grad and not t.requires_grad for s, t in pairs)
+
+
+def test_heads_are_twice_as_wide_as_the_encoder_where_no_width_is_given():
+    for width, hidden in ((0, 64), (24, 24)):
+        model = small(projector_width=width)
+        assert (model.projector.hidden.weight.shape, model.predictor.hidden.weight.shape) == ((hidden, 32), (hidden, 8))
+        assert model.projector.out.weight.shape == model.predictor.out.weight.shape == (8, hidden)
 
 
 @given(st.integers(2, 6), st.integers(0, 10**6))
@@ -272,7 +280,7 @@ def test_the_headers_command_spares_the_tokens_weight_decay():
 
 @pytest.mark.parametrize("text,size,expected", [
     ("0-31", 224, (0, 32)), ("32-47", 224, (32, 48)), ("48-63", 224, (48, 64)), ("0", 224, (0, 0)), ("0-0", 64, (0, 0)),
-    ("0-31", 64, (0, 9)), ("32-47", 64, (9, 14)), ("15", 224, (0, 16)),
+    ("0-31", 64, (0, 9)), ("32-47", 64, (9, 14)), ("15", 224, (0, 16)), ("64-127", 448, (128, 256)),
 ])  # fmt: skip
 def test_shift_bounds_of_table_6(text, size, expected):
     assert shift_bounds(text, size) == expected
@@ -331,17 +339,20 @@ def test_random_crops_in_place_of_pixel_shift():
 
 
 def test_both_views_are_cropped_and_flipped_as_configured():
-    """With `crop_scale=1` only the whole image fits, upright or mirrored: as one master, or each view by itself."""
+    """With `crop_scale=1` only the whole image fits, upright or mirrored: as one master, or each view by itself.
+
+    From 0.9 on, ten tries nearly always find a smaller crop, as no area above 1 is tried.
+    """
     images = torch.randint(0, 256, (1, 3, 32, 32), dtype=torch.uint8).repeat(64, 1, 1, 1)
     whole = augment.normalize(images / 255)
     for settings, alike in ((dict(shift_range="0"), True), (dict(pixel_shift=False), False)):
-        for crop_scale in (1.0, 0.2):
+        for crop_scale, fewer in ((1.0, 65), (0.9, 32), (0.2, 16)):
             model = small(target_color=False, crop_scale=crop_scale, **settings)
             batch = model.draw(images, torch.arange(64), StepRandom(0, 0, 64))
             mirrored = []
             for view in (batch.images, batch.target_images):
                 found = [(view - x).abs().amax((1, 2, 3)) < 1e-3 for x in (whole, whole.flip(3))]
-                assert (found[0] | found[1]).sum() == 64 if crop_scale == 1 else (found[0] | found[1]).sum() < 16
+                assert (found[0] | found[1]).sum() < fewer and (crop_scale < 1 or (found[0] | found[1]).all())
                 assert crop_scale < 1 or 20 < found[1].sum() < 44
                 mirrored.append(found[1])
             assert crop_scale < 1 or torch.equal(*mirrored) == alike
