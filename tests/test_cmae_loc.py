@@ -2,6 +2,7 @@
 
 import copy
 import io
+import math
 
 import numpy as np
 import pytest
@@ -185,6 +186,8 @@ def test_every_decoder_hands_the_encoder_a_gradient(kind):
     assert type(ends[0]) is type(ends[1])
     if "conv" in kind:  # one 3 x 3 kernel per channel, as many channels as the decoder is wide
         assert middle.conv.weight.shape == (16, 1, 3, 3)
+    if "mlp" in kind:  # four times as wide as its 17 tokens, as an MLP across channels is
+        assert middle.fc1.weight.shape == (68, 17)
 
 
 @pytest.mark.parametrize("width", [64, 512])
@@ -193,7 +196,10 @@ def test_a_weaker_layer_begins_as_strong_at_any_width(width):
     """Depth-wise, a kernel has nine values in and nine out: inside, outputs are as large as inputs at any width."""
     torch.manual_seed(0)
     x = torch.randn(2, 1 + 64, width)
-    out = DepthwiseConv(width, (8, 8))(x)
+    layer = DepthwiseConv(width, (8, 8))
+    assert layer.conv.weight.min().item() == pytest.approx(-math.sqrt(1 / 3), abs=0.02)  # uniform: a variance of 1/9
+    assert layer.conv.weight.max().item() == pytest.approx(math.sqrt(1 / 3), abs=0.02)
+    out = layer(x)
     assert (out[:, 0] == 0).all()
     assert out[:, 1:].unflatten(1, (8, 8))[:, 1:-1, 1:-1].std().item() == pytest.approx(1, abs=0.15)
 
@@ -313,7 +319,7 @@ def test_withheld_positions_leave_only_what_is_in_the_patches():
 @torch.no_grad()
 def test_class_attention_in_a_loop(positions):
     torch.manual_seed(0)
-    vit, images = ViT(32, 8, 16, 2, 2, positions=positions), torch.randn(2, 3, 32, 32)
+    vit, images = ViT(32, 8, 16, 3, 2, positions=positions), torch.randn(2, 3, 32, 32)
     if positions == "relative":
         vit.relative_table += torch.randn_like(vit.relative_table)
     bias = vit.relative_bias()
@@ -322,12 +328,12 @@ def test_class_attention_in_a_loop(positions):
         heat.shape == (2, 16)
         and (heat > 0).all()
         and (heat.sum(1) < 1).all()
-        and not vit.blocks[1].attn._forward_pre_hooks
+        and not vit.blocks[2].attn._forward_pre_hooks
     )
     for b in range(2):
         x = torch.cat([vit.cls_token[0], vit.patch_embed(images)[b] + vit.pos_embed[0, 1:]])
-        x = vit.blocks[1].norm1(vit.blocks[0](x[None], bias)[0])
-        qkv = x @ vit.blocks[1].attn.qkv.weight.T + vit.blocks[1].attn.qkv.bias
+        x = vit.blocks[2].norm1(vit.blocks[1](vit.blocks[0](x[None], bias), bias)[0])
+        qkv = x @ vit.blocks[2].attn.qkv.weight.T + vit.blocks[2].attn.qkv.bias
         mean = torch.zeros(16)
         for head in range(2):
             q, k = qkv[0, 8 * head : 8 * head + 8], qkv[:, 16 + 8 * head : 24 + 8 * head]
@@ -391,6 +397,8 @@ def test_locate_finds_a_bright_patch_and_takes_all_where_there_is_none():
     assert torch.equal((boxes[0] * 64).int(), torch.tensor([16, 40, 23, 47], dtype=torch.int32))
     assert boxes[1].tolist() == [0, 0, 1, 1]
     assert locate(heat, (64, 64), 0.9)[2].tolist() == [0, 0, 1, 1]
+    above = locate(heat, (64, 64), 0.0)[0]  # what does not exceed k, here the zeros around, is left out
+    assert (above * 64).tolist() == [12, 36, 27, 51]
 
 
 unit = st.floats(0, 1, width=32)
@@ -584,7 +592,7 @@ def test_both_views_lie_where_the_images_own_box_is(monkeypatch):
         wanted = (corner[index] * 64).long() - size // 2
         assert torch.equal(start, wanted.clamp(min=0).minimum(64 - size))
         area = size.prod(dim=1) / 64**2
-        assert area.min() < 0.3 and area.max() > 0.7  # sizes as ever
+        assert area.min() < 0.15 and area.max() > 0.7  # sizes as ever, from `crop_scale` up
 
 
 def test_rows_of_ranks_are_those_of_one_process():
@@ -639,6 +647,12 @@ def test_what_a_switch_turns_off_is_not_built():
     assert {n.split(".")[0] for n, _ in small(lambda_ctr=0.0).named_parameters()} == {"encoder", "decoder", "location"}
 
 
+def test_the_projector_is_as_wide_as_the_encoder_where_no_width_is_given():
+    for width, hidden in ((0, 16), (24, 24)):
+        first, _, second = small(projector_width=width).projector
+        assert first.weight.shape == (hidden, 16) and second.weight.shape == (8, hidden)
+
+
 @pytest.mark.parametrize("settings,words", [
     (dict(decoder="rnn"), "decoder 'rnn': unknown; choose one of transformer, mlp, conv, hybrid-mlp, hybrid-conv"),
     (dict(decoder="hybrid-mlp", decoder_depth=2), "has no middle"), (dict(crop_by="eye"), "crop by 'eye': unknown"),
@@ -650,6 +664,7 @@ def test_what_a_switch_turns_off_is_not_built():
 def test_wrong_settings_are_refused(settings, words):
     with pytest.raises(InputError, match=words):
         small(**settings)
+    small(crop_threshold=0.0)  # the smallest that is allowed
 
 
 def test_relative_positions_work_but_cannot_be_withheld():
