@@ -1,5 +1,6 @@
 """The losses as functions: gradients against float64, symmetry, scale and bounds, half precision, limits of ε and τ."""
 
+import contextlib
 import copy
 import math
 import sys
@@ -301,6 +302,28 @@ def test_losses_are_finite_for_any_grid_patch_ratio_batch_and_type(grid, p, rati
         loss.backward()
         gradients = [w.grad for w in model.encoder.parameters() if w.grad is not None]
         assert gradients and all(g.isfinite().all() for g in gradients), name
+
+
+# -------------------------------------------------------------------------------------------------------- any device
+
+FLAGS = {
+    "conmim": ["--dictionary batch --filter-above 0.5", "--masking none --contrast instance"],
+    "cae": ["--target pixels"], "cmae": ["--stem conv"], "lcmae": ["--block 24", "--decoder average"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("method, flags", [(name, word) for name in METHODS for word in ["", *FLAGS.get(name, [])]])
+def test_what_a_method_makes_is_where_its_images_are(method, flags, monkeypatch):
+    """The meta device has shapes and no numbers. What stays on the CPU by mistake meets the rest in an error there."""
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())  # it does not know that device
+    model = build(method, *flags.split())
+
+    def away(x):
+        return x if x is None else type(x)(*map(away, x)) if isinstance(x, tuple) else x.to("meta")
+
+    batch = away(batch_for(model))
+    made = [*model.to("meta")(batch).values(), model.picture(batch)]
+    assert all(x.device.type == "meta" for x in made if x is not None)
 
 
 # ------------------------------------------------------------------------------------------------------ half precision
