@@ -501,7 +501,7 @@ def test_dalles_encoder_comes_from_a_file_and_who_has_none_learns_where_to_get_i
     with pytest.raises(InputError, match=r"no such file.*https://"):
         small(target="dalle", tokenizer=str(tmp_path / "missing.pt"))
     torch.manual_seed(2)
-    theirs = dvae.Tokenizer(codes=9, hidden=8, blocks=2, decoder=False)
+    theirs = dvae.Tokenizer(codes=9, hidden=8, blocks=1, decoder=False)
     state = {}
     for name, value in theirs.state_dict().items():  # to the published names
         stem, *rest, leaf = name.removeprefix("encoder.").split(".")

@@ -139,6 +139,8 @@ def test_the_logits_of_a_new_encoder_are_as_large_as_the_noise():
         assert tokenizer.encoder.input(torch.full((1, 3, 32, 32), 0.5))[:, :, 4, 4].abs().max() < 1e-5
         images = torch.nn.functional.interpolate(torch.rand(8, 3, 6, 6), 48, mode="bicubic").clamp(0, 1)
         assert 0.5 < tokenizer.encoder(squeeze(images)).std() < 5
+        last = tokenizer.encoder.output.weight  # ten times xavier's
+        assert 0.99 < last.abs().max() / (10 * math.sqrt(6 / sum(last.shape[:2]))) < 1 + 1e-6
 
 
 def test_a_saved_run_is_read_back_from_its_directory_or_file(tmp_path):
@@ -177,6 +179,7 @@ def test_settings_that_cannot_be_built_are_refused(wrong):
         small(**wrong)
     with pytest.raises(InputError, match="patch size 16"):
         DVAE(ViT(32, 16, 16, 1, 2), Config(**SMALL))
+    small(codes=2, hidden=4)  # the smallest that can
 
 
 # ------------------------------------------------------------------------------------------------------------ equations
@@ -379,7 +382,7 @@ def test_draw_gives_crops_and_seeds_of_the_rank():
     images = torch.randint(0, 256, (4, 3, 40, 40), dtype=torch.uint8)
     whole = model.draw(images, torch.arange(4), StepRandom(3, 9, 4))
     assert whole.images.shape == (4, 3, 32, 32) and whole.images.min() >= 0 and whole.images.max() <= 1
-    assert whole.seeds.shape == (4, 2) and whole.seeds.unique().numel() == 8 and whole.seeds.max() > 2**30
+    assert whole.seeds.shape == (4, 2) and whole.seeds.unique().numel() == 8 and 2**30 < whole.seeds.max() < 2**32
     for r in range(2):
         rows = slice(2 * r, 2 * r + 2)
         part = model.draw(images[rows], torch.arange(4)[rows], StepRandom(3, 9, 4, rows))
@@ -392,13 +395,11 @@ def test_draw_gives_crops_and_seeds_of_the_rank():
 def test_draw_crops_and_flips_as_configured():
     images = torch.randint(0, 256, (1, 3, 32, 32), dtype=torch.uint8).repeat(64, 1, 1, 1)
     whole = images / 255
-    for crop_scale in (1.0, 0.2):  # with 1.0 only the whole image fits
+    for crop_scale, fewer in ((1.0, 65), (0.9, 32), (0.2, 16)):  # with 1.0 only the whole image fits; none is larger
         views = small(crop_scale=crop_scale).draw(images, torch.arange(64), StepRandom(0, 0, 64)).images
         straight, mirrored = (((views - x).abs().amax((1, 2, 3)) < 1e-4).sum() for x in (whole, whole.flip(3)))
-        if crop_scale == 1.0:
-            assert straight + mirrored == 64 and 20 < straight < 44
-        else:
-            assert straight + mirrored < 16
+        assert straight + mirrored < fewer
+        assert crop_scale < 1 or (straight + mirrored == 64 and 20 < straight < 44)
 
 
 def test_picture_shows_originals_and_their_tokens_decoded():
