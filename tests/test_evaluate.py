@@ -416,8 +416,8 @@ def test_a_pickle_is_not_run(run):
     assert not (run / "sprung").exists()
 
 
-def shell(*words, **variables) -> subprocess.CompletedProcess:
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"} | variables
+def shell(*words) -> subprocess.CompletedProcess:
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.run(
         [sys.executable, *map(str, words)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120
     )
