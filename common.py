@@ -12,6 +12,7 @@ not; both hold indices into the grid read row by row, and side by side they are 
 
 import itertools
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -350,6 +351,27 @@ class Attention(nn.Module):
         return self.proj(attend(q, k, v, bias).transpose(1, 2).reshape(B, T, D))
 
 
+def recompute(inner: Callable, outer: Callable, x: Tensor) -> Tensor:
+    """outer(inner(x)). On a CPU the backward pass computes inner(x) again and does not keep it: the same bits.
+
+    For a cheap `inner` that saves memory, and time as well: what is computed anew is still in the cache when used.
+    """
+    y = inner(x)
+    if y.device.type != "cpu" or torch.compiler.is_compiling():
+        return outer(y)
+    storage, x = y.untyped_storage().data_ptr(), x.detach()
+
+    def pack(saved: Tensor) -> Tensor | tuple:
+        ours = saved.untyped_storage().data_ptr() == storage
+        return (saved.size(), saved.stride()) if ours else saved
+
+    def unpack(packed: Tensor | tuple) -> Tensor:
+        return inner(x).as_strided(*packed) if isinstance(packed, tuple) else packed
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        return outer(y)
+
+
 class MLP(nn.Module):
     def __init__(self, width: int, hidden: int):
         super().__init__()
@@ -357,7 +379,7 @@ class MLP(nn.Module):
         self.fc2 = Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x)))
+        return recompute(F.gelu, self.fc2, self.fc1(x))
 
 
 class LayerScale(nn.Module):

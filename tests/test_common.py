@@ -39,6 +39,7 @@ from common import (
     patchify,
     random_mask,
     rank,
+    recompute,
     reconstruction_loss,
     relative_places,
     restore,
@@ -454,6 +455,36 @@ def test_block_is_pre_norm_with_layer_scale():
     torch.testing.assert_close(block(x), y + 0.3 * block.mlp(block.norm2(y)))
     assert isinstance(block.ls1, LayerScale) and isinstance(Block(8, 2).ls1, torch.nn.Identity)
     assert MLP(8, 32).fc1.weight.shape == (32, 8) and block.norm1.eps == 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@given(st.integers(1, 3), st.integers(1, 9), st.integers(1, 3), st.integers(1, 4))
+def test_what_is_computed_again_gives_the_same_bits(dtype, batch, tokens, width, wider):
+    mlp = MLP(8 * width, 8 * wider)
+    x = torch.randn(batch, tokens, 8 * width, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        ours, plain = mlp(x), mlp.fc2(F.gelu(mlp.fc1(x)))
+    assert ours.dtype == dtype and torch.equal(ours, plain)
+    learned = [x, *mlp.parameters()]
+    for a, b in zip(*(torch.autograd.grad(y.float().square().sum(), learned) for y in (ours, plain)), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_what_is_computed_again_is_not_kept():
+    calls = []
+    weight, x = torch.randn(5, 5, requires_grad=True), torch.randn(3, 5, requires_grad=True)
+
+    def double(x):
+        calls.append(torch.is_grad_enabled())
+        return x * 2
+
+    y = recompute(double, lambda y: (y @ weight).sin() + y.new_ones(3, 5) * weight[0], x)
+    assert calls == [True]
+    y.sum().backward()  # the product's input is asked for once, the sine's own and the weights are as they were
+    assert calls == [True, False]
+    cosine_of = (2 * x @ weight).cos()
+    torch.testing.assert_close(weight.grad, (2 * x).T @ cosine_of + F.pad(torch.full((1, 5), 3.0), (0, 0, 0, 4)))
+    torch.testing.assert_close(x.grad, 2 * cosine_of @ weight.T)
 
 
 def test_drop_path_drops_whole_images_and_keeps_the_mean():
