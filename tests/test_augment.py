@@ -331,6 +331,38 @@ def test_normalize_matches_torchvision_and_denormalize_is_its_inverse():
     assert_close(augment.denormalize(augment.normalize(images)), images, atol=1e-6, rtol=0)
 
 
+def all_kinds(images, boxes, flips, jitter, where, sigma, offsets):
+    x = augment.shift_crop(augment.crop_resize(images, boxes, 40, flips), offsets, 32)
+    x = augment.grayscale(augment.color_jitter(x, *jitter), where)
+    return augment.normalize(augment.solarize(augment.gaussian_blur(x, sigma, where), 0.5, where.logical_not()))
+
+
+@pytest.mark.parametrize("where_on", ["cpu", "meta"])
+def test_all_is_computed_where_the_images_are(where_on):
+    """On torch's device of shapes without numbers, where a tensor of the CPU's is refused as it is beside a GPU's."""
+    rng = StepRandom(0, 0, 4, device="meta")
+    boxes, jitter = augment.crop_boxes(rng, (40, 48)), augment.draw_color_jitter(rng, 0.4, 0.4, 0.4, 0.1, 0.8)
+    images, where = torch.empty(4, 3, 40, 48, dtype=torch.uint8, device="meta"), torch.ones(4).bool().to(where_on)
+    views = all_kinds(images, boxes, rng.chance(0.5), jitter, where, rng.uniform(), rng.integers(0, 9, 2))
+    assert augment.denormalize(views).device.type == "meta" and views.shape == (4, 3, 32, 32)
+    assert jitter.order.device.type == jitter.where.device.type == "cpu"
+
+
+class OnAGPU(torch.Tensor):
+    """A tensor that says so."""
+
+    device = torch.device("cuda")
+
+
+@given(seeds, st.integers(1, 6))
+@SMALL
+def test_a_choice_on_a_gpu_is_the_choice_on_a_cpu(seed, B):
+    images, where, factor = unit(seed, B, 3, 5, 7), unit(seed, B) < 0.5, unit(seed + 1, B)[:, None, None, None]
+    there = augment.change(images, where.as_subclass(OnAGPU), torch.mul, factor)
+    assert torch.equal(torch.Tensor(there), augment.change(images, where, torch.mul, factor))
+    assert torch.equal(torch.Tensor(there), torch.where(where[:, None, None, None], images * factor, images))
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("where_on", ["cpu", "cuda"])
 def test_a_gpu_gives_what_the_cpu_gives_without_waiting(where_on):
@@ -344,18 +376,13 @@ def test_a_gpu_gives_what_the_cpu_gives_without_waiting(where_on):
         rng.integers(0, 9, 2),
     )
 
-    def views(images, flips, where, sigma, offsets):
-        x = augment.shift_crop(augment.crop_resize(images, boxes, 40, flips), offsets, 32)
-        x = augment.grayscale(augment.color_jitter(x, *jitter), where)
-        return augment.normalize(augment.solarize(augment.gaussian_blur(x, sigma, where), 0.5, where.logical_not()))
-
-    here = views(images, flips, where, sigma, offsets)
-    there = images.cuda(), flips.cuda(), where.to(where_on), sigma.cuda(), offsets.cuda()
+    here = all_kinds(images, boxes, flips, jitter, where, sigma, offsets)
+    there = images.cuda(), boxes, flips.cuda(), jitter, where.to(where_on), sigma.cuda(), offsets.cuda()
     torch.set_float32_matmul_precision("high")
     torch.cuda.set_sync_debug_mode("error")
     try:
         with torch.autocast("cuda", dtype=torch.bfloat16):
-            out = views(*there)
+            out = all_kinds(*there)
     finally:
         torch.cuda.set_sync_debug_mode("default")
         torch.set_float32_matmul_precision("highest")
