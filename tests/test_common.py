@@ -223,6 +223,8 @@ def test_visible_counts_of_the_papers():
     for ratio, left in [(0.0, "masked"), (-1.0, "masked"), (1.0, "visible"), (0.999, "visible")]:
         with pytest.raises(InputError, match=f"mask ratio .* {left}"):
             visible_count(64, ratio)
+    with pytest.raises(InputError, match="none of 1 patches or cells masked"):
+        visible_count(1, 0.0)
 
 
 @given(grids, ratios, st.integers(0, 1000), st.integers(1, 3))
@@ -622,8 +624,9 @@ def test_sizes_and_settings():
     assert ViT(**every).settings == every
     plain = ViT().settings
     assert (plain["width"], plain["depth"], plain["heads"]) == SIZES["nano"]
-    with pytest.raises(InputError, match="image size 60x60 is not divisible by patch size 8"):
-        ViT(60, 8)
+    for H, W in [(60, 60), (60, 64), (64, 60)]:
+        with pytest.raises(InputError, match=f"image size {H}x{W} is not divisible by patch size 8"):
+            ViT((H, W), 8)
 
 
 # ------------------------------------------------------------------------------------------------ heads and contrast
