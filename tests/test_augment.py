@@ -70,6 +70,8 @@ def test_crop_resize_matches_pil_up_to_its_rounding():
 
 def test_crop_resize_takes_a_list_of_differing_sizes():
     images = [pixels(i, 1, 20 + 7 * i, 50 - 9 * i)[0] for i in range(4)]
+    assert augment.sizes(torch.zeros(4, 3, 20, 50)) == (20, 50)
+    assert augment.sizes(images).tolist() == [[20 + 7 * i, 50 - 9 * i] for i in range(4)]
     boxes = augment.crop_boxes(StepRandom(0, 0, 4), augment.sizes(images))
     flips = torch.tensor([True, False, True, False])
     for image, box, flip, view in zip(
@@ -112,7 +114,8 @@ ratios = st.tuples(st.floats(0.3, 3.0), st.floats(0.3, 3.0)).map(sorted)
 @settings(max_examples=60)
 @given(seeds, st.integers(1, 300), st.integers(1, 300), ranges, ratios)
 @example(0, 1, 1, (0.5, 0.5), (0.5, 0.5))
-@example(0, 1, 1, (0.5, 0.5), (3.0, 3.0))
+@example(0, 2, 1, (0.5, 0.5), (3.0, 3.0))
+@example(0, 1, 2, (0.5, 0.5), (0.3, 0.3))
 def test_crop_boxes_are_those_of_torchvision_given_the_same_draws(seed, H, W, scale, ratio):
     """torchvision's get_params runs on a stand-in for torch that hands out our unit numbers."""
     B = 6
@@ -141,7 +144,7 @@ def test_crop_boxes_are_those_of_torchvision_given_the_same_draws(seed, H, W, sc
         if min(theirs[2:]) > 0:
             assert tuple(boxes[b].tolist()) == theirs
         else:  # torchvision's fallback in an image of a pixel or two can be empty; ours keeps a pixel
-            assert boxes[b, 2:].min() == 1
+            assert boxes[b, 2:].tolist() == [max(1, side) for side in theirs[2:]]
 
 
 @SMALL
@@ -254,6 +257,12 @@ def test_adjustments_match_torchvision(ours, data, seed, B):
     assert torch.equal(images, kept)  # none works in place on what it was given
 
 
+def test_a_hue_turned_by_whole_turns_is_what_it_was():
+    images, factor = pixels(0, 4, 9, 12).float() / 255, torch.tensor([-0.4, 0.0, 0.2, 0.5])[:, None, None, None]
+    for turns in (-2, 1, 3):
+        assert_close(augment.adjust_hue(images, factor + turns), augment.adjust_hue(images, factor), atol=2e-5, rtol=0)
+
+
 @SMALL
 @given(seeds, st.integers(1, 12), st.booleans())
 def test_color_jitter_matches_torchvision_in_every_image_s_own_order(seed, B, everywhere):
@@ -329,6 +338,53 @@ def test_normalize_matches_torchvision_and_denormalize_is_its_inverse():
     images = pixels(0, 3, 8, 8).float() / 255
     assert_close(augment.normalize(images), v2.functional.normalize(images, list(MEAN), list(STD)))
     assert_close(augment.denormalize(augment.normalize(images)), images, atol=1e-6, rtol=0)
+    double = torch.stack([(x - m) / s for x, m, s in zip(images.double().unbind(1), MEAN, STD, strict=True)], dim=1)
+    assert_close(augment.normalize(images.double()), double, atol=1e-12, rtol=0)
+
+
+def all_kinds(images, boxes, flips, jitter, where, sigma, offsets):
+    x = augment.shift_crop(augment.crop_resize(images, boxes, 40, flips), offsets, 32)
+    x = augment.grayscale(augment.color_jitter(x, *jitter), where)
+    return augment.normalize(augment.solarize(augment.gaussian_blur(x, sigma, where), 0.5, where.logical_not()))
+
+
+@pytest.mark.parametrize("where_on", ["cpu", "meta"])
+def test_all_is_computed_where_the_images_are(where_on):
+    """On torch's device of shapes without numbers, where a tensor of the CPU's is refused as it is beside a GPU's."""
+    rng, images = StepRandom(0, 0, 4), torch.empty(4, 3, 40, 48, dtype=torch.uint8, device="meta")
+    boxes, jitter = augment.crop_boxes(rng, (40, 48)), augment.draw_color_jitter(rng, 0.4, 0.4, 0.4, 0.1, 0.8)
+    flips, where = rng.chance(0.5), rng.chance(0.5).to(where_on)
+    views = all_kinds(images, boxes, flips, jitter, where, rng.uniform(), rng.integers(0, 9, 2))
+    assert augment.denormalize(views).device.type == "meta" and views.shape == (4, 3, 32, 32)
+    there = StepRandom(0, 0, 4, device="meta")
+    jitter = augment.draw_color_jitter(there, 0.4, 0.4, 0.4, 0.1)
+    assert augment.crop_boxes(there, (40, 48)).device == jitter.order.device == jitter.where.device == rng.device
+    assert jitter.hue.device == there.device
+
+
+class OnAGPU(torch.Tensor):
+    """A tensor that says so."""
+
+    device = torch.device("cuda")
+
+
+@SMALL
+@given(seeds, st.integers(1, 6))
+def test_a_choice_on_the_cpu_computes_the_chosen_and_one_on_a_gpu_all(seed, B):
+    images, where, factor = unit(seed, B, 3, 5, 7), unit(seed, B) < 0.5, unit(seed + 1, B)[:, None, None, None]
+    computed = []
+
+    def multiply(x, factor):
+        computed.append(len(x))
+        return x * factor
+
+    here = augment.change(images, where, multiply, factor)
+    there = augment.change(images, where.as_subclass(OnAGPU), multiply, factor)
+    expected = torch.stack(
+        [image * f if chosen else image for image, f, chosen in zip(images, factor, where, strict=True)]
+    )
+    assert torch.equal(here, expected) and torch.equal(torch.Tensor(there), expected)
+    assert computed == [where.sum(), B]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -344,18 +400,13 @@ def test_a_gpu_gives_what_the_cpu_gives_without_waiting(where_on):
         rng.integers(0, 9, 2),
     )
 
-    def views(images, flips, where, sigma, offsets):
-        x = augment.shift_crop(augment.crop_resize(images, boxes, 40, flips), offsets, 32)
-        x = augment.grayscale(augment.color_jitter(x, *jitter), where)
-        return augment.normalize(augment.solarize(augment.gaussian_blur(x, sigma, where), 0.5, where.logical_not()))
-
-    here = views(images, flips, where, sigma, offsets)
-    there = images.cuda(), flips.cuda(), where.to(where_on), sigma.cuda(), offsets.cuda()
+    here = all_kinds(images, boxes, flips, jitter, where, sigma, offsets)
+    there = images.cuda(), boxes, flips.cuda(), jitter, where.to(where_on), sigma.cuda(), offsets.cuda()
     torch.set_float32_matmul_precision("high")
     torch.cuda.set_sync_debug_mode("error")
     try:
         with torch.autocast("cuda", dtype=torch.bfloat16):
-            out = views(*there)
+            out = all_kinds(*there)
     finally:
         torch.cuda.set_sync_debug_mode("default")
         torch.set_float32_matmul_precision("highest")

@@ -17,12 +17,14 @@ from common import (
     Attention,
     BatchNorm,
     Block,
+    ConvEmbed,
     Head,
     InputError,
     LayerScale,
     Mask,
     StepRandom,
     ViT,
+    _blocks,
     attend,
     block_mask,
     cosine,
@@ -99,7 +101,7 @@ def test_draws_have_their_ranges_types_and_rates():
     assert i.dtype == torch.int64 and set(i.tolist()) == {3, 4, 5, 6}
     assert abs(b.mean() - 0.5) < 0.01 and abs(b.var() - 0.125) < 0.005  # variance of Beta(a, a): 1 / (4 (2a + 1))
     assert c.dtype == torch.bool and abs(c.float().mean() - 0.2) < 0.01
-    assert abs(r.normal().std() - 1) < 0.02
+    assert abs(r.normal().std() - 1) < 0.02 and r.normal().dtype == b.dtype == torch.float32
 
 
 @given(st.integers(0, 99), st.integers(0, 99), st.integers(1, 50))
@@ -143,6 +145,8 @@ def test_sums_and_gathers_over_ranks(monkeypatch):
     assert weight.tolist() == [[3, 5]]
     gathered = gather_over_ranks(x)
     assert gathered.tolist() == [[10, 20], [1, 2], [100, 200]] and not gathered.requires_grad
+    monkeypatch.setattr(ThreeRanks, "get_world_size", lambda _: 2)  # two are ranks enough
+    assert sum_over_ranks(x).tolist() == [[111, 222]]
 
 
 # ---------------------------------------------------------------------------------------------- patches and targets
@@ -166,6 +170,7 @@ def test_patchify_refuses_a_size_that_does_not_divide():
 
 def test_normalized_patches_match_a_float64_loop():
     patches = torch.rand(2, 3, 12, dtype=torch.float64)
+    patches[1] *= 1e-3  # nearly flat: the epsilon counts
     for b in range(2):
         for i in range(3):
             t = patches[b, i].tolist()
@@ -219,6 +224,8 @@ def test_visible_counts_of_the_papers():
     for ratio, left in [(0.0, "masked"), (-1.0, "masked"), (1.0, "visible"), (0.999, "visible")]:
         with pytest.raises(InputError, match=f"mask ratio .* {left}"):
             visible_count(64, ratio)
+    with pytest.raises(InputError, match="none of 1 patches or cells masked"):
+        visible_count(1, 0.0)
 
 
 @given(grids, ratios, st.integers(0, 1000), st.integers(1, 3))
@@ -279,9 +286,12 @@ def test_block_mask_hides_blocks_not_specks():
         hidden = mask.hidden.reshape(-1, 14, 14).double()
         return ((hidden[:, :, 1:] * hidden[:, :, :-1]).mean() / hidden.mean()).item()
 
-    beits = block_mask(rng(), (14, 14), 98, smallest=16, tries=10)
-    assert torch.equal(block_mask(rng(), (14, 14), 98).masked, beits.masked)
-    assert joined(block_mask(rng(total=200), (14, 14), 98)) > 0.75 > 0.6 > joined(random_mask(rng(), (14, 14), 0.5))
+    for grid, count in [((14, 14), 98), ((4, 4), 15)]:
+        beits = block_mask(rng(), grid, count, smallest=16, tries=10)
+        assert torch.equal(block_mask(rng(), grid, count).masked, beits.masked)
+    mask = block_mask(rng(total=200), (14, 14), 98)
+    assert joined(mask) > 0.75 > 0.6 > joined(random_mask(rng(), (14, 14), 0.5))
+    assert len(mask.masked.unique(dim=0)) == 200  # every image has its own
 
 
 def test_no_block_spans_the_grid():
@@ -297,6 +307,38 @@ def test_blocks_are_as_often_tall_as_wide():
     below, right = (hidden[:, 1:] & hidden[:, :-1]).sum((1, 2)), (hidden[:, :, 1:] & hidden[:, :, :-1]).sum((1, 2))
     difference = (below - right).double()
     assert difference.mean().abs() < 4 * difference.std() / math.sqrt(1500)
+
+
+class LeastArea:
+    """Stands in for a generator: areas are the least allowed, and kept in a list; all aspect ratios are `aspect`."""
+
+    def __init__(self, aspect, seed=0):
+        self.areas, self.aspect, self.integers = [], aspect, np.random.default_rng(seed).integers
+
+    def uniform(self, low, high):
+        if low == math.log(0.3) == -high:
+            return math.log(self.aspect)
+        assert len(self.areas) < 1000, "blocks are drawn without end"
+        self.areas.append(low)
+        return low
+
+
+def test_a_block_has_its_area_and_aspect_and_its_least_area_halves_after_so_many_failures():
+    shapes = [(1, 3, 3), (0.5, 2, 4), (2, 4, 2), (0.3, 2, 6), (1 / 0.3, 6, 2)]
+    for (aspect, rows, columns), seed in itertools.product(shapes, range(8)):  # at any place
+        h, w, area = rows + 1, columns + 1, rows * columns  # where it just fits
+        hidden = np.zeros((h, w), dtype=bool)
+        hidden.flat[_blocks(LeastArea(aspect, seed), h, w, area, area, 10)[-area:]] = True
+        assert (hidden.any(1).sum(), hidden.any(0).sum()) == (rows, columns)
+    draw = LeastArea(0.3)
+    _blocks(draw, 4, 4, 15, 16, 4)  # 15 would be 2 x 7 patches, 8 2 x 5, 4 1 x 4: too many for a grid of 4 x 4
+    assert draw.areas[:13] == [15] * 4 + [8] * 4 + [4] * 4 + [2]
+    draw, anywhere = LeastArea(1), LeastArea(1).integers
+    draw.integers = lambda low, high: anywhere(low, high) if len(draw.areas) > 9 else 0
+    _blocks(draw, 5, 5, 8, 5, 4)  # 2 x 2 in the corner, then nothing new there
+    assert draw.areas[:10] == [5] + [4] * 4 + [2] * 4 + [1]
+    for h, w in [(1, 2), (2, 1), (2, 2), (5, 5)]:
+        _blocks(LeastArea(1), h, w, h * w - 1, 16, 10)  # to the last patch
 
 
 def test_block_mask_refuses_to_hide_all_or_nothing():
@@ -349,6 +391,10 @@ def test_attend_leaves_all_to_torchs_kernel_but_short_sequences(monkeypatch):
         q, k = torch.randn(1, 1, queries, 8, dtype=dtype), torch.randn(1, 1, keys, 8, dtype=dtype)
         torch.testing.assert_close(attend(q, k, k), kernel(q, k, k), atol=0.05, rtol=0.05)
         assert (len(taken) == 1) == to_kernel
+    x = torch.randn(1, 1, 4, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = attend(x, x, x)
+    assert torch.equal(inside, attend(x, x, x))
 
 
 @given(st.sampled_from([5, 300]), st.sampled_from([3, 280]), st.sampled_from([1, 2]))
@@ -496,13 +542,36 @@ def test_drop_path_drops_whole_images_and_keeps_the_mean():
     assert drop_path(x, 0.25, training=False) is x and drop_path(x, 0.0, training=True) is x
 
 
+def test_drop_path_leaves_out_either_branch_of_a_block_and_none_in_evaluation():
+    torch.manual_seed(0)
+    x = torch.randn(200, 3, 8)
+    for silent in ("attn.proj", "mlp.fc2"):  # one branch adds nothing, so that the other is seen
+        block = Block(8, 2, drop_path=0.5)
+        for parameter in block.get_submodule(silent).parameters():
+            parameter.data.zero_()
+        out = (block(x) == x).all(dim=2).all(dim=1)
+        assert 60 < out.sum() < 140 and not (block.eval()(x) == x).all(dim=2).any()
+
+
+@pytest.mark.parametrize("stem", ["linear", "conv"])
+def test_all_is_made_where_its_input_is(stem):
+    """On torch's device of shapes without numbers, where a tensor of the CPU's is refused as it is beside a GPU's."""
+    vit = ViT(32, 8, 32, 1, 4, stem=stem, drop_path=0.5).to("meta")
+    images, random = torch.empty(2, 3, 32, 32, device="meta"), StepRandom(0, 0, 2, device="meta")
+    for mask in (random_mask(random, (4, 4), 0.5), random_mask(random, (4, 4), 0.5, 2), block_mask(random, (4, 4), 8)):
+        assert mask.order.device.type == mask.hidden.device.type == vit(images, mask.visible).device.type == "meta"
+    assert drop_path(images.flatten(2), 0.5, training=True).device.type == "meta"
+
+
 def test_drop_path_grows_linearly_over_the_blocks():
-    assert [b.drop_path for b in ViT(depth=5, drop_path=0.2).blocks] == pytest.approx([0, 0.05, 0.1, 0.15, 0.2])
+    for depth, rates in [(5, [0, 0.05, 0.1, 0.15, 0.2]), (2, [0, 0.2]), (1, [0])]:
+        assert [b.drop_path for b in ViT(depth=depth, drop_path=0.2).blocks] == pytest.approx(rates)
 
 
 @pytest.mark.parametrize("size,patch", [(32, 8), ((24, 40), 8)])
 def test_visible_patches_are_embedded_as_in_the_whole_image(size, patch):
     vit = ViT(size, patch, 32, 2, 4)
+    vit.norm.weight.data.normal_()  # else twice the norm would be the norm
     H, W = (size, size) if isinstance(size, int) else size
     images = torch.randn(2, 3, H, W)
     mask = random_mask(rng(total=2), vit.grid, 0.5)
@@ -528,14 +597,20 @@ def test_masked_pixels_never_reach_visible_tokens(stem, seed, ratio):
 def test_conv_stem_sees_neighbours_but_only_visible_ones():
     """With everything visible the stem overlaps patches, so that the test above guards something."""
     vit = ViT(32, 8, 32, 1, 4, stem="conv")
+    for conv in vit.patch_embed.stages:
+        conv.bias.data.normal_()  # without a bias the norm would hide whatever a stage's input is multiplied by
     images = torch.randn(1, 3, 32, 32, requires_grad=True)
     vit.patch_embed(images)[0, 5].sum().backward()
     touched = patchify(images.grad, 8).abs().amax(-1)[0] > 0
-    assert touched[5] and touched.sum() > 1
+    assert touched.nonzero()[:, 0].tolist() == [0, 1, 4, 5]  # 3 x 3 in steps of 2 reach up and to the left
     everything = torch.arange(16)[None]
     torch.testing.assert_close(vit.patch_embed(images, everything), vit.patch_embed(images))
-    with pytest.raises(InputError, match="no power of two"):
-        ViT(36, 12, 32, 1, 4, stem="conv")
+    assert {norm.eps for norm in vit.patch_embed.norms} == {1e-6}
+    assert [conv.out_channels for conv in ConvEmbed(16, 32).stages] == [8, 8, 16, 32]  # doubled, but for the first
+    assert ViT(4, 2, 32, 1, 4, stem="conv")(torch.randn(1, 3, 4, 4)).shape == (1, 5, 32)  # one stage is the least
+    for size, patch in [(36, 12), (4, 1)]:
+        with pytest.raises(InputError, match=f"{patch} is no power of two"):
+            ViT(size, patch, 32, 1, 4, stem="conv")
 
 
 def test_encoder_loads_into_timm_and_gives_the_same_features():
@@ -575,8 +650,14 @@ def test_sizes_and_settings():
     vit = ViT(32, 8, 32, 1, 4, layer_scale=0.1, stem="conv")
     again = ViT(**vit.settings)
     again.load_state_dict(vit.state_dict())
-    with pytest.raises(InputError, match="image size 60x60 is not divisible by patch size 8"):
-        ViT(60, 8)
+    every = dict(image_size=(16, 24), patch_size=4, width=16, depth=2, heads=2, layer_scale=0.1, drop_path=0.2,
+                 stem="conv", positions="relative")  # fmt: skip
+    assert ViT(**every).settings == every
+    plain = ViT().settings
+    assert (plain["width"], plain["depth"], plain["heads"]) == SIZES["nano"]
+    for H, W in [(60, 60), (60, 64), (64, 60)]:
+        with pytest.raises(InputError, match=f"image size {H}x{W} is not divisible by patch size 8"):
+            ViT((H, W), 8)
 
 
 # ------------------------------------------------------------------------------------------------ heads and contrast
@@ -600,16 +681,21 @@ def test_batch_norm_matches_torch(n, affine):
     assert torch.equal(ours.eval()(x), ours.train()(x))  # always the statistics of the batch
 
 
-def test_batch_norm_of_two_ranks_is_that_of_their_whole_batch(monkeypatch):
+@pytest.mark.parametrize("affine, dtype", [(True, torch.float32), (False, torch.float32), (True, torch.bfloat16)])
+def test_batch_norm_of_two_ranks_is_that_of_their_whole_batch(affine, dtype, monkeypatch):
     torch.manual_seed(0)
-    x = torch.randn(8, 5) * 3 + 10
-    mine, other = x[:4], x[4:]
-    whole = BatchNorm(5)(x)
-    centred = other - x.mean(0)
-    theirs = iter([other.sum(0), centred.square().sum(0)])
+    norm = BatchNorm(5, affine, eps=0.5)
+    if affine:
+        with torch.no_grad():
+            norm.weight.copy_(torch.arange(5) + 2.0)
+            norm.bias.copy_(torch.arange(5) - 2.5)
+    x = (torch.randn(8, 5) * 3 + 100).to(dtype)
+    whole, other = norm(x.float()), x[4:].float()
+    theirs = iter([other.sum(0), (other - x.float().mean(0)).square().sum(0)])
     monkeypatch.setattr(common, "world_size", lambda: 2)
-    monkeypatch.setattr(common, "sum_over_ranks", lambda y: y + next(theirs))
-    torch.testing.assert_close(BatchNorm(5)(mine), whole[:4], atol=1e-5, rtol=1e-4)
+    monkeypatch.setattr(common, "sum_over_ranks", lambda y: y + next(theirs).to(y.dtype))
+    mine, rounding = norm(x[:4]), 1e-4 if dtype == torch.float32 else 0.005
+    torch.testing.assert_close(mine, whole[:4].to(dtype), atol=rounding, rtol=rounding)
 
 
 def test_head_is_linear_norm_relu_linear():
@@ -723,6 +809,7 @@ def test_learning_rate_warms_up_and_decays(warmup, rest, floor):
         share = (t - warmup) / rest
         assert rates[t] == pytest.approx(floor + (peak - floor) * 0.5 * (1 + math.cos(math.pi * share)))
     assert learning_rate(0, 10, 0, peak) == peak  # no warm-up
+    assert learning_rate(steps + rest, steps, warmup, peak, floor) == pytest.approx(floor)  # it does not rise again
 
 
 def test_parameter_groups_are_maes_and_optionally_cmaes():
