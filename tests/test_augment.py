@@ -87,6 +87,12 @@ def test_crop_resize_of_the_whole_image_is_the_image():
     assert_close(augment.crop_resize(images, whole, 16), images.float() / 255, atol=1e-6, rtol=0)
 
 
+@pytest.mark.parametrize("n, size, taps", [(64, 64, 4), (32, 64, 4), (96, 64, 6), (100, 64, 7), (128, 32, 16)])
+def test_a_sample_has_as_many_taps_as_the_kernel_is_wide(n, size, taps):
+    pixel, weight = augment.cubic_taps(torch.tensor([0]), torch.tensor([n]), n, size)
+    assert pixel.shape == weight.shape == (1, size, taps)
+
+
 @pytest.mark.parametrize("B", [0, 31, 32, 33, 70])
 def test_filtering_a_few_at_a_time_gives_what_one_at_a_time_gives(B):
     images, boxes, sigma = pixels(0, 70, 20, 24), boxes_in(0, 70, 20, 24), unit(0, 70)
