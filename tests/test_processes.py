@@ -7,6 +7,7 @@ take less time than five that import torch.
 import json
 import multiprocessing
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -192,6 +193,38 @@ def test_the_rows_of_ranks_and_parts_make_up_the_batch(batch_size, ranks, accumu
 
 
 # -------------------------------------------------------------------------------------------------- processes that die
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+def test_killed_at_random_moments_and_resumed_ends_with_the_same_bits(ranks, tmp_path, method):
+    """Ten moments (three for the others) of loading, training and saving; the run gets on each time."""
+    kills, flags = 10 if method in ("mae", "cmae") else 3, ["--epochs", 40, "--drop-path", 0.2, "--clip-grad", 1]
+    assert_fine(ranks(*flags, method=method, out="whole"))
+    draw, place, first = random.Random(0), tmp_path / "run", 0.0
+
+    def logged() -> int:
+        return (place / "log.jsonl").read_bytes().count(b"\n") if (place / "log.jsonl").exists() else 0
+
+    for _ in range(kills):
+        begin, enough = time.time(), logged() + 200 // (kills + 3)  # lest it be done before
+        run = ranks(*flags, method=method)
+        while not (place / "checkpoint.pt").exists():  # the first time
+            assert run.processes[0].is_alive(), run.stderr
+            time.sleep(0.01)
+        first = first or time.time() - begin
+        moment = time.time() + first * draw.uniform(0, 1.5)
+        while time.time() < moment and logged() < enough:
+            time.sleep(0.002)
+        run.processes[0].kill()
+        run.processes[0].join()
+        assert run.processes[0].exitcode == -signal.SIGKILL  # it was on its way
+    assert 0 < state(place)["step"] < 200
+    assert_fine(ranks(*flags, method=method))
+    assert_same_bits(state(place), state(tmp_path / "whole"))
+    ours, theirs = ([(row["step"], row["loss"]) for row in log(each)[1:]] for each in (place, tmp_path / "whole"))
+    assert ours == theirs
+
 
 # The second checkpoint is being written, and half of it is on the disk, when the process is killed.
 HALF = """

@@ -2,7 +2,6 @@
 
 import json
 import os
-import random
 import re
 import signal
 import socket
@@ -232,28 +231,6 @@ def test_one_image_resumes_with_the_same_bits_and_processes_share_it(train, tmp_
 
 
 # ------------------------------------------------------------------------------------------------------ exact resume
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("method", METHODS)
-def test_killed_at_random_moments_and_resumed_ends_with_the_same_bits(train, tmp_path, method):
-    """Ten moments (three for the others) of start-up, loading, training and saving; the run gets on each time."""
-    flags = ("--epochs", 100, "--drop-path", 0.2, "--clip-grad", 1)
-    assert_fine(train(*flags, method=method, out="whole"))
-    draw, begin, startup = random.Random(0), time.time(), 0.0
-    for _ in range(10 if method in ("mae", "cmae") else 3):
-        process = train.start(*flags, method=method)
-        while not (tmp_path / "run/log.jsonl").exists():  # the first time
-            time.sleep(0.01)
-        startup = startup or time.time() - begin
-        time.sleep(startup * draw.uniform(0.5, 1.5))
-        process.kill()
-        process.communicate()
-    assert 0 < state(tmp_path / "run")["step"] < 500  # it was on its way
-    assert_fine(train(*flags, method=method))
-    assert_same_bits(state(tmp_path / "run"), state(tmp_path / "whole"))
-    ours, theirs = ([(r["step"], r["loss"]) for r in log(tmp_path / name)[1:]] for name in ("run", "whole"))
-    assert ours == theirs
 
 
 @pytest.mark.parametrize("processes", [1, 2])
