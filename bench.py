@@ -34,7 +34,6 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
@@ -43,7 +42,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import augment
-import common
 import data
 import launch
 from common import SIZES, InputError, StepRandom, ViT, normalize_patches, parameter_groups
@@ -432,7 +430,7 @@ NETWORK = 200e9  # bytes/s out of one machine: eight cards of 200 Gbit/s; a ring
 
 
 def activations(args, method, B: int) -> int:
-    """Bytes that autograd keeps on a GPU for the backward pass of a bf16 step: every storage once, weights not."""
+    """Bytes that autograd keeps for the backward pass of a bf16 step: every storage once, weights not."""
     kept = {}
     weights = {p.untyped_storage().data_ptr() for p in method.parameters()}
 
@@ -443,8 +441,7 @@ def activations(args, method, B: int) -> int:
         return x
 
     batch = draw(args, method, B, torch.device("cpu"))
-    kept_all = patch.object(common, "recompute", lambda inner, outer, x: outer(inner(x)))  # as a GPU does
-    with kept_all, torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x), torch.autocast("cpu", torch.bfloat16):
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x), torch.autocast("cpu", torch.bfloat16):
         loss = method(batch)["loss"]  # held until all is counted: memory that is free again would be counted once
         assert loss.ndim == 0
         return sum(kept.values())
