@@ -13,8 +13,8 @@ OMP_NUM_THREADS=1). A step is forward, backward, AdamW and the teacher, as in tr
 before. FLOPs are what torch's FlopCounterMode counts in that step without compiling. `share` is that over time and over
 the rate of a 2048 x 2048 torch.matmul of the same precision (8192 on a GPU) in the same repeats, in percent; above 100
 where our float32 is oneDNN's and torch.matmul MKL's (see `common.linear`). `MB` is what a process of its own holds at
-its peak beyond what a tiny model takes: model, optimizer, activations. `cost` is a method's time over MAE's, divided
-by its FLOPs over MAE's.
+its peak beyond what a tiny model takes: model, optimizer, activations; on a CPU the median of three such processes.
+`cost` is a method's time over MAE's, divided by its FLOPs over MAE's.
 """
 
 import argparse
@@ -184,7 +184,7 @@ def held(what: str) -> int:
 
 
 def peak_memory(pipe, threads: int, args, name: str, B: int, precision: str, compiled: bool, device) -> None:
-    """What three steps hold at their peak; run in a process of its own, after a tiny model's step."""
+    """What three steps hold at their peak; in a process of its own, after a tiny model's step."""
     torch.set_num_threads(threads)
     if device.type == "cpu":
         launch.keep_freed_memory()  # as train.py does
@@ -232,8 +232,9 @@ def bench_step(args, device: torch.device) -> list[dict]:
                 row |= dict(images_per_second=B / t, ms=1e3 * t, gflop=counted[name] / 1e9)
                 row |= dict(share=100 * counted[name] / t / rate, matmul_tflops=rate / 1e12)
                 if args.memory:
-                    peak = in_a_child(peak_memory, args, name, B, precision, compiled, device)
-                    row |= dict(megabytes=peak and peak / 1e6)
+                    times = 1 if device.type == "cuda" else 3  # the gaps in a heap differ by some per cent
+                    peaks = [in_a_child(peak_memory, args, name, B, precision, compiled, device) for _ in range(times)]
+                    row |= dict(megabytes=None if None in peaks else statistics.median(peaks) / 1e6)
                 if len(args.method) > 1 and ("mae", compiled) in seconds and name in args.method:
                     row |= dict(time_by_mae=t / seconds["mae", compiled], flops_by_mae=counted[name] / counted["mae"])
                     row |= dict(cost=row["time_by_mae"] / row["flops_by_mae"])
