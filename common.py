@@ -352,7 +352,7 @@ class Attention(nn.Module):
 
 
 def recompute(inner: Callable, outer: Callable, x: Tensor) -> Tensor:
-    """outer(inner(x)). In float32 on a CPU the backward pass computes inner(x) again, to the bit, in place of keeping it.
+    """outer(inner(x)). In float32 on a CPU the backward pass does not keep inner(x), but computes the same bits again.
 
     GELU's output is much of what a step keeps, and takes little time. Lower precisions have less to save.
     """
