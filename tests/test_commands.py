@@ -8,9 +8,11 @@ import shlex
 import subprocess
 import sys
 
+import forked
 import pytest
+from forked import ROOT
 from test_map import commands
-from test_train import OWN, ROOT, SMALL, assert_fine, environment, photos  # noqa: F401  (fixtures)
+from test_train import OWN, SMALL, assert_fine, environment, photos  # noqa: F401  (fixtures)
 
 QUICK = "--epochs 1 --warmup-epochs 0 --batch-size 16 --resume never".split()
 TINY = "--width 16 --depth 1 --heads 1 --decoder-width 16 --decoder-depth 1 --decoder-heads 1 --image-size 32".split()
@@ -31,6 +33,7 @@ ELSEWHERE = {  # commands that are not run here, and why
 }
 SHOWN = {command: None for _, command in commands() if "train.py" not in command and "pytest" not in command}
 RUN = [command for command in SHOWN if not any(word in command.split() for word in ELSEWHERE)]
+FIRST = {command.partition(".py")[0]: command for command in reversed(RUN)}.values()  # of each program
 
 
 @pytest.fixture(scope="session")
@@ -40,13 +43,8 @@ def place(photos, environment, tmp_path_factory):  # noqa: F811
     words = ["train.py", "--method", "cmae", "--data", photos, "--out", folder / "run", *SMALL, *OWN["cmae"]]
     begin = [words, ["transfer.py", "--make-scenes", folder / "scenes", "--n", "8"]]
     for script, *words in begin:
-        words = [
-            sys.executable,
-            ROOT / script,
-            *map(str, words),
-            *(["--max-steps", "3"] if script == "train.py" else []),
-        ]
-        assert_fine(subprocess.run(words, env=environment, capture_output=True, text=True, cwd=folder))
+        words += ["--max-steps", "3"] if script == "train.py" else []
+        assert_fine(forked.run(script, *words, env=environment, cwd=folder))
     return folder
 
 
@@ -87,9 +85,11 @@ def test_every_command_runs_in_short(command, place, photos, environment):  # no
     pytest.importorskip("transformers" if "hf" in command.split() else "torch")
     pytest.importorskip("pycocotools" if "detect" in command else "torch")
     (place / "new").mkdir(exist_ok=True)
-    done = subprocess.run(
-        short(command, place, photos), env=environment, capture_output=True, text=True, cwd=place / "new", timeout=300
-    )
+    words, where = short(command, place, photos), dict(env=environment, cwd=place / "new", timeout=300)
+    if command in FIRST or words[1] == "-m":
+        done = subprocess.run(words, capture_output=True, text=True, **where)
+    else:
+        done = forked.run(*words[1:], **where)
     if "--check" in command:  # what it finds, if anything, is test_reproduce.py's
         assert done.returncode in (0, 2) and "Traceback" not in done.stderr
     else:

@@ -1,35 +1,28 @@
-"""Many processes, and processes that die: the same result for any number of them, and nothing lost or half-written.
-
-`Ranks` starts processes from a server that has everything imported, as torchrun would start them: a hundred of them
-take less time than five that import torch.
-"""
+"""Many processes, and processes that die: the same result for any number of them, and nothing lost or half-written."""
 
 import json
 import multiprocessing
 import os
 import random
 import signal
-import socket
 import subprocess
 import sys
 import time
-import traceback
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from forked import ROOT, Program, server
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from test_train import OWN, SMALL, assert_same_bits, log, state
+from test_train import OWN, SMALL, assert_same_bits, environment, log, state  # noqa: F401  (a fixture)
 
 import launch
 import train
 from common import InputError
 from options import METHODS
-
-ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -45,91 +38,24 @@ def photos(tmp_path_factory):
     return root
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    """The processes' parent. It inherits this environment, hence one thread and a cache of our own."""
-    patch = pytest.MonkeyPatch()
-    patch.setenv("MINMIM_CACHE", str(tmp_path_factory.mktemp("cache")))
-    patch.setenv("OMP_NUM_THREADS", "1")
-    patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "tests")]))  # to find what it shall import
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["test_processes"])
-    yield context
-    patch.undo()
-
-
-def be_rank(environment: dict, words: list[str], before: str, said: str) -> None:
-    """In a process of its own: train.py with these words, after the lines of `before`; stderr goes to a file."""
-    os.environ.update(environment)
-    os.setpgrp()
-    sys.stderr = open(said, "w", buffering=1)
-    sys.argv = ["train.py", *words]
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        exec(before, dict(train=train, launch=launch, os=os, signal=signal, torch=torch))
-        launch.command(train.main)
-    except BaseException as error:
-        if not isinstance(error, SystemExit):
-            traceback.print_exc()
-        raise
-    finally:
-        sys.stderr.flush()
-
-
-class Ranks:
-    """`n` processes of one run of train.py, as torchrun would start them. `wait()` → their exit statuses."""
-
-    def __init__(self, server, place: Path, *words, n: int = 1, before: str = "", **environment):
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            port = s.getsockname()[1]
-        self.said = [place / f"said-{port}-{r}" for r in range(n)]
-        many = dict(WORLD_SIZE=n, LOCAL_WORLD_SIZE=n, MASTER_ADDR="127.0.0.1", MASTER_PORT=port) if n > 1 else {}
-        self.processes = []
-        for r in range(n):
-            ranks = many | (dict(RANK=r, LOCAL_RANK=r) if n > 1 else {}) | environment
-            ranks = {name: str(value) for name, value in ranks.items()}
-            arguments = (ranks, [*map(str, words)], before, str(self.said[r]))
-            self.processes.append(server.Process(target=be_rank, args=arguments, daemon=True))
-            self.processes[-1].start()
-
-    def wait(self, seconds: float = 120) -> list[int]:
-        end = time.time() + seconds
-        for process in self.processes:
-            process.join(max(0.1, end - time.time()))
-        late = [process for process in self.processes if process.is_alive()]
-        for process in late:
-            process.kill()
-            process.join()
-        assert not late, self.stderr
-        return [process.exitcode for process in self.processes]
-
-    @property
-    def stderr(self) -> str:
-        return "".join(file.read_text() for file in self.said if file.exists())
-
-    def lines(self) -> list[str]:
-        return [line for line in self.stderr.splitlines() if line.strip()]
-
-
 @pytest.fixture
-def ranks(server, photos, tmp_path):
-    """ranks("--flag", …, method=…, n=4, out="run") → Ranks, started."""
+def ranks(photos, environment, tmp_path):  # noqa: F811
+    """ranks("--flag", …, method=…, n=4, out="run") → the program, started."""
 
-    def begin(*flags, method="mae", n=1, out="run", before="", **environment):
+    def begin(*flags, method="mae", n=1, out="run", before="", **more):
         words = ["--method", method, "--data", photos, "--out", tmp_path / out, *SMALL, *OWN[method], *flags]
-        return Ranks(server, tmp_path, *words, n=n, before=before, **environment)
+        return Program("train.py", *words, n=n, env=environment | more, cwd=tmp_path, before=before)
 
     yield begin
     for process in multiprocessing.active_children():
         process.kill()
 
 
-def assert_fine(run: Ranks):
+def assert_fine(run: Program):
     assert run.wait() == [0] * len(run.processes), run.stderr
 
 
-def wait_for(run: Ranks, directory: Path, steps: int):
+def wait_for(run: Program, directory: Path, steps: int):
     """Until the run has logged so many steps."""
     end = time.time() + 100
     while not (directory / "log.jsonl").exists() or len(log(directory)) <= steps:
@@ -228,12 +154,12 @@ def test_killed_at_random_moments_and_resumed_ends_with_the_same_bits(ranks, tmp
 
 # The second checkpoint is being written, and half of it is on the disk, when the process is killed.
 HALF = """
+import io, torch
 save, saved = torch.save, []
 def half(tree, file):
     saved.append(str(file.name))
     if sum("/.checkpoint.pt" in name for name in saved) < 2:
         return save(tree, file)
-    import io
     content = io.BytesIO()
     save(tree, content)
     file.write(content.getvalue()[: len(content.getvalue()) // 2])
@@ -309,7 +235,7 @@ launch.command(train.main)
 
 
 @pytest.mark.slow
-def test_a_worker_that_is_killed_is_started_again_and_the_weights_are_right(ranks, photos, tmp_path, server):
+def test_a_worker_that_is_killed_is_started_again_and_the_weights_are_right(ranks, photos, tmp_path, environment):  # noqa: F811
     """torchrun --max-restarts: the processes start over, the run does not."""
     (tmp_path / "train.py").write_text(DIES.format(root=str(ROOT)))
     whole = ranks("--epochs", 4, n=2, out="whole")
@@ -317,7 +243,7 @@ def test_a_worker_that_is_killed_is_started_again_and_the_weights_are_right(rank
     agent = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=1"]
     done = subprocess.run(
         [*agent, str(tmp_path / "train.py"), *map(str, words)], capture_output=True, text=True, timeout=300,
-        env=os.environ | dict(OMP_NUM_THREADS="1"),
+        env=environment,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert f"continuing {tmp_path / 'run'} from step 10" in done.stderr
@@ -410,11 +336,11 @@ train.Run.save = save
     assert_same_bits(state(tmp_path / "run"), state(tmp_path / "whole"))
 
 
-def test_many_readers_see_only_whole_files(server, tmp_path):
+def test_many_readers_see_only_whole_files(tmp_path):
     """A file that is replaced a hundred times is whole whenever somebody looks."""
     path = tmp_path / "x.json"
     launch.write_text(path, json.dumps([0] * 5_000))
-    writer = server.Process(target=rewrite, args=(str(path),), daemon=True)
+    writer = server().Process(target=rewrite, args=(str(path),), daemon=True)
     writer.start()
     seen = set()
     while writer.is_alive():
@@ -431,9 +357,9 @@ def rewrite(path: str) -> None:
         launch.write_text(path, json.dumps([i] * 5_000))
 
 
-def test_two_programs_may_write_one_file_at_once(server, tmp_path):
+def test_two_programs_may_write_one_file_at_once(tmp_path):
     """Each writes under a name of its own, so that what stands in the end is one of the two, whole."""
-    writers = [server.Process(target=rewrite, args=(str(tmp_path / "x.json"),), daemon=True) for _ in range(2)]
+    writers = [server().Process(target=rewrite, args=(str(tmp_path / "x.json"),), daemon=True) for _ in range(2)]
     for writer in writers:
         writer.start()
     for writer in writers:

@@ -1,6 +1,7 @@
 """train.py with real processes: exact resume, any number of processes, every error, what is written and printed."""
 
 import json
+import multiprocessing
 import os
 import re
 import signal
@@ -15,13 +16,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from forked import ROOT, Program
 from PIL import Image
 
 import launch
 from common import InputError
 from options import METHODS, build_parser, field_comments, options
 
-ROOT = Path(__file__).parent.parent
 SMALL = (
     "--image-size 32 --patch-size 8 --width 16 --depth 2 --heads 2 --batch-size 16 --epochs 5 --warmup-epochs 1 "
     "--precision fp32 --device cpu --log-every 1 --no-evaluate"
@@ -59,29 +60,29 @@ def environment(tmp_path_factory):
 
 @pytest.fixture
 def train(photos, environment, tmp_path):
-    """train("--flag", …, processes=2) → the finished process; its run directory is `tmp_path / "run"` unless given."""
+    """train("--flag", …, processes=2) → the finished run; its directory is `tmp_path / "run"` unless given.
 
-    def command(*flags, method="mae", processes=1, out="run", torchrun=("--standalone",)):
-        script = [str(ROOT / "train.py"), "--method", method, "--data", str(photos), "--out", str(tmp_path / out)]
-        if processes > 1 or torchrun != ("--standalone",):
-            torchrun = ["-m", "torch.distributed.run", *torchrun, f"--nproc_per_node={processes}"]
-            return [sys.executable, *torchrun, *script, *SMALL, *OWN.get(method, []), *map(str, flags)]
-        return [sys.executable, *script, *SMALL, *OWN.get(method, []), *map(str, flags)]
+    `torchrun` are the flags of a torchrun to start it; without, it is forked.
+    """
+
+    def start(*flags, method="mae", processes=1, out="run", torchrun=None):
+        words = ["--method", method, "--data", photos, "--out", tmp_path / out, *SMALL, *OWN.get(method, []), *flags]
+        if torchrun is None:
+            return Program("train.py", *words, n=processes, env=environment, cwd=tmp_path)
+        agent = [sys.executable, "-m", "torch.distributed.run", *torchrun.split(), f"--nproc_per_node={processes}"]
+        pipe = subprocess.PIPE
+        words = [*agent, str(ROOT / "train.py"), *map(str, words)]
+        return subprocess.Popen(words, env=environment, stdout=pipe, stderr=pipe, text=True, cwd=tmp_path)
 
     def run(*flags, **where):
-        return subprocess.run(
-            command(*flags, **where), env=environment, capture_output=True, text=True, timeout=300, cwd=tmp_path
-        )
+        started = start(*flags, **where)
+        out, err = started.communicate(timeout=300)
+        return subprocess.CompletedProcess(started.args, started.returncode, out, err)
 
-    run.start = lambda *flags, **where: subprocess.Popen(
-        command(*flags, **where),
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=tmp_path,
-    )
-    return run
+    run.start = start
+    yield run
+    for process in multiprocessing.active_children():
+        process.kill()
 
 
 def state(run: Path):
@@ -233,18 +234,19 @@ def test_one_image_resumes_with_the_same_bits_and_processes_share_it(train, tmp_
 # ------------------------------------------------------------------------------------------------------ exact resume
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_sigterm_saves_mid_epoch_and_the_same_command_continues(train, tmp_path, processes):
+@pytest.mark.parametrize("torchrun", [None, "--standalone"])
+def test_sigterm_saves_mid_epoch_and_the_same_command_continues(train, tmp_path, torchrun):
+    processes = 2 if torchrun else 1
     assert_fine(train("--epochs", 30, processes=processes, out="whole"))
-    process = train.start("--epochs", 30, processes=processes)
+    process = train.start("--epochs", 30, processes=processes, torchrun=torchrun)
     while not (tmp_path / "run/log.jsonl").exists() or len(log(tmp_path / "run")) < 8:
         time.sleep(0.02)
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=60)
-    assert process.returncode == 143 if processes == 1 else process.returncode != 0, err
+    assert process.returncode != 0 if torchrun else process.returncode == 143, err
     stopped = state(tmp_path / "run")["step"]
     assert 7 <= stopped < 150
-    if processes == 1:
+    if not torchrun:
         assert f"stopped at step {stopped} of 150" in err
     done = train("--epochs", 30, processes=processes)
     assert_fine(done)
@@ -320,7 +322,7 @@ def test_two_agents_train_log_once_and_save_once(train, tmp_path):
         port = s.getsockname()[1]
     agents = [
         train.start("--max-steps", 10, processes=1, torchrun=(
-            "--nnodes=2", f"--node_rank={r}", "--master_addr=127.0.0.1", f"--master_port={port}"))
+            f"--nnodes=2 --node_rank={r} --master_addr=127.0.0.1 --master_port={port}"))
         for r in range(2)
     ]  # fmt: skip
     errors = [agent.communicate(timeout=120)[1] for agent in agents]
@@ -379,7 +381,7 @@ def test_more_gpus_than_there_are(train):
 
 
 def test_batch_size_not_divisible_by_the_processes(train):
-    done = train("--batch-size", 15, processes=2)
+    done = train("--batch-size", 15, processes=2, torchrun="--standalone")
     assert done.returncode != 0 and done.stderr.count("batch size 15: not divisible by 2 processes") == 1
 
 
