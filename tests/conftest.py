@@ -1,6 +1,7 @@
 """Shared by all tests: hypothesis profiles, and one thread for each worker of `pytest -n`: no fight for cores."""
 
 import os
+import sys
 
 import torch
 from hypothesis import HealthCheck, settings
@@ -11,3 +12,9 @@ settings.load_profile("ci" if os.environ.get("CI") else "default")
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the commands that tests start
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
+
+
+def pytest_collection_finish(session):
+    """Where Python 3.14 starts every process from one server, the first to start it says what it imports."""
+    if "forked" in sys.modules:
+        sys.modules["forked"].server()

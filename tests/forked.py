@@ -1,11 +1,12 @@
 """Programs of this project, started from a process that has imported everything: fifty take the time of five that
 import torch.
 
-What such a start cannot show, a program that does not import all it needs, is seen where a new Python starts it:
-test_commands.py has one for each program.
+What such a start cannot show is how a program imports and how Python ends. test_train.py, by torchrun and without, and
+test_commands.py have a new Python start each program at least once.
 """
 
 import functools
+import json
 import multiprocessing
 import multiprocessing.forkserver
 import os
@@ -17,33 +18,34 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-
-import pytest
+from unittest import mock
 
 ROOT = Path(__file__).parent.parent
 PROGRAMS = ["train", "evaluate", "analyze", "transfer", "bench", "reproduce"]
+FORKS = sys.platform == "linux"  # elsewhere each process imports for itself: a Mac's libraries do not bear a fork
 
 
 @functools.cache
 def server():
-    """The processes' parent, which runs on one thread."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["forked", *PROGRAMS])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OMP_NUM_THREADS", "1")
-        patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "tests")]))  # to find what it shall import
-        multiprocessing.forkserver.ensure_running()
+    """The processes' parent, on one thread. conftest.py starts it before any test does, as a process starts but one."""
+    context = multiprocessing.get_context("forkserver" if FORKS else "spawn")
+    if FORKS:
+        context.set_forkserver_preload(["forked", *PROGRAMS])
+        with mock.patch.dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=os.pathsep.join(sys.path)):
+            multiprocessing.forkserver.ensure_running()
     return context
 
 
-def be(program: str, words: list[str], environment: dict, place: str, said: list[Path], before: str) -> None:
+def be(program: str, words: list[str], environment: dict, place: str, said: list[str], before: str) -> None:
     """In a process of its own: what `python program words` would be, after the lines of `before`."""
+    for descriptor, name in enumerate(said, 1):
+        with open(name, "wb") as file:
+            os.dup2(file.fileno(), descriptor)
+    assert not FORKS or set(PROGRAMS) <= sys.modules.keys(), "the server could not import the programs"
     os.setpgrp()
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(place)
-    for descriptor, file in enumerate(said, 1):
-        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), descriptor)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     multiprocessing.set_start_method(None, force=True)  # its own processes start as everybody's
     sys.argv = [program, *words]
@@ -58,20 +60,25 @@ def be(program: str, words: list[str], environment: dict, place: str, said: list
 
 
 class Program:
-    """`python program words`, or its `n` processes as torchrun would start them. Below are also Popen's names."""
+    """`python program words`, or its `n` processes as torchrun would start them.
 
-    def __init__(self, program: str, *words, n: int = 1, env=os.environ, cwd: Path = ROOT, before: str = ""):
+    `args`, `returncode`, `communicate`, `send_signal` and `kill` are as Popen's, so that a test may have either.
+    """
+
+    def __init__(self, program: str, *words, env: dict, cwd: Path, n: int = 1, before: str = ""):
         self.args = [str(ROOT / program), *map(str, words)]
         self.place = tempfile.TemporaryDirectory()
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            port = s.getsockname()[1]
-        many = dict(WORLD_SIZE=n, LOCAL_WORLD_SIZE=n, MASTER_ADDR="127.0.0.1", MASTER_PORT=port) if n > 1 else {}
+        self.held = socket.socket()  # keeps its port from others; Linux lets rank 0 listen there all the same
+        self.held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self.held.bind(("127.0.0.1", 0))
+        many = dict(WORLD_SIZE=n, LOCAL_WORLD_SIZE=n, MASTER_ADDR="127.0.0.1", MASTER_PORT=self.held.getsockname()[1])
+        if n == 1 or not FORKS:
+            self.held.close()
         self.processes, self.said = [], []
         for r in range(n):
-            rank = dict(RANK=r, LOCAL_RANK=r) if n > 1 else {}
-            environment = {name: str(value) for name, value in (env | many | rank).items()}
-            self.said.append([Path(self.place.name) / f"{name}-{r}" for name in ("stdout", "stderr")])
+            environment = env | (many | dict(RANK=r, LOCAL_RANK=r) if n > 1 else {})
+            environment = {name: str(value) for name, value in environment.items()}
+            self.said.append([f"{self.place.name}/{name}-{r}" for name in ("stdout", "stderr")])
             arguments = self.args[0], self.args[1:], environment, str(cwd), self.said[r], before
             self.processes.append(server().Process(target=be, args=arguments))
             self.processes[r].start()
@@ -83,11 +90,11 @@ class Program:
             process.join(max(0.1, end - time.time()))
         if any(process.is_alive() for process in self.processes):
             self.kill()
-            raise subprocess.TimeoutExpired(self.args, seconds, stderr=self.stderr)
+            raise AssertionError(f"{self.args}: not done after {seconds} s:\n{self.stderr}")
         return [process.exitcode for process in self.processes]
 
     def read(self, descriptor: int) -> str:
-        files = [said[descriptor - 1] for said in self.said]
+        files = [Path(said[descriptor - 1]) for said in self.said]
         return "".join(file.read_text() for file in files if file.exists())
 
     @property
@@ -109,7 +116,8 @@ class Program:
 
     def send_signal(self, number: int) -> None:
         for process in self.processes:
-            os.kill(process.pid, number)
+            if process.is_alive():
+                os.kill(process.pid, number)
 
     def kill(self) -> None:
         for process in self.processes:
@@ -117,8 +125,24 @@ class Program:
             process.join()
 
 
-def run(*words, timeout: float = 300, **where) -> subprocess.CompletedProcess:
-    """As subprocess.run does."""
-    program = Program(*words, **where)
-    out, err = program.communicate(timeout)
-    return subprocess.CompletedProcess(program.args, program.returncode, out, err)
+def finish(started: Program | subprocess.Popen, timeout: float = 300) -> subprocess.CompletedProcess:
+    """Of either, as subprocess.run gives it."""
+    try:
+        out, err = started.communicate(timeout=timeout)
+    finally:
+        started.kill()  # which does nothing to what has ended
+    return subprocess.CompletedProcess(started.args, started.returncode, out, err)
+
+
+def popen(*words, **where) -> subprocess.Popen:
+    """A new Python."""
+    pipe = subprocess.PIPE
+    return subprocess.Popen([sys.executable, *map(str, words)], stdout=pipe, stderr=pipe, text=True, **where)
+
+
+def rewrite(path: str) -> None:
+    """A hundred times."""
+    import launch
+
+    for i in range(101):
+        launch.write_text(path, json.dumps([i] * 5_000))

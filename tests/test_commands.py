@@ -5,12 +5,9 @@ that each is understood as it stands.
 """
 
 import shlex
-import subprocess
-import sys
 
-import forked
 import pytest
-from forked import ROOT
+from forked import PROGRAMS, ROOT, Program, finish, popen
 from test_map import commands
 from test_train import OWN, SMALL, assert_fine, environment, photos  # noqa: F401  (fixtures)
 
@@ -33,7 +30,7 @@ ELSEWHERE = {  # commands that are not run here, and why
 }
 SHOWN = {command: None for _, command in commands() if "train.py" not in command and "pytest" not in command}
 RUN = [command for command in SHOWN if not any(word in command.split() for word in ELSEWHERE)]
-FIRST = {command.partition(".py")[0]: command for command in reversed(RUN)}.values()  # of each program
+FIRST = [next(c for c in RUN if f"python {name}.py" in c and "hf" not in c) for name in PROGRAMS if name != "train"]
 
 
 @pytest.fixture(scope="session")
@@ -44,7 +41,7 @@ def place(photos, environment, tmp_path_factory):  # noqa: F811
     begin = [words, ["transfer.py", "--make-scenes", folder / "scenes", "--n", "8"]]
     for script, *words in begin:
         words += ["--max-steps", "3"] if script == "train.py" else []
-        assert_fine(forked.run(script, *words, env=environment, cwd=folder))
+        assert_fine(finish(Program(script, *words, env=environment, cwd=folder)))
     return folder
 
 
@@ -75,7 +72,7 @@ def short(command: str, place, photos) -> list[str]:  # noqa: F811
         del words[at : at + 2]
     words = [word for word in words if word != "--compile"]  # which takes a minute
     extra = [flag for (script, mark), flags in SHORT.items() if script == program and mark in command for flag in flags]
-    return [sys.executable, *words, *extra]
+    return [*words, *extra]
 
 
 @pytest.mark.slow
@@ -85,11 +82,9 @@ def test_every_command_runs_in_short(command, place, photos, environment):  # no
     pytest.importorskip("transformers" if "hf" in command.split() else "torch")
     pytest.importorskip("pycocotools" if "detect" in command else "torch")
     (place / "new").mkdir(exist_ok=True)
-    words, where = short(command, place, photos), dict(env=environment, cwd=place / "new", timeout=300)
-    if command in FIRST or words[1] == "-m":
-        done = subprocess.run(words, capture_output=True, text=True, **where)
-    else:
-        done = forked.run(*words[1:], **where)
+    words, where = short(command, place, photos), dict(env=environment, cwd=place / "new")
+    new = command in FIRST or words[0] == "-m"
+    done = finish(popen(*words, **where) if new else Program(*words, **where))
     if "--check" in command:  # what it finds, if anything, is test_reproduce.py's
         assert done.returncode in (0, 2) and "Traceback" not in done.stderr
     else:

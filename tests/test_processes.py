@@ -1,23 +1,20 @@
 """Many processes, and processes that die: the same result for any number of them, and nothing lost or half-written."""
 
 import json
-import multiprocessing
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from forked import ROOT, Program, server
+from forked import ROOT, Program, finish, popen, rewrite, server
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from test_train import OWN, SMALL, assert_same_bits, environment, log, state  # noqa: F401  (a fixture)
+from test_train import OWN, SMALL, TORCHRUN, assert_same_bits, environment, log, state  # noqa: F401  (a fixture)
 
 import launch
 import train
@@ -42,13 +39,16 @@ def photos(tmp_path_factory):
 def ranks(photos, environment, tmp_path):  # noqa: F811
     """ranks("--flag", …, method=…, n=4, out="run") → the program, started."""
 
+    begun = []
+
     def begin(*flags, method="mae", n=1, out="run", before="", **more):
         words = ["--method", method, "--data", photos, "--out", tmp_path / out, *SMALL, *OWN[method], *flags]
-        return Program("train.py", *words, n=n, env=environment | more, cwd=tmp_path, before=before)
+        begun.append(Program("train.py", *words, n=n, env=environment | more, cwd=tmp_path, before=before))
+        return begun[-1]
 
     yield begin
-    for process in multiprocessing.active_children():
-        process.kill()
+    for program in begun:
+        program.kill()
 
 
 def assert_fine(run: Program):
@@ -240,11 +240,7 @@ def test_a_worker_that_is_killed_is_started_again_and_the_weights_are_right(rank
     (tmp_path / "train.py").write_text(DIES.format(root=str(ROOT)))
     whole = ranks("--epochs", 4, n=2, out="whole")
     words = ["--method", "mae", "--data", photos, "--out", tmp_path / "run", *SMALL, *OWN["mae"], "--epochs", 4]
-    agent = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=1"]
-    done = subprocess.run(
-        [*agent, str(tmp_path / "train.py"), *map(str, words)], capture_output=True, text=True, timeout=300,
-        env=environment,
-    )  # fmt: skip
+    done = finish(popen(*TORCHRUN.split(), "--max-restarts=1", tmp_path / "train.py", *words, env=environment))
     assert done.returncode == 0, done.stderr
     assert f"continuing {tmp_path / 'run'} from step 10" in done.stderr
     assert_fine(whole)
@@ -350,11 +346,6 @@ def test_many_readers_see_only_whole_files(tmp_path):
     writer.join()
     assert writer.exitcode == 0 and json.loads(path.read_text())[0] == 100 and len(seen) > 1
     assert os.listdir(tmp_path) == ["x.json"]
-
-
-def rewrite(path: str) -> None:
-    for i in range(101):
-        launch.write_text(path, json.dumps([i] * 5_000))
 
 
 def test_two_programs_may_write_one_file_at_once(tmp_path):

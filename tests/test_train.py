@@ -1,7 +1,6 @@
 """train.py with real processes: exact resume, any number of processes, every error, what is written and printed."""
 
 import json
-import multiprocessing
 import os
 import re
 import signal
@@ -16,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from forked import ROOT, Program
+from forked import ROOT, Program, finish, popen
 from PIL import Image
 
 import launch
@@ -37,6 +36,7 @@ OWN = {  # each method's own knobs, to keep it as small
     "lcmae": [*DECODER, *"--projector-out 16".split()],
     "dvae": "--codes 16 --hidden 8 --first-stride 4".split(),
 }
+TORCHRUN = "-m torch.distributed.run --standalone --nproc_per_node=2"
 ROWS = dict(mae=3, cmae=4, cmae_loc=4, cae=4, conmim=4, lcmae=5, dvae=2)  # of reconstruction.png
 
 
@@ -62,27 +62,26 @@ def environment(tmp_path_factory):
 def train(photos, environment, tmp_path):
     """train("--flag", …, processes=2) → the finished run; its directory is `tmp_path / "run"` unless given.
 
-    `torchrun` are the flags of a torchrun to start it; without, it is forked.
+    It is forked, or started by a new Python: `by` is what stands between `python` and the file.
     """
+    begun = []
 
-    def start(*flags, method="mae", processes=1, out="run", torchrun=None):
+    def start(*flags, method="mae", processes=1, out="run", by=None):
         words = ["--method", method, "--data", photos, "--out", tmp_path / out, *SMALL, *OWN.get(method, []), *flags]
-        if torchrun is None:
-            return Program("train.py", *words, n=processes, env=environment, cwd=tmp_path)
-        agent = [sys.executable, "-m", "torch.distributed.run", *torchrun.split(), f"--nproc_per_node={processes}"]
-        pipe = subprocess.PIPE
-        words = [*agent, str(ROOT / "train.py"), *map(str, words)]
-        return subprocess.Popen(words, env=environment, stdout=pipe, stderr=pipe, text=True, cwd=tmp_path)
+        where = dict(env=environment, cwd=tmp_path)
+        if by is None:
+            begun.append(Program("train.py", *words, n=processes, **where))
+        else:
+            begun.append(popen(*by.split(), ROOT / "train.py", *words, **where))
+        return begun[-1]
 
-    def run(*flags, **where):
-        started = start(*flags, **where)
-        out, err = started.communicate(timeout=300)
-        return subprocess.CompletedProcess(started.args, started.returncode, out, err)
+    def run(*flags, **how):
+        return finish(start(*flags, **how))
 
     run.start = start
     yield run
-    for process in multiprocessing.active_children():
-        process.kill()
+    for program in begun:
+        program.kill()
 
 
 def state(run: Path):
@@ -128,7 +127,7 @@ def assert_refused(done, *words):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_run_leaves_its_files_and_says_where(train, tmp_path, method):
-    done = train("--max-steps", 12, method=method)
+    done = train("--max-steps", 12, method=method, by="" if method == "mae" else None)
     assert_fine(done)
     run = tmp_path / "run"
     files = {"config.json", "log.jsonl", "checkpoint.pt", "encoder.pt", "reconstruction.png", ".lock"}
@@ -234,19 +233,19 @@ def test_one_image_resumes_with_the_same_bits_and_processes_share_it(train, tmp_
 # ------------------------------------------------------------------------------------------------------ exact resume
 
 
-@pytest.mark.parametrize("torchrun", [None, "--standalone"])
-def test_sigterm_saves_mid_epoch_and_the_same_command_continues(train, tmp_path, torchrun):
-    processes = 2 if torchrun else 1
+@pytest.mark.parametrize("by", ["", TORCHRUN], ids=["python", "torchrun"])
+def test_sigterm_saves_mid_epoch_and_the_same_command_continues(train, tmp_path, by):
+    processes = 2 if by else 1
     assert_fine(train("--epochs", 30, processes=processes, out="whole"))
-    process = train.start("--epochs", 30, processes=processes, torchrun=torchrun)
+    process = train.start("--epochs", 30, by=by)
     while not (tmp_path / "run/log.jsonl").exists() or len(log(tmp_path / "run")) < 8:
         time.sleep(0.02)
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=60)
-    assert process.returncode != 0 if torchrun else process.returncode == 143, err
+    assert process.returncode != 0 if by else process.returncode == 143, err
     stopped = state(tmp_path / "run")["step"]
     assert 7 <= stopped < 150
-    if not torchrun:
+    if not by:
         assert f"stopped at step {stopped} of 150" in err
     done = train("--epochs", 30, processes=processes)
     assert_fine(done)
@@ -255,7 +254,7 @@ def test_sigterm_saves_mid_epoch_and_the_same_command_continues(train, tmp_path,
 
 
 def test_ctrl_c_ends_with_130(train, tmp_path):
-    process = train.start("--epochs", 500)
+    process = train.start("--epochs", 500, by="")
     while not (tmp_path / "run/log.jsonl").exists() or len(log(tmp_path / "run")) < 3:
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
@@ -321,8 +320,8 @@ def test_two_agents_train_log_once_and_save_once(train, tmp_path):
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     agents = [
-        train.start("--max-steps", 10, processes=1, torchrun=(
-            f"--nnodes=2 --node_rank={r} --master_addr=127.0.0.1 --master_port={port}"))
+        train.start("--max-steps", 10, by=(
+            f"-m torch.distributed.run --nnodes=2 --node_rank={r} --master_addr=127.0.0.1 --master_port={port}"))
         for r in range(2)
     ]  # fmt: skip
     errors = [agent.communicate(timeout=120)[1] for agent in agents]
@@ -336,7 +335,7 @@ def test_two_agents_train_log_once_and_save_once(train, tmp_path):
 
 
 def test_wrong_options_get_one_line_and_status_2(train, tmp_path):
-    done = train(method="simclr")
+    done = train(method="simclr", by="")
     assert_refused(done, "simclr", "mae", "cmae")
     assert_refused(train("--patch-size", 7), "image size 32x32 is not divisible by patch size 7")
     assert not (tmp_path / "run").exists()  # nothing half-written
@@ -361,7 +360,7 @@ def test_wrong_options_get_one_line_and_status_2(train, tmp_path):
     (["--resume", "nowhere.pt"], ["nowhere.pt", "no such"]),
 ])  # fmt: skip
 def test_bad_input_is_refused(photos, environment, tmp_path, monkeypatch, capsys, flags, words):
-    """In this process, for speed; the test above shows one such line from a real one."""
+    """In this process, for speed; the test above has a process of its own for two."""
     from train import main
 
     monkeypatch.setenv("MINMIM_CACHE", environment["MINMIM_CACHE"])
@@ -381,7 +380,7 @@ def test_more_gpus_than_there_are(train):
 
 
 def test_batch_size_not_divisible_by_the_processes(train):
-    done = train("--batch-size", 15, processes=2, torchrun="--standalone")
+    done = train("--batch-size", 15, by=TORCHRUN)
     assert done.returncode != 0 and done.stderr.count("batch size 15: not divisible by 2 processes") == 1
 
 
