@@ -360,7 +360,7 @@ def test_wrong_options_get_one_line_and_status_2(train, tmp_path):
     (["--resume", "nowhere.pt"], ["nowhere.pt", "no such"]),
 ])  # fmt: skip
 def test_bad_input_is_refused(photos, environment, tmp_path, monkeypatch, capsys, flags, words):
-    """In this process, for speed; the test above has a process of its own for two."""
+    """In this process, for speed; the test above starts processes for two such lines."""
     from train import main
 
     monkeypatch.setenv("MINMIM_CACHE", environment["MINMIM_CACHE"])
