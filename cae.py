@@ -1,4 +1,4 @@
-"""CAE: context autoencoder for self-supervised representation learning (Chen et al., arXiv 2202.03026).
+"""CAE: context autoencoder for self-supervised representation learning (Chen et al., arXiv 2202.03026v2).
 
 In a sentence: the encoder sees the visible patches only, a regressor predicts from their latents those of the masked
 patches, which must be what the encoder makes of them (alignment), and a decoder reads the targets off the prediction.

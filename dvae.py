@@ -6,10 +6,11 @@ from relaxed samples of it, and both maximise the evidence lower bound; afterwar
     image ─ encoder ─ logits ─ Gumbel-softmax at τ ─ decoder ─ logit-Laplace ──── reconstruction   (App. A.3)
                          └──────────── KL to the uniform prior, times β ───────── L = -ELBO        (Eq. 1)
 
-CAE (arXiv 2202.03026, §G.1) finds a d-VAE trained on ImageNet-1K as good as DALL-E's (CAE's Table 7; with ViT-L
-a little worse) and says no more about it, so that DALL-E's stands here: its networks (released code), its likelihood,
-its β and its cosines of τ and β (App. A). The defaults are the released model, and `load_tokenizer` reads its encoder's
-weights.
+CAE (arXiv 2202.03026v2, §G.1) finds a d-VAE trained on ImageNet-1K as good as DALL-E's (CAE's Table 7; with ViT-L
+a little worse) and says no more about it. Its code can load one of its own (three strided convolutions, two residual
+blocks, 8192 codes of 512 channels, squared or smooth L1 error) but does not say how that was trained. So DALL-E's is
+what stands here: its networks (released code), its likelihood, its β and its cosines of τ and β (App. A). The defaults
+are the released model, and `load_tokenizer` reads its encoder's weights.
 
 Differences from DALL-E: τ falls over half of training (DALL-E: 150,000 of 3 million steps) and β rises over a twentieth
 (5,000 steps), as there are fewer steps; the rate's cosine ends with training, not before; no average of the weights;
