@@ -137,8 +137,14 @@ def crop_resize(images: Tensor | list[Tensor], boxes: Tensor, size: int, hflip: 
 
 
 def resize(images: Tensor, size: tuple[int, int]) -> Tensor:
-    """uint8 (B, 3, H, W) → float32 (B, 3, *size) in [0, 1], bicubic and antialiased, by torch's own kernel."""
-    return F.interpolate(images.float(), size, mode="bicubic", antialias=True).div_(255).clamp_(0, 1)
+    """uint8 (B, 3, H, W) → float32 (B, 3, *size) in [0, 1], bicubic and antialiased, by torch's own kernel.
+
+    CUDA's has no room for the taps of more than some 47-fold shrinking: a large photo goes by way of the CPU.
+    """
+    device, shrinks = images.device, max(old / new for old, new in zip(images.shape[2:], size, strict=True))
+    if device.type == "cuda" and shrinks > 40:
+        images = images.cpu()
+    return F.interpolate(images.float(), size, mode="bicubic", antialias=True).to(device).div_(255).clamp_(0, 1)
 
 
 def center_crop_resize(images: Tensor | list[Tensor], size: int) -> Tensor:

@@ -192,7 +192,10 @@ def peak_memory(pipe, threads: int, args, name: str, B: int, precision: str, com
     stepper(argparse.Namespace(**vars(args) | tiny), name, 2, precision, False, device)()
     before = held("VmRSS")
     step = stepper(args, name, B, precision, compiled, device)
-    for _ in range(3):
+    step()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()  # of compiling, which tries things out
+    for _ in range(2):
         step()
     pipe.send(torch.cuda.max_memory_allocated() if device.type == "cuda" else held("VmHWM") - before)
 

@@ -84,6 +84,11 @@ def gather_over_ranks(x: Tensor) -> Tensor:
 # ------------------------------------------------------------------------------------------------------- randomness
 
 
+def upload(x: Tensor, device: torch.device) -> Tensor:
+    """A CPU tensor on `device`. To a GPU from pinned memory, so that the copy need not wait for its queue."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
+
+
 class StepRandom:
     """All that is random in one step, a function of (seed, step) alone.
 
@@ -97,10 +102,7 @@ class StepRandom:
         self.total, self.rows, self.device = total, rows or slice(0, total), torch.device(device)
 
     def _mine(self, drawn) -> Tensor:
-        mine = torch.from_numpy(np.ascontiguousarray(drawn[self.rows]))
-        if self.device.type == "cuda":  # from pinned memory, so that the copy does not wait for what the GPU has to do
-            return mine.pin_memory().to(self.device, non_blocking=True)
-        return mine.to(self.device)
+        return upload(torch.from_numpy(np.ascontiguousarray(drawn[self.rows])), self.device)
 
     def uniform(self, *shape: int, low: float = 0.0, high: float = 1.0) -> Tensor:
         """float32 (B, *shape), uniform in [low, high)."""
@@ -243,7 +245,7 @@ def block_mask(rng: StepRandom, grid: tuple[int, int], count: int, smallest: int
     # One child generator per image keeps an image's blocks independent of its neighbours' number of tries.
     seeds = rng.generator.integers(0, 2**63, rng.total)[rng.rows]
     orders = np.stack([_blocks(np.random.default_rng(s), h, w, count, smallest, tries) for s in seeds])
-    return split(torch.from_numpy(orders).to(rng.device), h * w - count)
+    return split(upload(torch.from_numpy(orders), rng.device), h * w - count)
 
 
 def _blocks(draw: np.random.Generator, h: int, w: int, count: int, smallest: int, tries: int) -> np.ndarray:

@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 import common
 import shapes
-from common import InputError
+from common import InputError, upload
 from download import fetch, unpack
 
 NAMES = ("shapes", "tiny-imagenet", "cifar10", "cifar100", "imagenet")
@@ -74,7 +74,8 @@ class Packed:
         """(B,) → uint8 (B, 3, H, W) if all images of the set have one size, else a list of (3, H_i, W_i)."""
         if self.uniform:
             whole = self.flat.view(-1, 3, *self.sizes[0].tolist())
-            return whole.index_select(0, index.to(whole.device)).to(device)  # moves rows, where [index] moves numbers
+            rows = upload(index, whole.device)
+            return whole.index_select(0, rows).to(device)  # moves rows, where [index] moves numbers
         flat, sizes = pack([self.view(i) for i in index.tolist()])
         batch = Packed(flat.to(device), sizes)  # one transfer
         return [batch.view(i) for i in range(len(batch))]

@@ -60,10 +60,10 @@ def of_all(function, image_set, size, device, batch_size: int = 256, precision: 
     """`function` of all images of a set, whole and normalised (B, 3, size, size): (n, …) float32, and labels (n,).
 
     Each rank takes one block of the set; the last blocks may be shorter or empty. Images that do not decode are left
-    out, where the set skips them. Precision "auto" is bf16 on CUDA and float32 elsewhere.
+    out, where the set skips them. Precision "auto" is bf16 on GPUs that have it and float32 elsewhere.
     """
     device, n = torch.device(device), len(image_set)
-    precision = {"auto": "bf16" if device.type == "cuda" else "fp32"}.get(precision, precision)
+    precision = {"auto": "bf16" if launch.has_bf16(device) else "fp32"}.get(precision, precision)
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
     block = -(-n // world_size())
     first = min(rank() * block, n)
@@ -82,8 +82,9 @@ def of_all(function, image_set, size, device, batch_size: int = 256, precision: 
         inside = (row >= 0) & (row < len(mine))  # a bad image's substitute may be another rank's, or come twice
         found[row[inside]] = F.pad(x, (1, 0), value=1.0)[inside]
     found = gather_over_ranks(found)[:n]  # blocks are filled in order, so that all padding is at the end
-    came, x = found[:, 0] == 1, found[:, 1:]
-    return x[came].unflatten(1, shape), image_set.labels.to(device)[came]
+    came = found[:, 0] == 1
+    x = found[:, 1:] if came.all() else found[came, 1:]  # no second copy of what may be gigabytes
+    return x.unflatten(1, shape), image_set.labels.to(device)[came]
 
 
 def accuracy(scores: Tensor, labels: Tensor) -> dict[str, float]:

@@ -37,7 +37,18 @@ from tqdm import tqdm
 
 import augment
 import launch
-from common import InputError, StepRandom, ViT, epoch_order, initialize, learning_rate, rank, sum_over_ranks, world_size
+from common import (
+    InputError,
+    StepRandom,
+    ViT,
+    epoch_order,
+    initialize,
+    learning_rate,
+    rank,
+    sum_over_ranks,
+    upload,
+    world_size,
+)
 
 # ---------------------------------------------------------------------------------------------------------- recipes
 
@@ -391,7 +402,7 @@ def erase(images: Tensor, rng: StepRandom, probability: float) -> Tensor:
     height = height * augment.on_host(rng).chance(probability)  # a box without height erases nothing
     noise = torch.from_numpy(rng.generator.standard_normal((3, H, W), dtype="float32"))
     inside = inside_boxes(images, top, top + height, left, left + width)
-    return torch.where(inside, noise.to(images.device), images)
+    return torch.where(inside, upload(noise, images.device), images)
 
 
 def inside_boxes(images: Tensor, *sides: Tensor) -> Tensor:
@@ -462,7 +473,7 @@ class Kept:
         return len(self.labels)
 
     def batches(self, orders, device):
-        yield from ((self.x[order.to(device)], order) for order in orders)
+        yield from ((self.x[upload(order, device)], order) for order in orders)
 
 
 SAVE_EVERY = 30.0  # seconds between checkpoints, at the ends of epochs
@@ -517,7 +528,7 @@ def train(
         """What the learning part starts from and its targets, part by part."""
         for part in range(accumulate):
             x, index = next(batches)
-            y = labels[index.to(device)]
+            y = labels[upload(index, device)]
             if kept:
                 y = F.one_hot(y, classes).float()
             else:

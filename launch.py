@@ -85,6 +85,11 @@ def keep_freed_memory() -> None:
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
+def has_bf16(device: torch.device) -> bool:
+    """Whether a GPU multiplies in bf16 itself; one before Ampere only emulates it."""
+    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
 def start(device: str = "auto") -> torch.device:
     """The device of this process; under torchrun with several processes also their group: gloo on CPUs, NCCL on GPUs.
 

@@ -6,6 +6,7 @@ method is a field of its `Config`; the comment beside the field is its help text
 
 import argparse
 import dataclasses
+import importlib.util
 import inspect
 import re
 import shutil
@@ -19,6 +20,7 @@ import cmae
 import cmae_loc
 import conmim
 import dvae
+import launch
 import lcmae
 import mae
 from common import SIZES, InputError, ViT
@@ -75,12 +77,13 @@ def settle(args, device: torch.device) -> None:
     args.device = device.type
     if args.precision == "auto":
         if args.device == "cuda":
-            args.precision = "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+            args.precision = "bf16" if launch.has_bf16(device) else "fp16"
         else:  # processors without bf16 instructions emulate them, slowly
             flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
             args.precision = "bf16" if args.device == "cpu" and re.search("avx512_bf16|amx_bf16", flags) else "fp32"
     if args.compile is None:
-        args.compile = args.device == "cuda"
+        compiles = args.device == "cuda" and torch.cuda.get_device_capability() >= (7, 0)  # Triton's least
+        args.compile = compiles and importlib.util.find_spec("triton") is not None
 
 
 class Help(argparse.HelpFormatter):

@@ -171,7 +171,7 @@ def train(args, config, Method, device: torch.device, run: "Run"):
 def train_first(args, device: torch.device, name: str, **settings):
     """Another method, trained before the one of `args` on the same images and machine, in `<out>/<name>`."""
     same = "data data_root download classes images repeat skip_bad_images workers recipe max_steps device precision"
-    same = [*same.split(), "seed", "deterministic", "log_every"]
+    same = [*same.split(), "accumulate", "seed", "deterministic", "log_every"]
     flags = ["--method", name, "--out", f"{args.out}/{name}", "--no-evaluate"]
     flags += ["--resume", "never"] if args.resume == "never" else []
     flags.append("--compile" if args.compile else "--no-compile")
@@ -180,7 +180,8 @@ def train_first(args, device: torch.device, name: str, **settings):
             flags += ["--" + option.replace("_", "-")] + ([] if value is True else [str(value)])
     theirs, config, Method = options(flags)
     settle(theirs, device)
-    theirs.batch_size = min(theirs.batch_size, args.batch_size)
+    parts = world_size() * args.accumulate
+    theirs.batch_size = max(parts, min(theirs.batch_size, args.batch_size) // parts * parts)
     say(f"{args.method} needs a {name} first, which goes to {theirs.out}")
     run = Run(theirs.out)
     method = train(theirs, config, Method, device, run)
@@ -401,6 +402,8 @@ class Run:
             fcntl.flock(self.lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise InputError(f"{self.directory}: another run is writing here; give another --out") from None
+        except OSError:  # a file system without locks: some of Lustre's and NFS's
+            pass
 
     def read(self, args, settings: dict):
         path = self.directory / "checkpoint.pt" if args.resume in ("auto", "never") else Path(args.resume)
@@ -436,7 +439,9 @@ class Run:
         self.log_file = open(path, "a", buffering=1)
 
     def logged_losses(self) -> tuple[float | None, float | None]:
-        """The first and the last loss in the log, of a run that is continued."""
+        """The first and the last loss in the log, of a run that is continued; rank 0 has it, and maybe no other."""
+        if rank() != 0:
+            return None, None
         rows = [json.loads(line) for line in (self.directory / "log.jsonl").read_text().splitlines()[1:]]
         return (rows[0]["loss"], rows[-1]["loss"]) if rows else (None, None)
 

@@ -506,7 +506,7 @@ def main() -> None:
         if sets[0].categories != sets[1].categories:
             raise InputError(f"{root}: categories to learn and to test differ; give both files of one set")
     torch.manual_seed(args.seed)
-    bf16 = args.precision == "bf16" or (args.precision == "auto" and device.type == "cuda")
+    bf16 = args.precision == "bf16" or (args.precision == "auto" and launch.has_bf16(device))
     model = Task(Features(encoder, args.freeze, bf16), sets[0].classes).to(device)
     fine_tune(model, Reader(sets[0], args.image_size, args.seed, args.jitter), args, device)
     result = measure(model, Reader(sets[1], args.image_size), args, device)

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -105,6 +106,22 @@ def test_one_two_and_four_processes_end_nearly_alike_in_bf16(ranks, tmp_path, me
         assert_fine(ranks(*flags, method=method, n=n, out=str(n)))
     for n in ("2", "4"):
         assert_alike(tmp_path / "1", tmp_path / n, loss, 2e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a compiler")
+@pytest.mark.parametrize("method", ["cmae", "conmim"])
+def test_compiled_processes_end_as_plain_ones(ranks, tmp_path, method):
+    """GPUs compile unless told not to: two processes, in two parts, with keys and batch norm gathered over both."""
+    flags = ["--max-steps", 5, "--batch-size", 24, "--accumulate", 2, "--lr", 1e-4, "--drop-path", 0, "--depth", 1]
+    for how in ("compile", "no-compile"):
+        run = ranks(*flags, f"--{how}", method=method, n=2, out=how)
+        assert run.wait(600) == [0, 0], run.stderr  # compiling takes a minute, and more on a busy machine
+    ours, theirs = ([row["loss"] for row in log(tmp_path / how)[1:]] for how in ("compile", "no-compile"))
+    assert len(ours) == 5 and ours == pytest.approx(theirs, rel=3e-5)
+    a, b = (state(tmp_path / how)["method"] for how in ("compile", "no-compile"))
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], atol=3e-5, rtol=3e-5, msg=lambda m, n=name: f"{n}: {m}")
 
 
 @given(st.integers(1, 4096), st.integers(1, 64), st.integers(1, 9))

@@ -1,5 +1,7 @@
 """train.py with real processes: exact resume, any number of processes, every error, what is written and printed."""
 
+import errno
+import importlib.util
 import json
 import os
 import re
@@ -20,7 +22,7 @@ from PIL import Image
 
 import launch
 from common import InputError
-from options import METHODS, build_parser, field_comments, options
+from options import METHODS, build_parser, field_comments, options, settle
 
 SMALL = (
     "--image-size 32 --patch-size 8 --width 16 --depth 2 --heads 2 --batch-size 16 --epochs 5 --warmup-epochs 1 "
@@ -206,9 +208,14 @@ def test_a_tokenizer_that_is_trained_first_sees_no_other_images(monkeypatch):
     seen = []
     monkeypatch.setattr(command, "Run", lambda out: types.SimpleNamespace(stopped_by=0))
     monkeypatch.setattr(command, "train", lambda args, *_: seen.append(args))
-    args, _, _ = options(["--method", "cae", "--images", "2", "--repeat", "64", "--device", "cpu"])
+    args, _, _ = options(["--method", "cae", "--images", "2", "--repeat", "96", "--device", "cpu"])
     command.train_first(args, torch.device("cpu"), "dvae")
-    assert (seen[0].method, seen[0].images, seen[0].repeat) == ("dvae", 2, 64)
+    assert (seen[0].method, seen[0].images, seen[0].repeat) == ("dvae", 2, 96)
+    whole = seen[0].batch_size
+    args.accumulate, args.batch_size = 3, 96  # in as many parts, which must divide its own batch too
+    monkeypatch.setattr(command, "world_size", lambda: 2)
+    command.train_first(args, torch.device("cpu"), "dvae")
+    assert seen[1].accumulate == 3 and seen[1].batch_size == min(whole, 96) // 6 * 6 > 0
 
 
 @pytest.mark.slow
@@ -437,6 +444,30 @@ def test_two_runs_cannot_write_one_directory(train, tmp_path):
     first.communicate()
 
 
+def test_where_files_have_no_locks_a_run_goes_without(tmp_path, monkeypatch):
+    """As on Lustre and NFS, by how they are mounted."""
+    fcntl = pytest.importorskip("fcntl")
+    from train import Run
+
+    def refuse(*_):
+        raise OSError(errno.ENOTSUP, "Operation not supported")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    Run(tmp_path).lock()
+
+
+def test_only_rank_0_looks_for_the_log(tmp_path, monkeypatch):
+    """The others may stand on machines that do not have it."""
+    import train as command
+
+    run = command.Run(tmp_path)
+    monkeypatch.setattr(command, "rank", lambda: 1)
+    assert run.logged_losses() == (None, None)
+    monkeypatch.setattr(command, "rank", lambda: 0)
+    with pytest.raises(FileNotFoundError):
+        run.logged_losses()
+
+
 def test_a_place_that_cannot_be_written_is_refused(train, tmp_path):
     (tmp_path / "run").write_text("a file where the directory should be")
     assert_refused(train("--max-steps", 5), str(tmp_path / "run"))
@@ -497,6 +528,25 @@ def test_help_shows_every_knob_with_its_comment_and_default(method):
     assert max(map(len, text.splitlines())) <= 100
     for title in ("what to train on what", "encoder", "optimisation", "machine", "run directory", f"{method}: "):
         assert title in text
+
+
+@pytest.mark.parametrize(
+    "capability, triton, precision, compiles",
+    [((8, 0), True, "bf16", True), ((8, 0), False, "bf16", False), ((7, 5), True, "fp16", True),
+     ((6, 0), True, "fp16", False)],
+)  # fmt: skip
+def test_a_gpu_is_asked_what_it_can_do(monkeypatch, capability, triton, precision, compiles):
+    """torch counts emulated bf16 as bf16 unless told not to; below 7.0 Triton does not compile."""
+
+    def bf16(including_emulation=True):
+        return including_emulation or capability >= (8, 0)
+
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", bf16)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: (name == "triton" and triton) or None)
+    args = types.SimpleNamespace(precision="auto", compile=None)
+    settle(args, torch.device("cuda"))
+    assert (args.device, args.precision, args.compile) == ("cuda", precision, compiles)
 
 
 def test_warm_up_leaves_time_to_train():
