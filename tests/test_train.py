@@ -212,10 +212,10 @@ def test_a_tokenizer_that_is_trained_first_sees_no_other_images(monkeypatch):
     command.train_first(args, torch.device("cpu"), "dvae")
     assert (seen[0].method, seen[0].images, seen[0].repeat) == ("dvae", 2, 96)
     whole = seen[0].batch_size
-    args.accumulate, args.batch_size = 3, 96  # in as many parts, which must divide its own batch too
+    args.accumulate, args.batch_size = 3, 192  # in as many parts, which must divide its own batch too
     monkeypatch.setattr(command, "world_size", lambda: 2)
     command.train_first(args, torch.device("cpu"), "dvae")
-    assert seen[1].accumulate == 3 and seen[1].batch_size == min(whole, 96) // 6 * 6 > 0
+    assert seen[1].accumulate == 3 and seen[1].batch_size == whole // 6 * 6 < whole
 
 
 @pytest.mark.slow
