@@ -27,7 +27,7 @@ FORKS = sys.platform == "linux"  # elsewhere each process imports for itself: a 
 
 @functools.cache
 def server():
-    """The processes' parent, on one thread. conftest.py starts it before a test can start another: there is only one."""
+    """The processes' parent, on one thread. There is but one: conftest.py starts it before a test starts another."""
     context = multiprocessing.get_context("forkserver" if FORKS else "spawn")
     if FORKS:
         context.set_forkserver_preload(["forked", *PROGRAMS])
