@@ -279,6 +279,21 @@ def curves(results: Path, folder: str) -> dict[str, list[tuple[float, float]]]:
     return found
 
 
+def demo_block(results: Path) -> str:
+    """What `train.py --method NAME` does on the built-in images: losses by share of the run, the encoder's gain."""
+    rows = []
+    for name in names_of(results, "demo"):
+        runs, points = runs_of(results, name), curves(results, "demo")[name.split("/")[1]]
+        shown = [spell([points[round(i * (len(points) - 1) / 4)][1]]) for i in range(5)]
+        gains = [" → ".join(spell(values(results, f"{name} {k}.top1"), 1) for k in (f"{probe}-untrained", probe))
+                 for probe in ("knn", "linear")]  # fmt: skip
+        minutes = f"{statistics.mean(run['seconds'] for run in runs) / 60:.1f}"
+        label = f"[`--method {name.split('/')[1]}`](results/{name}.json)"
+        rows.append([label, points[-1][0], *shown, *gains, minutes, len(runs)])
+    head = "`train.py` | epochs | first loss | a quarter | half | three | last | kNN | linear | minutes | seeds"
+    return table(head, rows) if rows else "Not run yet."
+
+
 def losses_block(results: Path) -> str:
     parts = []
     for folder in ("cpu", "gpu"):
@@ -416,7 +431,8 @@ def index_block(results: Path) -> str:
 # ------------------------------------------------------------------------------------------------------------ README
 
 BLOCKS = {
-    "results": results_block, "claims": claims_block, "losses": losses_block, "speed": speed_block, "index": index_block
+    "demo": demo_block, "results": results_block, "claims": claims_block, "losses": losses_block, "speed": speed_block,
+    "index": index_block,
 }  # fmt: skip
 
 

@@ -1,5 +1,6 @@
 """The results table, the ledger of the papers' claims and README's generated parts, each by one command.
 
+    python reproduce.py --budget demo --jobs 2                     every method as README's first command runs CMAE
     python reproduce.py --budget cpu --data-root DIR --jobs 2      every method and its bars: an hour of two cores
     python reproduce.py --budget gpu --data-root DIR --minutes 9   all of Tiny-ImageNet on one GPU, nine minutes of it
     python reproduce.py --claims --data-root DIR --jobs 2          what the claims need beyond the cpu table
@@ -116,7 +117,7 @@ class Work:
 def plan(args) -> list[Work]:
     """The runs that the command line asks for, in the order of the table."""
     budget = args.budget or "cpu"
-    names = [f"{budget}/{name}" for name in ROWS]
+    names = [f"{budget}/{name}" for name in ROWS if budget != "demo" or name != BASELINES]
     if args.claims:
         needed = {name for claim in CLAIMS for name in claim.order}
         names = [name for name in [*names, *(f"claims/{name}" for name in VARIANTS)] if name in needed]
@@ -129,6 +130,8 @@ def plan(args) -> list[Work]:
 
 
 def work_of(folder: str, name: str, budget: str, args) -> Work:
+    if budget == "demo":  # measures itself when it is done
+        return Work(f"{folder}/{name}", name, {"train": f"train.py --method {name} --seed SEED --out RUN"})
     epochs, tune = args.epochs or EPOCHS[budget], args.tune_epochs or TUNE_EPOCHS[budget]
     tiny = args.data == "tiny-imagenet"
     if budget == "cpu":
@@ -285,9 +288,16 @@ class Runner:
             why = next((line for line in reversed(lines) if line.strip()), "it said nothing")
             raise InputError(f"{script} ended with status {process.returncode}: {why}")
         if script == "train.py":
-            return {}
+            return summary(folder)
         answer = json.loads(printed.decode().splitlines()[-1])
         return {k: answer[k] for k in ("top1", "top5", "n")} if "protocol" in answer else answer
+
+
+def summary(folder: Path) -> dict:
+    """What a run has measured itself: "knn", "linear", and both of the untrained encoder; nothing by --no-evaluate."""
+    file = folder / "summary.json"
+    found = json.loads(file.read_text()) if file.exists() else {}
+    return {name + "-untrained" * (of == "untrained"): found[of][name] for of in found for name in found[of]}
 
 
 def say(line: str) -> None:
@@ -311,10 +321,11 @@ def about(folder: Path, seed: int, state: dict, threads: int) -> dict:
     """One seed's part of a result file, the configuration included."""
     found = json.loads((folder / "config.json").read_text())
     settings = {k: v for k, v in found["settings"].items() if k not in ELSEWHERE.split() and v is not None}
+    measured = {k: v for k, v in state["measured"].items() if k != "train"} | state["measured"]["train"]
     return dict(
         seed=seed, commit=found["git"].get("commit"), dirty=found["git"].get("dirty"), sources=state["sources"],
         versions=found["versions"], machine=machine(found, threads), seconds=round(state["seconds"]),
-        loss=losses(folder / "log.jsonl"), measured={k: v for k, v in state["measured"].items() if k != "train"},
+        loss=losses(folder / "log.jsonl"), measured=measured,
         config=settings | found["config"],
     )  # fmt: skip
 
@@ -357,7 +368,7 @@ def losses(log: Path, points: int = 18) -> list[dict]:
 def options(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Make the results and README's tables of them.", allow_abbrev=False)
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--budget", choices=EPOCHS, help="the results table: of two cores, or of one large GPU")
+    what.add_argument("--budget", choices=["demo", *EPOCHS], help="a results table: of minutes, of an hour, of a GPU")
     what.add_argument("--claims", action="store_true", help="the runs behind the ledger of claims")
     what.add_argument("--readme", action="store_true", help="write the generated parts of README.md")
     what.add_argument("--check", action="store_true", help="say what in README.md and results no longer holds")
@@ -366,7 +377,7 @@ def options(argv: list[str] | None = None) -> argparse.Namespace:
     add("--run", metavar="DIR", help="the run to measure; prints a line of JSON")
     add("--list", action="store_true", help="print the commands, run none")
     add("--methods", metavar="A,B", help="only these runs")
-    add("--seeds", type=int, metavar="N", help="seeds 0 to N-1 [cpu and gpu 1, claims 3]")
+    add("--seeds", type=int, metavar="N", help="seeds 0 to N-1 [a budget 1, claims 3]")
     add("--jobs", type=int, default=1, metavar="N", help="pieces at a time; they share the cores [1]")
     add("--minutes", type=float, metavar="M", help="stop after so many; the same command goes on")
     add("--data-root", metavar="DIR", help="where Tiny-ImageNet is")
@@ -381,6 +392,7 @@ def options(argv: list[str] | None = None) -> argparse.Namespace:
         raise InputError("images: makes a rehearsal, which must not lie among the results; give --results")
     runs = "list methods seeds minutes data_root model epochs tune_epochs images".split()
     idle = ["model"] if args.budget == "cpu" or args.claims else [] if args.budget else runs
+    idle = "data_root model epochs tune_epochs images".split() if args.budget == "demo" else idle
     if idle := [name for name in idle if getattr(args, name)]:
         raise InputError(f"{idle[0].replace('_', ' ')}: does nothing here; leave it out")
     if bool(args.measure) != bool(args.run):
@@ -408,8 +420,9 @@ def main() -> None:
                 launch.write_text(results / f"losses-{folder}.svg", drawing(results, folder))
         launch.write_text(readme, generated(readme.read_text(), results))
     else:
-        args.data = choose_data(args.data_root)
-        if args.data != "tiny-imagenet" and results == HERE / "results":  # where Tiny-ImageNet's results stay
+        demo = args.budget == "demo"
+        args.data = "shapes" if demo else choose_data(args.data_root)
+        if not demo and args.data == "shapes" and results == HERE / "results":  # where Tiny-ImageNet's stay
             args.results = Path(args.out) / "results"
         works = plan(args)
         if not args.list:

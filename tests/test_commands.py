@@ -23,6 +23,7 @@ SHORT = {  # what is given beside a command's own words, by program and a word t
     ("transfer.py", "--task"): ["--epochs", "1", "--batch-size", "4"],
     ("bench.py", "bench.py"): [*TINY, "--batch-size", "2", "--repeats", "1", "--no-memory", "--precision", "fp32"],
     ("reproduce.py", "--data-root"): ["--list"],
+    ("reproduce.py", "demo"): ["--list"],
 }
 ELSEWHERE = {  # commands that are not run here, and why
     "--format": "ADE20K's layout is made, and learnt from, in test_transfer.py",

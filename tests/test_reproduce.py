@@ -395,6 +395,26 @@ def test_the_table_trains_all_methods_for_as_long_at_their_own_rates():
         assert "supervised" in works[0].commands["finetune"] and "--untrained" in works[0].commands["linear"]
 
 
+def test_the_demo_table_is_of_the_readmes_first_command_with_every_method():
+    args = reproduce.options(["--budget", "demo"])
+    works = reproduce.plan(args)
+    assert [work.name for work in works] == [f"demo/{method}" for method in METHODS if method != "dvae"]
+    for work in works:
+        assert list(work.commands) == ["train"]
+        given = options(work.commands["train"].replace("SEED", "0").split()[1:])
+        assert work.method == given[0].method and given == options(["--method", work.method, "--out", "RUN"])
+
+
+def test_demo_table_shows_losses_by_share_of_the_run_and_what_the_encoder_gained(tmp_path):
+    measured = top1(**{"knn-untrained": 20.0, "knn": 30.04, "linear-untrained": 40.0, "linear": 55.5})
+    loss = [{"loss": 8.0 / (1 + epoch)} for epoch in range(9)]
+    result(tmp_path, "demo/cae", {0: (measured, loss)}, "cae")
+    assert row(ledger.demo_block(tmp_path), "[`--method cae`](results/demo/cae.json)")[1:] == [
+        "8", "8.00", "2.67", "1.60", "1.14", "0.889", "20.0 → 30.0", "40.0 → 55.5", "1.5", "1",
+    ]  # fmt: skip
+    assert ledger.demo_block(tmp_path / "cpu") == "Not run yet."
+
+
 def test_without_tiny_imagenet_the_built_in_images_stand_in_and_it_says_so(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("MINMIM_CACHE", str(tmp_path / "cache"))
     assert reproduce.choose_data(str(tmp_path)) == "shapes"
@@ -406,9 +426,10 @@ def test_without_tiny_imagenet_the_built_in_images_stand_in_and_it_says_so(tmp_p
 @pytest.mark.parametrize(
     "name, flags, where",
     [
-        ("shapes", [], "out/results"),
-        ("shapes", ["--results", "mine"], "mine"),
-        ("tiny-imagenet", [], reproduce.HERE / "results"),
+        ("shapes", ["cpu"], "out/results"),
+        ("shapes", ["cpu", "--results", "mine"], "mine"),
+        ("tiny-imagenet", ["cpu"], reproduce.HERE / "results"),
+        ("tiny-imagenet", ["demo"], reproduce.HERE / "results"),
     ],
 )
 def test_results_of_built_in_images_never_replace_those_of_tiny_imagenet(monkeypatch, name, flags, where):
@@ -421,7 +442,7 @@ def test_results_of_built_in_images_never_replace_those_of_tiny_imagenet(monkeyp
 
     monkeypatch.setattr(reproduce, "Runner", Runner)
     monkeypatch.setattr(reproduce, "choose_data", lambda root: name)
-    monkeypatch.setattr(sys, "argv", ["reproduce.py", "--budget", "cpu", "--out", "out", *flags])
+    monkeypatch.setattr(sys, "argv", ["reproduce.py", "--out", "out", "--budget", *flags])
     reproduce.main()
 
 
@@ -438,7 +459,10 @@ def test_rehearsals_need_a_place_of_their_own_and_names_must_be_known():
         planned("--budget", "cpu", "--methods", "mae,simclr")
     with pytest.raises(InputError, match="jobs 0: must be above 0"):
         reproduce.options(["--budget", "cpu", "--jobs", "0"])
-    for words in ("--budget cpu --model base", "--claims --model small", "--readme --epochs 3", "--check --list"):
+    for words in (
+        "--budget cpu --model base", "--claims --model small", "--readme --epochs 3", "--check --list",
+        "--budget demo --epochs 3", "--budget demo --images 64 --results x",
+    ):  # fmt: skip
         with pytest.raises(InputError, match="does nothing here"):
             reproduce.options(words.split())
     assert [w.name for w in planned("--budget", "gpu", "--model", "base", "--methods", "cae,mae")] == [
@@ -468,6 +492,9 @@ config = dict(settings=settings, config=dict(tau=0.1), git={}, versions={})
 (out / "config.json").write_text(json.dumps(config))
 rows = [dict(step=s, epoch=s / 2, loss=10.0 - s, lr=1.0, images_per_second=1.0, seconds=s) for s in range(1, 9)]
 (out / "log.jsonl").write_text("\\n".join(json.dumps(row) for row in [config, *rows]))
+if (out.parent / "measures").exists():
+    probes = {of: {p: dict(top1=len(of + p)) for p in ("knn", "linear")} for of in ("untrained", "trained")}
+    (out / "summary.json").write_text(json.dumps(probes))
 """
 EVALUATE = """
 import json, pathlib, sys
@@ -517,6 +544,15 @@ def test_a_piece_is_done_once_and_kept_without_paths(bench):
     assert "private" not in bench.file.read_text() and str(bench.out) not in bench.file.read_text()
     assert bench(seeds=2) == []  # it stands
     assert len(bench(seeds=3)) == 2 and len(json.loads(bench.file.read_text())["runs"]) == 3
+
+
+def test_what_a_run_measures_itself_is_kept(bench):
+    bench.out.mkdir(parents=True)
+    (bench.out / "measures").touch()
+    bench(commands={"train": "train.py --seed SEED --out RUN"})
+    (run,) = json.loads(bench.file.read_text())["runs"]
+    top1 = {"knn-untrained": 12, "linear-untrained": 15, "knn": 10, "linear": 13}
+    assert {name: found["top1"] for name, found in run["measured"].items()} == top1
 
 
 def test_other_commands_or_other_code_start_over(bench, checkout):
