@@ -539,7 +539,8 @@ def in_turn(work: Callable):
     """
     if common.world_size() == 1:
         return work()
-    # A group of its own, as downloading and decoding may outlast the default group's time limit.
+    # A group of its own, as downloading and decoding may outlast the default group's time limit. It stays until the
+    # program ends: torch 2.6 may hang where a group goes whose thread is not yet done with the last collective.
     group = dist.new_group(backend="gloo", timeout=timedelta(days=1))
     my_turn = 0 if common.rank() == 0 else 1 if first_on_node() else 2
     for turn in range(3):
@@ -553,5 +554,4 @@ def in_turn(work: Callable):
         dist.all_gather_object(errors, error and (str(error) or repr(error)), group=group)
         if any(errors):
             raise error or InputError(next(filter(None, errors)))
-    dist.destroy_process_group(group)
     return result

@@ -97,6 +97,16 @@ def log(run: Path):
     return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
 
 
+def wait_for_lines(process, run: Path, lines: int):
+    """Until the run has logged so many."""
+    end = time.time() + 100
+    while not (run / "log.jsonl").exists() or len(log(run)) < lines:
+        if time.time() > end:
+            process.kill()
+            raise AssertionError(f"{process.args}: fewer than {lines} lines:\n{process.communicate()[1]}")
+        time.sleep(0.02)
+
+
 def assert_same_bits(a, b):
     """Checkpoints: step, weights, teacher and optimizer state."""
     if isinstance(a, torch.Tensor):
@@ -223,8 +233,7 @@ def test_one_image_resumes_with_the_same_bits_and_processes_share_it(train, tmp_
     flags = ("--images", 1, "--repeat", 96, "--epochs", 10, "--drop-path", 0)
     assert_fine(train(*flags, out="whole"))
     process = train.start(*flags)
-    while not (tmp_path / "run/log.jsonl").exists() or len(log(tmp_path / "run")) < 14:
-        time.sleep(0.02)
+    wait_for_lines(process, tmp_path / "run", 14)
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=60)
     assert 12 < state(tmp_path / "run")["step"] < 60
@@ -245,8 +254,7 @@ def test_sigterm_saves_mid_epoch_and_the_same_command_continues(train, tmp_path,
     processes = 2 if by else 1
     assert_fine(train("--epochs", 30, processes=processes, out="whole"))
     process = train.start("--epochs", 30, by=by)
-    while not (tmp_path / "run/log.jsonl").exists() or len(log(tmp_path / "run")) < 8:
-        time.sleep(0.02)
+    wait_for_lines(process, tmp_path / "run", 8)
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=60)
     assert process.returncode != 0 if by else process.returncode == 143, err
@@ -262,8 +270,7 @@ def test_sigterm_saves_mid_epoch_and_the_same_command_continues(train, tmp_path,
 
 def test_ctrl_c_ends_with_130(train, tmp_path):
     process = train.start("--epochs", 500, by="")
-    while not (tmp_path / "run/log.jsonl").exists() or len(log(tmp_path / "run")) < 3:
-        time.sleep(0.02)
+    wait_for_lines(process, tmp_path / "run", 3)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130 and "Traceback" not in err and (tmp_path / "run/checkpoint.pt").exists()
@@ -437,8 +444,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(train, tmp_pat
 
 def test_two_runs_cannot_write_one_directory(train, tmp_path):
     first = train.start("--epochs", 1000)
-    while not (tmp_path / "run/log.jsonl").exists():
-        time.sleep(0.05)
+    wait_for_lines(first, tmp_path / "run", 1)
     assert_refused(train("--epochs", 1000), "another run is writing here")
     first.kill()
     first.communicate()
