@@ -417,20 +417,22 @@ def test_what_a_killed_run_left_half_written_is_removed(photos, tmp_path, monkey
 # ---------------------------------------------------------------------------------------------------------- full disks
 
 
-@pytest.fixture
-def largest_file():
-    """largest_file(bytes): from here on the kernel lets no file grow beyond, and Python gets an OSError."""
+@contextlib.contextmanager
+def largest_file(size: int):
+    """The kernel lets no file grow beyond so many bytes, and Python gets an OSError; pytest's own report, too."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @pytest.mark.parametrize("numbers", [2_000, 3_000, 100_000])  # in the buffer to the end, at its edge, in the middle
-def test_a_checkpoint_that_the_disk_does_not_take_is_one_line(tmp_path, largest_file, numbers):
+def test_a_checkpoint_that_the_disk_does_not_take_is_one_line(tmp_path, numbers):
     """torch.save hides what the disk says in an error of its own."""
     launch.save(tmp_path / "x.pt", TREE)
-    largest_file(6_000)
-    with pytest.raises(InputError) as caught:
+    with largest_file(6_000), pytest.raises(InputError) as caught:
         launch.save(tmp_path / "x.pt", dict(a=torch.zeros(numbers)))
     kept = "cannot be written (File too large); what was there before is kept"
     assert str(caught.value) == f"{tmp_path / 'x.pt'}: {kept}"
@@ -446,21 +448,18 @@ def test_what_is_no_fault_of_the_disk_is_no_input_error(tmp_path):
     assert not os.listdir(tmp_path)
 
 
-def test_a_cache_that_the_disk_does_not_take_is_one_line(photos, tmp_path, largest_file):
-    largest_file(50_000)
-    with pytest.raises(InputError, match=r"cannot be written \(File too large\); make room, or set MINMIM_CACHE"):
+def test_a_cache_that_the_disk_does_not_take_is_one_line(photos, tmp_path):
+    message = r"cannot be written \(File too large\); make room, or set MINMIM_CACHE"
+    with largest_file(50_000), pytest.raises(InputError, match=message):
         data.open_set(str(photos))
     assert not os.listdir(tmp_path / "cache")
 
 
 @pytest.mark.parametrize("size, file", [(1_000, "config.json"), (5_000, "log.jsonl"), (20_000, "checkpoint.pt")])
-def test_a_run_on_a_full_disk_ends_in_one_line_that_names_the_file(
-    photos, tmp_path, monkeypatch, largest_file, size, file
-):
+def test_a_run_on_a_full_disk_ends_in_one_line_that_names_the_file(photos, tmp_path, monkeypatch, size, file):
     words = ["--method", "mae", "--data", photos, "--out", tmp_path / "run", *OWN["mae"], "--epochs", 40]
     data.open_set(str(photos)), data.open_set(str(photos), split="val")  # the caches are there
-    largest_file(size)
-    with pytest.raises(InputError, match=rf"{file}: cannot be written \(File too large\)"):
+    with largest_file(size), pytest.raises(InputError, match=rf"{file}: cannot be written \(File too large\)"):
         train_here(monkeypatch, *words, *(["--save-every", 99] if file == "log.jsonl" else []))
     assert not (tmp_path / "run" / "checkpoint.pt").exists()
     assert not [path for path in (tmp_path / "run").iterdir() if path.name.endswith(".tmp")]
