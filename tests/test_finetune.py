@@ -651,8 +651,8 @@ def test_what_the_frozen_part_gives_may_be_kept(monkeypatch, protocol, blocks):
 
 
 def test_seeds_give_mean_and_sample_deviation():
-    found = evaluated("finetune", seed=3, seeds=3)
-    each = [evaluated("finetune", seed=seed) for seed in (3, 4, 5)]
+    found = evaluated("finetune", seed=6, seeds=3)
+    each = [evaluated("finetune", seed=seed) for seed in (6, 7, 8)]
     assert [result | {"precision": found["precision"]} for result in found["each"]] == each and found["n"] == 20
     for key in ("top1", "top5"):
         values = [result[key] for result in each]
