@@ -290,7 +290,7 @@ def demo_block(results: Path) -> str:
         minutes = f"{statistics.mean(run['seconds'] for run in runs) / 60:.1f}"
         label = f"[`--method {name.split('/')[1]}`](results/{name}.json)"
         rows.append([label, points[-1][0], *shown, *gains, minutes, len(runs)])
-    head = "`train.py` | epochs | first loss | a quarter | half | three | last | kNN | linear | minutes | seeds"
+    head = "`train.py` | epochs | first loss | ¼ | ½ | ¾ | last | kNN, % | linear, % | minutes | seeds"
     return table(head, rows) if rows else "Not run yet."
 
 
