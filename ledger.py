@@ -235,6 +235,10 @@ def names_of(results: Path, folder: str) -> list[str]:
     return [f"{folder}/{file.stem}" for row in ROWS for file in files if file.stem.split("-")[0] == row]
 
 
+def commits(runs: list[dict]) -> str:
+    return ", ".join(sorted({(run["commit"] or "?")[:7] + "*" * bool(run["dirty"]) for run in runs}))
+
+
 def results_block(results: Path) -> str:
     parts = []
     for folder in ("cpu", "gpu"):
@@ -250,9 +254,8 @@ def results_block(results: Path) -> str:
                 notes.setdefault(found["stale"], []).append(name)
                 label += " †"
             cells = [spell(values(results, f"{name} {k}.top1"), 1) for k in ("knn", "linear", "attentive", "finetune")]
-            commits = ", ".join(sorted({(run["commit"] or "?")[:7] + "*" * bool(run["dirty"]) for run in runs}))
             minutes = f"{statistics.mean(run['seconds'] for run in runs) / 60:.0f}"
-            rows.append([label, len(runs), *cells, last, minutes, f"[{commits}](results/{name}.json)"])
+            rows.append([label, len(runs), *cells, last, minutes, f"[{commits(runs)}](results/{name}.json)"])
             machines |= {run["machine"] for run in runs}
         if name is None:
             parts.append(f"`python reproduce.py --budget {folder}`: not run yet.")
@@ -281,17 +284,20 @@ def curves(results: Path, folder: str) -> dict[str, list[tuple[float, float]]]:
 
 def demo_block(results: Path) -> str:
     """What `train.py --method NAME` does on the built-in images: losses by share of the run, the encoder's gain."""
-    rows = []
+    rows, drawn, machines = [], curves(results, "demo"), set()
     for name in names_of(results, "demo"):
-        runs, points = runs_of(results, name), curves(results, "demo")[name.split("/")[1]]
+        runs, points = runs_of(results, name), drawn[name.split("/")[1]]
         shown = [spell([points[round(i * (len(points) - 1) / 4)][1]]) for i in range(5)]
         gains = [" → ".join(spell(values(results, f"{name} {k}.top1"), 1) for k in (f"{probe}-untrained", probe))
                  for probe in ("knn", "linear")]  # fmt: skip
         minutes = f"{statistics.mean(run['seconds'] for run in runs) / 60:.1f}"
         label = f"[`--method {name.split('/')[1]}`](results/{name}.json)"
-        rows.append([label, points[-1][0], *shown, *gains, minutes, len(runs)])
-    head = "`train.py` | epochs | first loss | ¼ | ½ | ¾ | last | kNN, % | linear, % | minutes | seeds"
-    return table(head, rows) if rows else "Not run yet."
+        rows.append([label, points[-1][0], *shown, *gains, minutes, len(runs), commits(runs)])
+        machines |= {run["machine"] for run in runs}
+    if not rows:
+        return "`python reproduce.py --budget demo`: not run yet."
+    head = "`train.py` | epochs | first loss | ¼ | ½ | ¾ | last | kNN, % | linear, % | minutes | seeds | commit"
+    return f"`python reproduce.py --budget demo`, on {' or '.join(sorted(machines))}.\n\n{table(head, rows)}"
 
 
 def losses_block(results: Path) -> str:
