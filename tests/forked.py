@@ -62,7 +62,7 @@ def be(program: str, words: list[str], environment: dict, place: str, said: list
 class Program:
     """`python program words`, or its `n` processes as torchrun would start them.
 
-    `args`, `returncode`, `communicate`, `send_signal` and `kill` are as Popen's, so that a test may have either.
+    `args`, `returncode`, `poll`, `communicate`, `send_signal` and `kill` are as Popen's, so a test may have either.
     """
 
     def __init__(self, program: str, *words, env: dict, cwd: Path, n: int = 1, before: str = ""):
@@ -109,6 +109,9 @@ class Program:
     def returncode(self) -> int | None:
         """The first that is not 0."""
         return next((process.exitcode for process in self.processes if process.exitcode != 0), 0)
+
+    def poll(self) -> int | None:
+        return None if any(process.is_alive() for process in self.processes) else self.returncode
 
     def communicate(self, timeout: float = 120) -> tuple[str, str]:
         self.wait(timeout)

@@ -15,7 +15,7 @@ from forked import ROOT, Program, finish, popen, rewrite, server
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from test_train import OWN, SMALL, TORCHRUN, assert_same_bits, environment, log, state  # noqa: F401  (a fixture)
+from test_train import OWN, SMALL, TORCHRUN, assert_same_bits, environment, log, state, wait_for_lines  # noqa: F401  (a fixture)
 
 import launch
 import train
@@ -54,14 +54,6 @@ def ranks(photos, environment, tmp_path):  # noqa: F811
 
 def assert_fine(run: Program):
     assert run.wait() == [0] * len(run.processes), run.stderr
-
-
-def wait_for(run: Program, directory: Path, steps: int):
-    """Until the run has logged so many steps."""
-    end = time.time() + 100
-    while not (directory / "log.jsonl").exists() or len(log(directory)) <= steps:
-        assert any(process.is_alive() for process in run.processes) and time.time() < end, run.stderr
-        time.sleep(0.01)
 
 
 # --------------------------------------------------------------------------------------------- numbers of processes
@@ -227,7 +219,7 @@ def test_sigterm_to_one_of_four_processes_saves_and_ends_all(ranks, tmp_path):
     """A cluster may tell only one of them. All finish the same step; the same command then ends with the same bits."""
     assert_fine(ranks("--epochs", 40, n=4, out="whole"))
     run = ranks("--epochs", 40, n=4)
-    wait_for(run, tmp_path / "run", 6)
+    wait_for_lines(run, tmp_path / "run", 7)
     os.kill(run.processes[2].pid, signal.SIGTERM)
     assert run.wait() == [128 + signal.SIGTERM] * 4, run.stderr
     step = state(tmp_path / "run")["step"]
@@ -295,7 +287,7 @@ def test_of_two_runs_started_at_once_one_is_refused(ranks, tmp_path):
         assert time.time() < end
         time.sleep(0.02)
     first, second = sorted(both, key=lambda run: not run.processes[0].is_alive())
-    wait_for(first, tmp_path / "run", 2)
+    wait_for_lines(first, tmp_path / "run", 3)
     os.kill(first.processes[0].pid, signal.SIGTERM)
     assert second.wait() == [2] and first.wait() == [128 + signal.SIGTERM], first.stderr + second.stderr
     refusal = f"{tmp_path / 'run'}: another run is writing here; give another --out"

@@ -98,13 +98,13 @@ def log(run: Path):
 
 
 def wait_for_lines(process, run: Path, lines: int):
-    """Until the run has logged so many."""
+    """Until a run that goes on has logged so many."""
     end = time.time() + 100
     while not (run / "log.jsonl").exists() or len(log(run)) < lines:
-        if time.time() > end:
+        if process.poll() is not None or time.time() > end:
             process.kill()
             raise AssertionError(f"{process.args}: fewer than {lines} lines:\n{process.communicate()[1]}")
-        time.sleep(0.02)
+        time.sleep(0.01)
 
 
 def assert_same_bits(a, b):
