@@ -439,6 +439,7 @@ def test_results_of_built_in_images_never_replace_those_of_tiny_imagenet(monkeyp
 
         def all(self, works):
             assert works and Path(self.args.results) == Path(where)
+            assert self.args.data == ("shapes" if "demo" in flags else name)  # whose file is among the sources
 
     monkeypatch.setattr(reproduce, "Runner", Runner)
     monkeypatch.setattr(reproduce, "choose_data", lambda root: name)
