@@ -952,6 +952,32 @@ def test_linear_equals_a_float64_loop_with_its_gradients(bias, amd, monkeypatch)
         torch.testing.assert_close(layer.bias.grad, weights.sum(dim=(0, 1)))
 
 
+@pytest.mark.parametrize("shape", [(2, 4, 7), (4, 7)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_linear_in_bf16_equals_a_float64_loop_with_its_gradients(bias, shape):
+    """Small integers, whose sums bf16 holds exactly: that the bias is added after the product changes none."""
+    torch.manual_seed(0)
+    layer = common.Linear(7, 6, bias=bias)
+    for tensor in layer.parameters():
+        tensor.data = torch.randint(-2, 3, tensor.shape).float()
+    x = torch.randint(-2, 3, shape).float().requires_grad_()
+    weights = torch.randint(-2, 3, (*shape[:-1], 6)).float()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(x)
+    assert y.dtype == torch.bfloat16
+    (y * weights).sum().backward()
+    X, W, G = x.detach().flatten(0, -2).double(), layer.weight.detach().double(), weights.flatten(0, -2).double()
+    for n, o in itertools.product(range(len(X)), range(6)):
+        exact = sum(X[n, i] * W[o, i] for i in range(7)) + (layer.bias[o].double() if bias else 0)
+        assert y.flatten(0, -2)[n, o] == exact
+    for n, i in itertools.product(range(len(X)), range(7)):
+        assert x.grad.flatten(0, -2)[n, i] == sum(G[n, o] * W[o, i] for o in range(6))
+    for o, i in itertools.product(range(6), range(7)):
+        assert layer.weight.grad[o, i] == sum(G[n, o] * X[n, i] for n in range(len(X)))
+    if bias:
+        assert torch.equal(layer.bias.grad.double(), G.sum(dim=0))
+
+
 def test_linear_is_a_convolution_in_float32_on_amd_alone(monkeypatch):
     taken, conv2d = [], F.conv2d
     monkeypatch.setattr(F, "conv2d", lambda *a: taken.append(a) or conv2d(*a))
