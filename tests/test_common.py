@@ -986,7 +986,7 @@ def test_linear_is_a_convolution_in_float32_on_amd_alone(monkeypatch):
     plain = layer(x)
     monkeypatch.setattr(common, "AMD", True)
     with torch.autocast("cpu", torch.bfloat16):
-        assert layer(x).dtype == torch.bfloat16
+        assert layer(x).dtype == linear(x, layer.weight).dtype == torch.bfloat16
     assert linear(x.double(), layer.weight.double()).dtype == torch.float64
     assert layer(x[0]).shape == (5, 3) and not taken
     torch.testing.assert_close(layer(x), plain)
