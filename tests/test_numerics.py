@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import math
+import shutil
 import sys
 
 import numpy as np
@@ -33,6 +34,7 @@ from lcmae import cross_view_loss, in_view_loss
 from options import METHODS, build_encoder, options
 
 few, seeds = settings(max_examples=15), st.integers(0, 10**6)
+needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a compiler")
 
 
 def normal(seed: int, *shape: int, scale: float = 1.0) -> torch.Tensor:
@@ -264,6 +266,24 @@ def test_no_loss_depends_on_the_order_in_which_patches_are_listed(method, seed):
 
 
 MODELS = {name: build(name) for name in METHODS}
+
+BACKENDS = [*((method, "aot_eager") for method in METHODS), pytest.param("mae", "inductor", marks=needs_compiler)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method, backend", BACKENDS)
+def test_a_compiled_step_is_one_graph_with_the_same_numbers(method, backend):
+    """A break in the graph would cost a GPU time, and a compiler memory: both sides keep what the other reads."""
+    model, batch = MODELS[method], batch_for(MODELS[method])
+    losses, gradients = [], []
+    for compiled in (False, True):
+        copied = copy.deepcopy(model)  # batch norm remembers
+        out = (torch.compile(copied, fullgraph=True, backend=backend) if compiled else copied)(batch)
+        out["loss"].backward()
+        losses.append(out)
+        gradients.append({name: p.grad for name, p in copied.named_parameters() if p.grad is not None})
+    torch.testing.assert_close(losses[1], losses[0], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(gradients[1], gradients[0], atol=1e-5, rtol=1e-3)
 
 
 # --------------------------------------------------------------------------------------- any size, any ratio, any batch
