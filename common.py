@@ -300,7 +300,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """
     low = torch.is_autocast_enabled("cpu")
     if x.device.type == "cpu" and low and bias is not None:
-        y = x @ weight.t()
+        y = F.linear(x, weight)
         return y.add_(bias.to(y.dtype))
     if x.device.type == "cpu" and AMD and not low and x.dtype == torch.float32 and x.ndim == 3:
         columns = x[:, :, None].permute(0, 3, 1, 2)  # (B, D, T, 1)
