@@ -41,7 +41,7 @@ TINY_URL = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
 TINY_MD5 = "90528d7ca1a48142e341f4ef8d21d0de"
 RESIDENT_LIMIT = 4 << 30  # bytes of pixels above which a folder is streamed
 CHUNK = 32  # images that a worker hands over at once: keeps shared memory small and the first batch soon there
-MAGIC = b"minMIM1\n"  # ends a cache file; the number is the format's version
+MAGIC = b"minMIM2\n"  # ends a cache file; the number is the format's version
 
 
 # ----------------------------------------------------------------------------------------------------------- pixels
@@ -342,12 +342,13 @@ def subfolders(folder: Path) -> list[str]:
 
 def image_files(root: Path, folder: Path) -> list[str]:
     """Sorted paths, relative to `root`, of all images below `folder`; hidden files are passed over."""
-    below = ((base, name) for base, _, names in os.walk(folder, followlinks=True) for name in names)
-    found = (os.path.join(base, name) for base, name in below if name.lower().endswith(EXTENSIONS) and name[0] != ".")
-    paths = sorted(path[len(os.path.join(root, "")) :] for path in found)
+    paths, cut = [], len(os.path.join(root, ""))
+    for base, _, names in os.walk(folder, followlinks=True):
+        inside = os.path.join(base, "")[cut:]  # once a folder: a million images wait for every step here
+        paths += [inside + name for name in names if name.lower().endswith(EXTENSIONS) and name[0] != "."]
     if not paths:
         raise InputError(f"{folder}: holds no images ({' '.join(EXTENSIONS)}); add some, or remove the folder")
-    return paths
+    return sorted(paths)
 
 
 def tiny_imagenet_root(root: Path, download: bool) -> Path:
@@ -377,14 +378,16 @@ def tiny_imagenet(root: Path, split: str) -> tuple[list[str], list[list[str]]]:
             raise InputError(f"{annotations}: is missing; unpack the official archive again, or give --download")
         rows = [line.split("\t") for line in annotations.read_text().splitlines()]  # file, wnid, box
         present = set(image_files(root, root / "val" / "images"))
+        of_class = {wnid: [] for wnid in wnids}
         for image, wnid, *_ in rows:
-            if wnid not in wnids:
+            if wnid not in of_class:
                 raise InputError(
                     f"{annotations}: class {wnid} of {image} is not in wnids.txt; train and val must agree"
                 )
-            if f"val/images/{image}" not in present:
-                raise InputError(f"{root}/val/images/{image}: is missing; unpack the official archive again")
-        paths = [sorted(f"val/images/{image}" for image, w, *_ in rows if w == wnid) for wnid in wnids]
+            if (path := f"val/images/{image}") not in present:
+                raise InputError(f"{root}/{path}: is missing; unpack the official archive again")
+            of_class[wnid].append(path)
+        paths = [sorted(of_class[wnid]) for wnid in wnids]
     return [names.get(wnid, wnid) for wnid in wnids], paths
 
 
@@ -396,7 +399,7 @@ def in_class_order(images: np.ndarray, labels: np.ndarray) -> tuple[Tensor, Tens
 
 
 def shape_set(split: str) -> ImageSet:
-    source = [Path(shapes.__file__).read_text(), np.__version__]
+    source = Path(shapes.__file__).read_bytes() + np.__version__.encode()
     pixels, labels, _ = cached(f"shapes-{split}", source, lambda: [(*in_class_order(*shapes.generate(split)), [])])
     return ImageSet("shapes", list(shapes.CLASSES), labels, pixels)
 
@@ -425,18 +428,21 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minmim"
 
 
-def fingerprint(files: Files, labels: Tensor) -> list:
-    """What a cache of these files is made from: paths, labels, sizes in bytes, times of change."""
+def fingerprint(files: Files, labels: Tensor) -> bytes:
+    """What a cache of these files is made from: paths, sizes in bytes, times of change, labels."""
+    lines = []
     try:
-        stats = [os.stat(f"{files.root}/{path}") for path in files.paths]  # pathlib would take three times as long
+        for path in files.paths.tolist():
+            s = os.stat(f"{files.root}/{path}")  # pathlib would take three times as long
+            lines.append(f"{path}\0{s.st_size}\0{s.st_mtime_ns}\0")
     except OSError as error:
         raise InputError(f"{error.filename}: cannot be read ({error.strerror}); repair or remove it") from error
-    return [files.paths.tolist(), labels.tolist(), [[s.st_size, s.st_mtime_ns] for s in stats]]
+    return os.fsencode("".join(lines)) + labels.numpy().tobytes()
 
 
-def cached(stem: str, made_from: list, chunks: Callable[[], Iterable]) -> tuple[Packed, Tensor, list[str]]:
+def cached(stem: str, made_from: bytes, chunks: Callable[[], Iterable]) -> tuple[Packed, Tensor, list[str]]:
     """Pixels, labels and names of bad images, from the cache file if it is there and sound, else from `chunks()`."""
-    key = hashlib.sha256(MAGIC + json.dumps(made_from).encode()).hexdigest()
+    key = hashlib.sha256(MAGIC + made_from).hexdigest()
     path = cache_folder() / f"{stem}-{key[:16]}.cache"
     if path.exists():
         try:
@@ -451,12 +457,12 @@ def cached(stem: str, made_from: list, chunks: Callable[[], Iterable]) -> tuple[
 
 
 def write_cache(path: Path, key: str, chunks: Iterable[tuple[Tensor, Tensor, Tensor, list[str]]]) -> None:
-    """The pixels of all chunks, then an index in JSON, then its length and checksum.
+    """The pixels of all chunks, then height, width and label of each image, an index in JSON, its length and checksum.
 
     A chunk is flat pixels, sizes (b, 2), labels (b,), and the names of images left out. The file takes its name only
     when it is whole and on disk.
     """
-    sizes, labels, bad, checksum = [], [], [], 0
+    numbers, bad, checksum = [], [], 0
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".part")
     try:
@@ -464,12 +470,14 @@ def write_cache(path: Path, key: str, chunks: Iterable[tuple[Tensor, Tensor, Ten
             for flat, chunk_sizes, chunk_labels, chunk_bad in chunks:
                 file.write(flat.numpy())
                 checksum = zlib.crc32(flat.numpy(), checksum)
-                sizes += chunk_sizes.tolist()
-                labels += chunk_labels.tolist()
+                numbers.append(torch.cat([chunk_sizes, chunk_labels[:, None]], dim=1))
                 bad += chunk_bad
-            if not labels:
+            if not sum(map(len, numbers)):
                 raise InputError(f"{bad[0]}: does not decode, nor does any other image; give a folder of images")
-            index = json.dumps(dict(key=key, crc32=checksum, sizes=sizes, labels=labels, bad=bad)).encode()
+            table = torch.cat(numbers).numpy()  # int64 (N, 3); as JSON it would take longer to read than to check
+            file.write(table)
+            checksum = zlib.crc32(table, checksum)
+            index = json.dumps(dict(key=key, crc32=checksum, images=len(table), bad=bad)).encode()
             file.write(index + TAIL.pack(len(index), zlib.crc32(index), MAGIC))
             file.flush()
             os.fsync(file.fileno())
@@ -491,17 +499,20 @@ def read_cache(path: Path, key: str) -> tuple[Packed, Tensor, list[str]]:
         if magic != MAGIC or length > end or zlib.crc32(index := file.read(length)) != checksum:
             raise ValueError("its end is not that of a cache")
         index = json.loads(index)
-        sizes, total = torch.tensor(index["sizes"]), end - length
-        if index["key"] != key or 3 * int(sizes.prod(dim=1).sum()) != total:
+        if index["key"] != key:
             raise ValueError("it belongs to other images")
+        total = end - length
         file.seek(0)
         checksum, piece = 0, memoryview(bytearray(1 << 20))
         for start in range(0, total, len(piece)):  # by reading: checking the mapped pages would make them all resident
             checksum = zlib.crc32(piece[: file.readinto(piece[: total - start])], checksum)
         if checksum != index["crc32"]:
             raise ValueError("its checksum differs")
-    flat = torch.from_numpy(np.memmap(path, np.uint8, mode="c", shape=(total,)))  # "c": writable, never written back
-    return Packed(flat, sizes), torch.tensor(index["labels"]), index["bad"]
+        n = index["images"]
+        file.seek(total - 3 * 8 * n)
+        table = torch.from_numpy(np.fromfile(file, np.int64, 3 * n).reshape(n, 3))
+    flat = np.memmap(path, np.uint8, mode="c", shape=(total - 3 * 8 * n,))  # "c": writable, never written back
+    return Packed(torch.from_numpy(flat), table[:, :2]), table[:, 2].clone(), index["bad"]
 
 
 def decoded(files: Files, labels: Tensor, skip_bad: bool) -> Iterator[tuple[Tensor, Tensor, Tensor, list[str]]]:

@@ -32,7 +32,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.transforms import InterpolationMode, v2
 from tqdm import tqdm
 
 import augment
@@ -380,6 +379,8 @@ def rand_augment(images: Tensor, rng: StepRandom, strength: int) -> Tensor:
     it is given, so each image takes one of DRAWS draws of the step, wherever it lies. timm's noise on the strength and
     its Invert and SolarizeAdd are left out; Identity is torchvision's.
     """
+    from torchvision.transforms import InterpolationMode, v2  # brings the compiler along: two seconds at the start
+
     one = v2.RandAugment(1, strength, 11, InterpolationMode.BILINEAR, fill=list(augment.MEAN))
     change = v2.Compose([v2.RandomApply([one], p=0.5) for _ in range(2)])
     seeds, choice = rng.generator.integers(0, 2**31, DRAWS).tolist(), augment.on_host(rng).integers(0, DRAWS)

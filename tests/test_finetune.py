@@ -3,7 +3,10 @@
 import copy
 import json
 import math
+import subprocess
+import sys
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +15,7 @@ import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torchvision.transforms import v2
 
 import augment
 import evaluate
@@ -424,7 +428,7 @@ def test_an_erased_box_has_its_shape_and_share_and_noise_of_one_sheet():
 def test_randaugment_is_two_operations_at_nine_tenths(monkeypatch):
     """One draw for all images; its operation and sign from torch's generator, its strength by arithmetic."""
     monkeypatch.setattr(finetune, "DRAWS", 1)
-    space, images, compared = list(finetune.v2.RandAugment._AUGMENTATION_SPACE), torch.rand(2, 3, 8, 8), set()
+    space, images, compared = list(v2.RandAugment._AUGMENTATION_SPACE), torch.rand(2, 3, 8, 8), set()
     gray = 0.2989 * images[:, 0] + 0.587 * images[:, 1] + 0.114 * images[:, 2]
     for seed in range(150):
         found = finetune.rand_augment(images, StepRandom(seed, 0, 2), 9)
@@ -700,3 +704,10 @@ def test_every_field_has_its_words_and_arrives_by_its_option(monkeypatch):
     monkeypatch.setattr("sys.argv", ["evaluate.py", *words])
     options, report = evaluate.task_options(evaluate.options(), dict(method="cae"))
     assert options["recipe"] == replace(recipe_for("cae", "attentive"), attend_cls=True) and report["recipe"] == "cae"
+
+
+def test_a_start_does_not_wait_for_the_compiler():
+    """torchvision and torch.optim bring it along, two seconds; a kNN probe and --help want neither."""
+    code = "import sys, evaluate, train; assert not {'torchvision', 'torch._dynamo'} & sys.modules.keys()"
+    done = subprocess.run([sys.executable, "-c", code], cwd=Path(finetune.__file__).parent, stderr=subprocess.PIPE)
+    assert done.returncode == 0, done.stderr

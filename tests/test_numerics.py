@@ -3,7 +3,6 @@
 import contextlib
 import copy
 import math
-import shutil
 import sys
 
 import numpy as np
@@ -12,6 +11,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from test_hostile import batch_for, build
+from test_train import needs_compiler
 
 from cae import alignment_loss, token_loss
 from cmae import byol_loss
@@ -34,7 +34,6 @@ from lcmae import cross_view_loss, in_view_loss
 from options import METHODS, build_encoder, options
 
 few, seeds = settings(max_examples=15), st.integers(0, 10**6)
-needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a compiler")
 
 
 def normal(seed: int, *shape: int, scale: float = 1.0) -> torch.Tensor:

@@ -3,7 +3,6 @@
 import json
 import os
 import random
-import shutil
 import signal
 import time
 from pathlib import Path
@@ -15,7 +14,17 @@ from forked import ROOT, Program, finish, popen, rewrite, server
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from test_train import OWN, SMALL, TORCHRUN, assert_same_bits, environment, log, state, wait_for_lines  # noqa: F401  (a fixture)
+from test_train import (  # noqa: F401  (`environment` is a fixture)
+    OWN,
+    SMALL,
+    TORCHRUN,
+    assert_same_bits,
+    environment,
+    log,
+    needs_compiler,
+    state,
+    wait_for_lines,
+)
 
 import launch
 import train
@@ -101,7 +110,7 @@ def test_one_two_and_four_processes_end_nearly_alike_in_bf16(ranks, tmp_path, me
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a compiler")
+@needs_compiler
 @pytest.mark.parametrize("method", ["cmae", "conmim"])
 def test_compiled_processes_end_as_plain_ones(ranks, tmp_path, method):
     """GPUs compile unless told not to: two processes, in two parts, with keys and batch norm gathered over both."""

@@ -5,6 +5,7 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -38,6 +39,7 @@ OWN = {  # each method's own knobs, to keep it as small
     "lcmae": [*DECODER, *"--projector-out 16".split()],
     "dvae": "--codes 16 --hidden 8 --first-stride 4".split(),
 }
+needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a compiler")
 TORCHRUN = "-m torch.distributed.run --standalone --nproc_per_node=2"
 ROWS = dict(mae=3, cmae=4, cmae_loc=4, cae=4, conmim=4, lcmae=5, dvae=2)  # of reconstruction.png
 
