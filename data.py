@@ -19,6 +19,7 @@ import tempfile
 import threading
 import zlib
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 
@@ -41,6 +42,7 @@ TINY_URL = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
 TINY_MD5 = "90528d7ca1a48142e341f4ef8d21d0de"
 RESIDENT_LIMIT = 4 << 30  # bytes of pixels above which a folder is streamed
 CHUNK = 32  # images that a worker hands over at once: keeps shared memory small and the first batch soon there
+PART = 1 << 26  # bytes of a cache file under one checksum
 MAGIC = b"minMIM2\n"  # ends a cache file; the number is the format's version
 
 
@@ -462,22 +464,21 @@ def write_cache(path: Path, key: str, chunks: Iterable[tuple[Tensor, Tensor, Ten
     A chunk is flat pixels, sizes (b, 2), labels (b,), and the names of images left out. The file takes its name only
     when it is whole and on disk.
     """
-    numbers, bad, checksum = [], [], 0
+    numbers, bad = [], []
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".part")
     try:
         with open(descriptor, "wb") as file:
             for flat, chunk_sizes, chunk_labels, chunk_bad in chunks:
                 file.write(flat.numpy())
-                checksum = zlib.crc32(flat.numpy(), checksum)
                 numbers.append(torch.cat([chunk_sizes, chunk_labels[:, None]], dim=1))
                 bad += chunk_bad
             if not sum(map(len, numbers)):
                 raise InputError(f"{bad[0]}: does not decode, nor does any other image; give a folder of images")
-            table = torch.cat(numbers).numpy()  # int64 (N, 3); as JSON it would take longer to read than to check
-            file.write(table)
-            checksum = zlib.crc32(table, checksum)
-            index = json.dumps(dict(key=key, crc32=checksum, images=len(table), bad=bad)).encode()
+            file.write(torch.cat(numbers).numpy())  # int64 (N, 3); JSON would take longer to read than all to check
+            file.flush()
+            about = dict(key=key, crc32=checksums(temporary, file.tell()), images=sum(map(len, numbers)), bad=bad)
+            index = json.dumps(about).encode()
             file.write(index + TAIL.pack(len(index), zlib.crc32(index), MAGIC))
             file.flush()
             os.fsync(file.fileno())
@@ -502,17 +503,28 @@ def read_cache(path: Path, key: str) -> tuple[Packed, Tensor, list[str]]:
         if index["key"] != key:
             raise ValueError("it belongs to other images")
         total = end - length
-        file.seek(0)
-        checksum, piece = 0, memoryview(bytearray(1 << 20))
-        for start in range(0, total, len(piece)):  # by reading: checking the mapped pages would make them all resident
-            checksum = zlib.crc32(piece[: file.readinto(piece[: total - start])], checksum)
-        if checksum != index["crc32"]:
+        if checksums(path, total) != index["crc32"]:
             raise ValueError("its checksum differs")
         n = index["images"]
         file.seek(total - 3 * 8 * n)
         table = torch.from_numpy(np.fromfile(file, np.int64, 3 * n).reshape(n, 3))
     flat = np.memmap(path, np.uint8, mode="c", shape=(total - 3 * 8 * n,))  # "c": writable, never written back
     return Packed(torch.from_numpy(flat), table[:, :2]), table[:, 2].clone(), index["bad"]
+
+
+def checksums(path: str | Path, total: int) -> list[int]:
+    """CRC-32 of each PART of a file's first `total` bytes, by all cores."""
+
+    def of_part(start: int) -> int:  # by reading: checking the mapped pages would make them all resident
+        checksum, end, piece = 0, min(total, start + PART), memoryview(bytearray(1 << 20))
+        with open(path, "rb") as file:
+            file.seek(start)
+            for at in range(start, end, len(piece)):
+                checksum = zlib.crc32(piece[: file.readinto(piece[: end - at])], checksum)
+        return checksum
+
+    with ThreadPoolExecutor(min(8, cores())) as pool:  # reading and zlib leave Python free
+        return list(pool.map(of_part, range(0, total, PART)))
 
 
 def decoded(files: Files, labels: Tensor, skip_bad: bool) -> Iterator[tuple[Tensor, Tensor, Tensor, list[str]]]:

@@ -162,6 +162,17 @@ def damaged_or_same(path, content: bytes) -> bool:
     return False
 
 
+def test_each_part_of_a_cache_has_its_checksum(tmp_path, monkeypatch):
+    """Parts longer and shorter than one reading, the last part cut short, and what follows `total` left out."""
+    content = np.random.default_rng(0).integers(0, 256, 2_500_000, dtype=np.uint8).tobytes()
+    (tmp_path / "a").write_bytes(content)
+    for part in (700_001, 1 << 20, 2_097_153, 1 << 26):
+        monkeypatch.setattr(data, "PART", part)
+        for total in (1, 2_097_153, 2_400_000, 2_500_000):
+            expected = [zlib.crc32(content[at : min(total, at + part)]) for at in range(0, total, part)]
+            assert data.checksums(tmp_path / "a", total) == expected, (part, total)
+
+
 def test_every_flipped_bit_of_a_cache_is_noticed(cache, tmp_path):
     for at in range(8 * len(cache)):
         content = bytearray(cache)
