@@ -344,10 +344,10 @@ def subfolders(folder: Path) -> list[str]:
 
 def image_files(root: Path, folder: Path) -> list[str]:
     """Sorted paths, relative to `root`, of all images below `folder`; hidden files are passed over."""
-    paths, cut = [], len(os.path.join(root, ""))
+    paths = []
     for base, _, names in os.walk(folder, followlinks=True):
-        inside = os.path.join(base, "")[cut:]  # once a folder: a million images wait for every step here
-        paths += [inside + name for name in names if name.lower().endswith(EXTENSIONS) and name[0] != "."]
+        inside = os.path.relpath(base, root)  # once a folder: a million images wait for each step here
+        paths += [f"{inside}/{name}" for name in names if name.lower().endswith(EXTENSIONS) and name[0] != "."]
     if not paths:
         raise InputError(f"{folder}: holds no images ({' '.join(EXTENSIONS)}); add some, or remove the folder")
     return sorted(paths)

@@ -174,6 +174,17 @@ def test_listing_is_sorted_recursive_and_minds_names(tmp_path):
     assert one == every[:1] + every[2:] and two == [path.replace("one", "two/link") for path in one]
 
 
+@pytest.mark.parametrize("name, root", [(".", None), ("imagenet", "."), ("../set", None), ("set", "..")])
+def test_a_folder_may_be_the_one_that_one_is_in(tmp_path, monkeypatch, name, root):
+    for split in ("train", "val"):
+        make_folder(tmp_path / "set" / split)
+    expected = data.open_set(str(tmp_path / "set"))
+    monkeypatch.chdir(tmp_path / "set")
+    found = data.open_set(name, root)
+    assert len(found) == 6 and found.classes == expected.classes
+    assert torch.equal(torch.stack(list(found.images(torch.arange(6)))), expected.images(torch.arange(6)))
+
+
 def test_names_survive_decoding(tmp_path):
     for i, name in enumerate(("a b.png", "é.png", "日本 語.png")):
         save(tmp_path / "klasse ß" / name, seed=i)
