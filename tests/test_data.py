@@ -288,10 +288,18 @@ def change_pixels(path):
     os.utime(path, ns=(stamp, stamp + 1))
 
 
+def change_size(path):
+    """At the same moment, as on a disk whose clock is coarse."""
+    stamp = path.stat().st_mtime_ns
+    Image.fromarray(np.zeros_like(pixels(0))).save(path)
+    os.utime(path, ns=(stamp, stamp))
+
+
 @pytest.mark.parametrize(
     "change",
     [
         lambda folder: change_pixels(folder / "cat" / "000.png"),
+        lambda folder: change_size(folder / "cat" / "000.png"),
         lambda folder: os.rename(folder / "cat" / "000.png", folder / "cat" / "new.png"),
         lambda folder: os.unlink(folder / "cat" / "000.png"),
         lambda folder: save(folder / "dog" / "new.png"),
@@ -586,6 +594,17 @@ def test_tiny_imagenet(tmp_path, parent):
     assert torch.equal(images[3], torch.tensor(grey).expand(3, -1, -1))
     assert torch.equal(val.images(torch.arange(3)), torch.stack([as_tensor(pixels(s)) for s in (51, 52, 50)]))
     assert torch.equal(val.subset(2).images(torch.tensor([1])), as_tensor(pixels(52))[None])
+
+
+def test_annotations_may_change_and_lie_in_any_order(tmp_path):
+    make_tiny(tmp_path)
+    assert data.open_set("tiny-imagenet", tmp_path, "val").labels.tolist() == [0, 1, 2]
+    annotations = tmp_path / "val" / "val_annotations.txt"
+    rows = annotations.read_text().replace("n01", "n02").splitlines(keepends=True)
+    annotations.write_text("".join(reversed(rows)))
+    val = data.open_set("tiny-imagenet", tmp_path, "val")  # the same images in the same order, but not of these classes
+    assert val.labels.tolist() == [0, 0, 2]
+    assert torch.equal(val.images(torch.arange(3)), torch.stack([as_tensor(pixels(s)) for s in (51, 52, 50)]))
 
 
 def test_tiny_imagenet_errors(tmp_path):
