@@ -513,7 +513,7 @@ def read_cache(path: Path, key: str) -> tuple[Packed, Tensor, list[str]]:
 
 
 def checksums(path: str | Path, total: int) -> list[int]:
-    """CRC-32 of each PART of a file's first `total` bytes, by all cores."""
+    """CRC-32 of each PART of a file's first `total` bytes, by all cores, though at most eight."""
 
     def of_part(start: int) -> int:  # by reading: checking the mapped pages would make them all resident
         checksum, end, piece = 0, min(total, start + PART), memoryview(bytearray(1 << 20))
