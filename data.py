@@ -464,21 +464,32 @@ def write_cache(path: Path, key: str, chunks: Iterable[tuple[Tensor, Tensor, Ten
     A chunk is flat pixels, sizes (b, 2), labels (b,), and the names of images left out. The file takes its name only
     when it is whole and on disk.
     """
-    numbers, bad = [], []
+    numbers, bad, crcs, size = [], [], [], 0
+
+    def write(array: np.ndarray) -> None:  # checksums of what was meant, not of what the disk made of it
+        nonlocal size
+        rest = memoryview(array.tobytes())
+        file.write(rest)
+        while rest:
+            if size % PART == 0:
+                crcs.append(0)
+            now = rest[: PART - size % PART]
+            crcs[-1] = zlib.crc32(now, crcs[-1])
+            size, rest = size + len(now), rest[len(now) :]
+
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".part")
     try:
         with open(descriptor, "wb") as file:
             for flat, chunk_sizes, chunk_labels, chunk_bad in chunks:
-                file.write(flat.numpy())
+                write(flat.numpy())
                 numbers.append(torch.cat([chunk_sizes, chunk_labels[:, None]], dim=1))
                 bad += chunk_bad
             if not sum(map(len, numbers)):
                 raise InputError(f"{bad[0]}: does not decode, nor does any other image; give a folder of images")
-            file.write(torch.cat(numbers).numpy())  # int64 (N, 3); JSON would take longer to read than all to check
-            file.flush()
-            about = dict(key=key, crc32=checksums(temporary, file.tell()), images=sum(map(len, numbers)), bad=bad)
-            index = json.dumps(about).encode()
+            table = torch.cat(numbers).numpy()  # int64 (N, 3); as JSON it would take longer to read than all to check
+            write(table)
+            index = json.dumps(dict(key=key, crc32=crcs, images=len(table), bad=bad)).encode()
             file.write(index + TAIL.pack(len(index), zlib.crc32(index), MAGIC))
             file.flush()
             os.fsync(file.fileno())
@@ -508,8 +519,11 @@ def read_cache(path: Path, key: str) -> tuple[Packed, Tensor, list[str]]:
         n = index["images"]
         file.seek(total - 3 * 8 * n)
         table = torch.from_numpy(np.fromfile(file, np.int64, 3 * n).reshape(n, 3))
+    sizes, labels = table[:, :2], table[:, 2].clone()
+    if 3 * int(sizes.prod(dim=1).sum()) != total - 3 * 8 * n:
+        raise ValueError("its sizes are not those of its pixels")
     flat = np.memmap(path, np.uint8, mode="c", shape=(total - 3 * 8 * n,))  # "c": writable, never written back
-    return Packed(torch.from_numpy(flat), table[:, :2]), table[:, 2].clone(), index["bad"]
+    return Packed(torch.from_numpy(flat), sizes), labels, index["bad"]
 
 
 def checksums(path: str | Path, total: int) -> list[int]:

@@ -173,6 +173,37 @@ def test_each_part_of_a_cache_has_its_checksum(tmp_path, monkeypatch):
             assert data.checksums(tmp_path / "a", total) == expected, (part, total)
 
 
+@pytest.mark.parametrize("part", [1, 7, 12, 36, 42, 84, 85])
+def test_a_cache_of_any_parts_is_read(part, tmp_path, monkeypatch):
+    """36 bytes of pixels and 48 of numbers: parts that end within, with and between chunks, and one beyond them all."""
+    monkeypatch.setattr(data, "PART", part)
+    first = (torch.arange(12, dtype=torch.uint8), torch.tensor([[2, 2]]), torch.tensor([0]), [])
+    none = (torch.empty(0, dtype=torch.uint8), torch.empty(0, 2).long(), torch.empty(0).long(), ["bad.png"])
+    second = (torch.arange(12, 36, dtype=torch.uint8), torch.tensor([[4, 2]]), torch.tensor([1]), [])
+    data.write_cache(tmp_path / "a.cache", "key", [first, none, second])
+    assert not damaged_or_same(tmp_path / "a.cache", (tmp_path / "a.cache").read_bytes())
+
+
+def test_what_the_disk_changes_while_a_cache_is_written_is_noticed(tmp_path):
+    def chunks():
+        for i in range(2):
+            yield torch.full((30_000,), i, dtype=torch.uint8), torch.tensor([[100, 100]]), torch.tensor([i]), []
+            (part,) = tmp_path.glob("*.part")
+            with open(part, "r+b") as file:
+                file.write(b"\7")
+
+    data.write_cache(tmp_path / "a.cache", "key", chunks())
+    with pytest.raises(ValueError, match="checksum differs"):
+        data.read_cache(tmp_path / "a.cache", "key")
+
+
+def test_a_cache_whose_sizes_do_not_fit_its_pixels_is_refused(tmp_path):
+    chunk = (torch.zeros(24, dtype=torch.uint8), torch.tensor([[2, 2]]), torch.tensor([0]), [])
+    data.write_cache(tmp_path / "a.cache", "key", [chunk])
+    with pytest.raises(ValueError, match="sizes are not those of its pixels"):
+        data.read_cache(tmp_path / "a.cache", "key")
+
+
 def test_every_flipped_bit_of_a_cache_is_noticed(cache, tmp_path):
     for at in range(8 * len(cache)):
         content = bytearray(cache)
