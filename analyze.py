@@ -31,15 +31,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import augment
 import cmae_loc
-import data
 import dvae
-import launch
 import mae
-import weights
-from common import Attention, InputError, Mask, StepRandom, ViT, patchify, restore, take, unpatchify
-from options import METHODS, Parser, build_encoder, field_comments
+from common import Attention, Mask, StepRandom, ViT, patchify, restore, take, unpatchify
+from inputs import augment, image_sets
+from methods import METHODS
+from runtime import files, process, weights
+from runtime.command_line import Parser, build_encoder, field_comments
+from runtime.errors import InputError
 
 WIDTH = 9.0  # inches, of 100 pixels
 STYLE = {  # colours differ in lightness, lines and classes also in their markers, so that grey prints tell them apart
@@ -201,7 +201,7 @@ class Run:
     @cached_property
     def method(self) -> nn.Module:
         file = self.directory / "checkpoint.pt"
-        saved = launch.load(file)
+        saved = files.load(file)
         try:
             method = self.Method(build_encoder(self.settings), self.Method.Config(**self.config))
             method.load_state_dict(saved["method"])
@@ -267,18 +267,18 @@ class Study:
     def count(self, images: int) -> int:
         return self.args.images or images
 
-    def open(self, split: str) -> data.ImageSet:
+    def open(self, split: str) -> image_sets.ImageSet:
         about, given = self.runs[0].settings, self.args
         name, root = given.data or about.data, given.data_root or about.data_root
-        found = data.open_set(name, root, split, skip_bad_images=bool(about.skip_bad_images))
+        found = image_sets.open_set(name, root, split, skip_bad_images=bool(about.skip_bad_images))
         return found.subset(classes=about.classes) if about.classes and not given.data else found
 
     @cached_property
-    def val(self) -> data.ImageSet:
+    def val(self) -> image_sets.ImageSet:
         return self.open("val")
 
     @cached_property
-    def train(self) -> data.ImageSet:
+    def train(self) -> image_sets.ImageSet:
         found, first = self.open("train"), getattr(self.runs[0].settings, "images", None)
         return found.first(first) if first and not self.args.data else found  # a run may train on few
 
@@ -865,16 +865,16 @@ def draw(name: str, study: Study, file: Path) -> None:
             file.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise InputError(f"{file.parent}: cannot be written ({error.strerror}); give another --to") from None
-        launch.write_whole(file, lambda out: figure.savefig(out, format="png"))
+        files.write_whole(file, lambda out: figure.savefig(out, format="png"))
     about = {"figure": name, "runs": [str(run.directory) for run in study.runs]}
-    launch.write_text(file.with_suffix(".json"), json.dumps(about | numbers) + "\n")
+    files.write_text(file.with_suffix(".json"), json.dumps(about | numbers) + "\n")
 
 
 def main() -> None:
     args = options()
     if importlib.util.find_spec("matplotlib") is None:
         raise InputError('matplotlib: not installed, and figures need it; pip install ".[plots]"')
-    study = Study(args, launch.start(args.device))
+    study = Study(args, process.start(args.device))
     for name in FIGURES if args.figure == "all" else [args.figure]:
         file = Path(args.to or study.runs[0].directory / "figures" / f"{name}.png")
         try:
@@ -884,8 +884,8 @@ def main() -> None:
             if args.figure != "all":
                 raise InputError(f"{name}: {reason}") from None
             print(f"{name:22} skipped: {reason}", flush=True)
-    launch.stop()
+    process.stop()
 
 
 if __name__ == "__main__":
-    launch.command(main)
+    process.command(main)

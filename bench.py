@@ -41,11 +41,12 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-import augment
-import data
-import launch
-from common import SIZES, InputError, StepRandom, ViT, normalize_patches, parameter_groups
-from options import METHODS, Parser
+from common import SIZES, StepRandom, ViT, normalize_patches, parameter_groups
+from inputs import augment, image_sets
+from methods import METHODS
+from runtime import files, process
+from runtime.command_line import Parser
+from runtime.errors import InputError
 from train import git_state, versions
 
 PEERS = {"hf": "transformers", "lightly": "lightly", "torchvision": "torchvision"}  # and the package each needs
@@ -187,7 +188,7 @@ def peak_memory(pipe, threads: int, args, name: str, B: int, precision: str, com
     """What three steps hold at their peak; in a process of its own, after a tiny model's step."""
     torch.set_num_threads(threads)
     if device.type == "cpu":
-        launch.keep_freed_memory()  # as train.py does
+        process.keep_freed_memory()  # as train.py does
     tiny = dict(width=8, depth=1, heads=1, decoder_width=8, decoder_depth=1, decoder_heads=1)
     stepper(argparse.Namespace(**vars(args) | tiny), name, 2, precision, False, device)()
     before = held("VmRSS")
@@ -287,7 +288,9 @@ def torchvision_views(args, name: str) -> Callable:
     return views
 
 
-def stages(args, files: list[Path], packed: data.Packed, device: torch.device) -> dict[str, tuple[Callable, Callable]]:
+def stages(
+    args, files: list[Path], packed: image_sets.Packed, device: torch.device
+) -> dict[str, tuple[Callable, Callable]]:
     """Each stage of an input path on one batch: ours as a call, and torchvision's of one image."""
     from torchvision.datasets.folder import default_loader
     from torchvision.transforms import v2
@@ -301,7 +304,7 @@ def stages(args, files: list[Path], packed: data.Packed, device: torch.device) -
         return lambda: [function(picture) for picture in pictures]
 
     return {
-        "decode": (lambda: [data.decode(file) for file in files], lambda: [default_loader(file) for file in files]),
+        "decode": (lambda: [*map(image_sets.decode, files)], lambda: [*map(default_loader, files)]),
         "cache": (lambda: packed.images(torch.randperm(B), device), None),
         "crop": (lambda: augment.crop_resize(images, augment.crop_boxes(rng, (S, S)), S),
                  each(v2.RandomResizedCrop(S, (0.2, 1.0), interpolation=v2.InterpolationMode.BICUBIC))),
@@ -324,8 +327,8 @@ def bench_input(args, device: torch.device) -> list[dict]:
     calls, images = {}, {}  # the latter: images that a call is worth
     with tempfile.TemporaryDirectory() as directory:
         files = picture_folder(Path(directory), B, args.image_size)
-        packed = data.Packed(*data.pack([data.decode(file) for file in files]))
-        packed = data.Packed(packed.flat.to(device), packed.sizes)
+        packed = image_sets.Packed(*image_sets.pack([image_sets.decode(file) for file in files]))
+        packed = image_sets.Packed(packed.flat.to(device), packed.sizes)
         for name, (ours, theirs) in stages(args, files, packed, device).items():
             calls[name], images[name] = ours, B
             if peer and theirs:
@@ -414,9 +417,9 @@ def bench_start(args, device: torch.device) -> list[dict]:
         with tempfile.TemporaryDirectory() as directory:
             outs, more = [Path(directory) / str(i) for i in range(args.repeats)], ("--max-steps", "1")
             runs = [run_train(command(args, name, out, *more), out) for out in outs]
-            tree = launch.load(outs[-1] / "checkpoint.pt")
+            tree = files.load(outs[-1] / "checkpoint.pt")
             file = Path(directory) / "checkpoint.pt"
-            saving = interleave({"save": lambda f=file, t=tree: launch.save(f, t)}, args.repeats, torch.device("cpu"))
+            saving = interleave({"save": lambda f=file, t=tree: files.save(f, t)}, args.repeats, torch.device("cpu"))
             row = dict(name=name, first_run_seconds=runs[0]["first_step_seconds"])  # it may build the images' cache
             row |= dict(first_step_seconds=statistics.median(run["first_step_seconds"] for run in runs[1:] or runs))
             row |= dict(resident_gib=max(run["resident_gib"] for run in runs), checkpoint_seconds=saving["save"])
@@ -563,15 +566,15 @@ def about(device: torch.device) -> dict:
 
 def main() -> None:
     args = parse(sys.argv[1:])
-    device = launch.start(args.device)
+    device = process.start(args.device)
     args.device = device.type
     rows = WHAT[args.what](args, device)
     facts = about(device)
     print(f"{facts['device']}, {facts['threads']} threads, torch {torch.__version__}\n{facts['command']}")
     print(table(rows))
     if args.json:
-        launch.write_text(args.json, json.dumps(facts | dict(rows=rows), indent=1) + "\n")
+        files.write_text(args.json, json.dumps(facts | dict(rows=rows), indent=1) + "\n")
 
 
 if __name__ == "__main__":
-    launch.command(main)
+    process.command(main)

@@ -36,7 +36,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import augment
 import dvae
 import mae
 from common import (
@@ -56,6 +55,7 @@ from common import (
     unpatchify,
     visible_count,
 )
+from inputs import augment
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import augment
 import mae
 from common import (
     Head,
@@ -53,6 +52,7 @@ from common import (
     reconstruction_loss,
     visible_count,
 )
+from inputs import augment
 
 
 @dataclass(frozen=True)

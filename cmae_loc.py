@@ -40,7 +40,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import augment
 import mae
 from common import (
     MLP,
@@ -59,6 +58,7 @@ from common import (
     visible_count,
     world_size,
 )
+from inputs import augment
 
 
 @dataclass(frozen=True)

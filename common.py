@@ -18,9 +18,11 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from runtime.errors import InputError
+from runtime.ranks import gather_over_ranks, rank, sum_over_ranks, world_size
 
 # Every image set is normalised with ImageNet's channel statistics, so that an encoder fits any of them.
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -33,52 +35,6 @@ SIZES = {
     "base": (768, 12, 12),
     "large": (1024, 24, 16),
 }
-
-
-class InputError(ValueError):
-    """What a user gave cannot work. The message is one line: the thing, what is wrong, what would be right."""
-
-
-# ------------------------------------------------------------------------------------------------------------ ranks
-
-
-def world_size() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-class _SumOverRanks(torch.autograd.Function):
-    """Sum over ranks. Every rank's loss depends on every rank's input, so the gradients are summed over ranks too."""
-
-    @staticmethod
-    def forward(ctx, x):
-        x = x.clone()
-        dist.all_reduce(x)
-        return x
-
-    @staticmethod
-    def backward(ctx, gradient):
-        gradient = gradient.clone()
-        dist.all_reduce(gradient)
-        return gradient
-
-
-def sum_over_ranks(x: Tensor) -> Tensor:
-    """The sum of `x` over all ranks, with gradient; `x` itself in a single process."""
-    return _SumOverRanks.apply(x) if world_size() > 1 else x
-
-
-@torch.no_grad()
-def gather_over_ranks(x: Tensor) -> Tensor:
-    """(B, …) on each rank → (B·ranks, …) in rank order, without gradient."""
-    if world_size() == 1:
-        return x.detach()
-    parts = [torch.empty_like(x) for _ in range(world_size())]
-    dist.all_gather(parts, x.detach().contiguous())
-    return torch.cat(parts)
 
 
 # ------------------------------------------------------------------------------------------------------- randomness

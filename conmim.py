@@ -40,7 +40,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import augment
 from common import (
     BatchNorm,
     InputError,
@@ -59,6 +58,7 @@ from common import (
     unpatchify,
     visible_count,
 )
+from inputs import augment
 
 
 @dataclass(frozen=True)

@@ -36,9 +36,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import augment
-import launch
 from common import InputError, ViT, cosine, initialize, sum_over_ranks
+from inputs import augment
+from runtime import files
 
 STRIDE = 8  # pixels a side that a code stands for: three halvings
 PUBLISHED = (
@@ -193,7 +193,7 @@ def load_tokenizer(file: str) -> Tokenizer:
     if not path.is_file():
         raise InputError(f"tokenizer {path}: no such file; give a run of --method dvae, or DALL-E's from {PUBLISHED}")
     try:
-        saved = launch.load(path)
+        saved = files.load(path)
         if "state_dict" in saved:
             tokenizer = Tokenizer(**saved["settings"])
             tokenizer.load_state_dict(saved["state_dict"])

@@ -1,4 +1,4 @@
-"""What an encoder is worth: kNN and a linear probe on its features, or what finetune.py makes of it.
+"""What an encoder is worth: kNN and a linear probe on its features, or what finetuning.py makes of it.
 
     python evaluate.py --run runs/cmae-shapes --protocol knn
     python evaluate.py --run runs/cmae-shapes --protocol finetune --seeds 3
@@ -9,7 +9,7 @@
 For kNN and the fast linear probe each image becomes one vector: the encoder sees all of it, unmasked and
 centre-cropped, and its final-norm tokens are averaged over the patches (or the class token is taken). Under torchrun
 the ranks share the encoding; what follows is small, so every rank does all of it and comes to the same numbers. The
-other protocols train, as the table in finetune.py says. All are measured on every validation image, once.
+other protocols train, as the table in finetuning.py says. All are measured on every validation image, once.
 """
 
 import argparse
@@ -26,13 +26,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-import augment
-import data
-import finetune
-import launch
-from common import InputError, ViT, gather_over_ranks, pair, rank, world_size
-from options import Help, Parser, field_comments, settle
-from weights import TARGETS, load_encoder, untrained, write_export
+from common import ViT, pair
+from downstream import finetuning
+from inputs import augment, image_sets
+from runtime import files, process
+from runtime.command_line import Help, Parser, field_comments, settle
+from runtime.errors import InputError
+from runtime.ranks import gather_over_ranks, rank, world_size
+from runtime.weights import TARGETS, load_encoder, untrained, write_export
 
 # ---------------------------------------------------------------------------------------------------------- features
 
@@ -63,7 +64,7 @@ def of_all(function, image_set, size, device, batch_size: int = 256, precision: 
     out, where the set skips them. Precision "auto" is bf16 on GPUs that have it and float32 elsewhere.
     """
     device, n = torch.device(device), len(image_set)
-    precision = {"auto": "bf16" if launch.has_bf16(device) else "fp32"}.get(precision, precision)
+    precision = {"auto": "bf16" if process.has_bf16(device) else "fp32"}.get(precision, precision)
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
     block = -(-n // world_size())
     first = min(rank() * block, n)
@@ -208,8 +209,8 @@ class Task:
     """An encoder, the two halves of an image set, and every option of every protocol."""
 
     encoder: ViT
-    train_set: data.ImageSet
-    val_set: data.ImageSet
+    train_set: image_sets.ImageSet
+    val_set: image_sets.ImageSet
     device: torch.device
     features: str = "mean"  # of the patch tokens, or "cls"
     batch_size: int = 256  # images encoded at a time, on each rank
@@ -217,7 +218,7 @@ class Task:
     k: int = 20  # neighbours
     tau: float = 0.07  # their temperature
     # Of the protocols that train:
-    recipe: finetune.Recipe | None = None  # the demo's, where none is given
+    recipe: finetuning.Recipe | None = None  # the demo's, where none is given
     paper: bool = False  # the linear probe of the papers, by LARS
     blocks: int = 1  # that partial fine-tuning trains
     seed: int = 0  # of the first training
@@ -244,21 +245,21 @@ KEPT_LIMIT = 16 << 30  # bytes of a frozen encoder's output to hold; above, imag
 
 
 def trained(task: Task, protocol: str) -> dict:
-    """What finetune.py makes of the encoder, measured; over several seeds mean and sample standard deviation."""
-    recipe = task.recipe or finetune.recipe_for("demo", protocol, task.blocks)
+    """What finetuning.py makes of the encoder, measured; over several seeds mean and sample standard deviation."""
+    recipe = task.recipe or finetuning.recipe_for("demo", protocol, task.blocks)
     machine = argparse.Namespace(precision=task.precision, compile=False)
     settle(machine, task.device)
     source, results = task.train_set, []
     for seed in range(task.seed, task.seed + task.seeds):
         encoder = untrained(task.encoder, seed) if protocol == "supervised" else copy.deepcopy(task.encoder)
-        classifier = finetune.Classifier(encoder, recipe, task.classes, protocol, task.blocks, seed).eval()
+        classifier = finetuning.Classifier(encoder, recipe, task.classes, protocol, task.blocks, seed).eval()
         how = (encoder.image_size, task.device, task.batch_size, machine.precision)
         if source is task.train_set and classifier.blocks < classifier.depth and not recipe.augments:
             values = classifier.frozen(torch.zeros(1, 3, *pair(encoder.image_size), device=task.device)).numel()
             if 4 * values * len(source) <= KEPT_LIMIT:
-                source = finetune.Kept(*of_all(classifier.frozen, source, *how))  # for all seeds
+                source = finetuning.Kept(*of_all(classifier.frozen, source, *how))  # for all seeds
         folder = task.directory and task.directory / f"seed-{seed}"
-        finetune.train(
+        finetuning.train(
             classifier, source, task.classes, recipe, task.device, seed, folder, machine.precision, task.accumulate,
             task.resume,
         )  # fmt: skip
@@ -315,23 +316,23 @@ def options() -> argparse.Namespace:
     group = parser.add_argument_group("protocols that train (linear only with --paper)", argument_default=unset)
     group.add_argument("--paper", action="store_true", default=unset, help="the papers' linear probe, by LARS")
     group.add_argument("--blocks", type=int, metavar="K", help=f"last blocks that partial trains [{Task.blocks}]")
-    group.add_argument("--recipe", metavar="NAME", help=", ".join(finetune.RECIPES))
+    group.add_argument("--recipe", metavar="NAME", help=", ".join(finetuning.RECIPES))
     group.add_argument("--seed", type=int, metavar="N", help=f"of everything random [{Task.seed}]")
     group.add_argument("--seeds", type=int, metavar="N", help=f"trainings, for mean and deviation [{Task.seeds}]")
     group.add_argument("--accumulate", type=int, metavar="N", help=f"parts of a step, for memory [{Task.accumulate}]")
     group.add_argument("--resume", choices=["auto", "never"], help="continue what is in the run's directory [auto]")
     group = parser.add_argument_group("in place of the recipe's", argument_default=unset)
-    comments = field_comments(finetune.Recipe)
-    for field in dataclasses.fields(finetune.Recipe):
+    comments = field_comments(finetuning.Recipe)
+    for field in dataclasses.fields(finetuning.Recipe):
         kind = type(field.default)
         how = dict(action="store_true", default=unset) if kind is bool else dict(
             type=kind, metavar={int: "N", float: "X", str: "NAME"}[kind])  # fmt: skip
-        group.add_argument(finetune.flag(field.name), help=comments[field.name], **how)
+        group.add_argument(finetuning.flag(field.name), help=comments[field.name], **how)
     return parser.parse_args()
 
 
 ENCODING = ("features", "batch_size")
-TRAINING = ("recipe", "seed", "seeds", "accumulate", "resume", *(f.name for f in dataclasses.fields(finetune.Recipe)))
+TRAINING = ("recipe", "seed", "seeds", "accumulate", "resume", *(f.name for f in dataclasses.fields(finetuning.Recipe)))
 USED = {  # the options, beyond those of all, that a protocol has a use for
     "knn": ("k", "tau", *ENCODING),
     "linear": ENCODING,
@@ -349,22 +350,22 @@ def task_options(args: argparse.Namespace, settings: dict) -> tuple[dict, dict]:
     for name in ("paper", *(name for names in USED.values() for name in names)):
         if name in given and name not in used:
             hint = " without --paper" if args.protocol == "linear" else ""
-            raise InputError(f"{finetune.flag(name)}: does nothing to protocol {args.protocol}{hint}; leave it out")
+            raise InputError(f"{finetuning.flag(name)}: does nothing to protocol {args.protocol}{hint}; leave it out")
     given = {name: given[name] for name in used if name in given}
     for name in ("batch_size", "seeds", "accumulate"):
         if given.get(name, 1) < 1:
-            raise InputError(f"{finetune.flag(name)} {given[name]}: must be at least 1")
+            raise InputError(f"{finetuning.flag(name)} {given[name]}: must be at least 1")
     if "recipe" not in used:
         if given.get("features", "mean") not in ("mean", "cls"):
             raise InputError(f"--features {given['features']!r}: unknown; choose one of mean, cls")
         return given, {name: given.get(name, getattr(Task, name)) for name in used}
-    its_own = settings.get("method") if settings.get("method") in finetune.RECIPES else "mae"
+    its_own = settings.get("method") if settings.get("method") in finetuning.RECIPES else "mae"
     name = given.pop("recipe", {"shapes": "demo", "imagenet": its_own}.get(args.data, "tiny"))
-    fields = [field.name for field in dataclasses.fields(finetune.Recipe)]
+    fields = [field.name for field in dataclasses.fields(finetuning.Recipe)]
     own = {field: given.pop(field) for field in fields if field in given}
     blocks = given.get("blocks", Task.blocks)
-    recipe = finetune.recipe_for(name, args.protocol, blocks, own)
-    idle = finetune.IDLE[finetune.kind_of(args.protocol, blocks)]
+    recipe = finetuning.recipe_for(name, args.protocol, blocks, own)
+    idle = finetuning.IDLE[finetuning.kind_of(args.protocol, blocks)]
     report = {field: getattr(recipe, field) for field in fields if field not in idle}
     report |= dict(recipe=name, lr=recipe.peak, seed=given.get("seed", 0), seeds=given.get("seeds", 1))
     if args.protocol == "partial":
@@ -386,7 +387,7 @@ def main() -> None:
     args = options()
     if "to" in args and "export" not in args:
         raise InputError(f"--to {args.to}: says where an encoder is written to; give --export too")
-    device = launch.start(args.device)
+    device = process.start(args.device)
     encoder = load_encoder(args.run, device, heads=vars(args).get("heads"))
     directory = Path(args.run) if Path(args.run).is_dir() else Path(args.run).parent
     settings = run_settings(directory)
@@ -396,7 +397,7 @@ def main() -> None:
         if rank() == 0:
             to = vars(args).get("to") or directory / TARGETS[args.export]
             print(write_export(encoder, args.export, to), flush=True)
-        return launch.stop()
+        return process.stop()
     images = ("data", "data_root", "classes", "download", "skip_bad_images")
     args = argparse.Namespace(**{name: settings.get(name) for name in images} | vars(args))
     if args.data is None:
@@ -405,7 +406,9 @@ def main() -> None:
         raise InputError("--untrained: does nothing to protocol supervised, which is so anyway; leave it out")
     chosen, report = task_options(args, settings)
     sets = [
-        data.open_set(args.data, args.data_root, half, download=args.download, skip_bad_images=args.skip_bad_images)
+        image_sets.open_set(
+            args.data, args.data_root, half, download=args.download, skip_bad_images=args.skip_bad_images
+        )
         for half in ("train", "val")
     ]
     sets = [(half.subset(classes=args.classes) if args.classes else half).to(device) for half in sets]
@@ -418,9 +421,9 @@ def main() -> None:
         about = vars(args) | report | dict(device=str(device), processes=world_size())
         result = {"protocol": args.protocol, **result, **(about | result)}
         print(json.dumps(result), flush=True)
-        launch.write_text(directory / f"evaluate-{name}.json", json.dumps(result, indent=1) + "\n")
-    launch.stop()
+        files.write_text(directory / f"evaluate-{name}.json", json.dumps(result, indent=1) + "\n")
+    process.stop()
 
 
 if __name__ == "__main__":
-    launch.command(main)
+    process.command(main)

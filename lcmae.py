@@ -45,7 +45,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import augment
 import mae
 from common import (
     MLP,
@@ -62,6 +61,7 @@ from common import (
     unpatchify,
     visible_count,
 )
+from inputs import augment
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-import augment
 from common import (
     Block,
     Linear,
@@ -38,6 +37,7 @@ from common import (
     unpatchify,
     visible_count,
 )
+from inputs import augment
 
 
 @dataclass(frozen=True)

@@ -33,11 +33,25 @@ import torch
 import torch.nn.functional as F
 
 import analyze
-import data
 import evaluate
-import launch
-from common import InputError, patchify
-from ledger import BASELINES, CLAIMS, HERE, ROWS, VARIANTS, changed, curves, drawing, generated, problems, read, sources
+from common import patchify
+from inputs import image_sets
+from reporting.claims import (
+    BASELINES,
+    CLAIMS,
+    HERE,
+    ROWS,
+    VARIANTS,
+    changed,
+    curves,
+    drawing,
+    generated,
+    problems,
+    read,
+    sources,
+)
+from runtime import files, process
+from runtime.errors import InputError
 
 # ---------------------------------------------------------------------------------------------------------- measures
 
@@ -175,7 +189,7 @@ def work_of(folder: str, name: str, budget: str, args) -> Work:
 def choose_data(root: str | None) -> str:
     """Tiny-ImageNet where it is, the built-in images otherwise."""
     try:
-        data.open_set("tiny-imagenet", root, "val")
+        image_sets.open_set("tiny-imagenet", root, "val")
         return "tiny-imagenet"
     except InputError as error:
         say(f"{error}\nThe built-in images stand in for Tiny-ImageNet; results go beside the runs.")
@@ -232,7 +246,7 @@ class Runner:
                     state["measured"][key] = self.call(command, folder, seed)
                 finally:
                     state["seconds"] += time.monotonic() - begin
-                    launch.write_text(folder / "reproduce.json", json.dumps(state))
+                    files.write_text(folder / "reproduce.json", json.dumps(state))
             with self.writing:
                 keep(result, work, about(folder, seed, state, self.threads))
             return "done"
@@ -259,12 +273,12 @@ class Runner:
             "measured": {},
             "seconds": 0.0,
         }
-        launch.write_text(file, json.dumps(state))
+        files.write_text(file, json.dumps(state))
         return state
 
     def call(self, command: str, folder: Path, seed: int) -> dict:
         """Run it as a user would. The answer is the last line that a measure prints, in JSON."""
-        where = self.args.data_root or str(data.cache_folder())
+        where = self.args.data_root or str(image_sets.cache_folder())
         places = {"RUN": str(folder), "SEED": str(seed), "DIR": where}
         script, *words = [places.get(word, word) for word in shlex.split(command)]
         environment = os.environ | {"OMP_NUM_THREADS": str(self.threads)}
@@ -337,7 +351,7 @@ def keep(file: Path, work: Work, run: dict) -> None:
         runs += [r for r in found["runs"] if r["seed"] != run["seed"] and not changed(r["sources"])]
     file.parent.mkdir(parents=True, exist_ok=True)
     tree = dict(method=work.method, commands=work.commands, config=config, runs=sorted(runs, key=lambda r: r["seed"]))
-    launch.write_text(file, json.dumps(tree, indent=1) + "\n")
+    files.write_text(file, json.dumps(tree, indent=1) + "\n")
 
 
 def machine(found: dict, threads: int) -> str:
@@ -409,7 +423,7 @@ def main() -> None:
     args = options()
     results, readme = Path(args.results), HERE / "README.md"
     if args.measure:
-        study = analyze.Study(analyze.options(["--run", args.run, "--figure", "all"]), launch.start())
+        study = analyze.Study(analyze.options(["--run", args.run, "--figure", "all"]), process.start())
         print(json.dumps(MEASURES[args.measure](study)), flush=True)
     elif args.check:
         if found := problems(readme.read_text(), results):
@@ -417,8 +431,8 @@ def main() -> None:
     elif args.readme:
         for folder in ("cpu", "gpu"):
             if curves(results, folder):
-                launch.write_text(results / f"losses-{folder}.svg", drawing(results, folder))
-        launch.write_text(readme, generated(readme.read_text(), results))
+                files.write_text(results / f"losses-{folder}.svg", drawing(results, folder))
+        files.write_text(readme, generated(readme.read_text(), results))
     else:
         demo = args.budget == "demo"
         args.data = "shapes" if demo else choose_data(args.data_root)
@@ -432,4 +446,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    launch.command(main)
+    process.command(main)

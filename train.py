@@ -29,21 +29,14 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-import data
 import evaluate
-import launch
-from common import (
-    InputError,
-    StepRandom,
-    ViT,
-    epoch_order,
-    learning_rate,
-    parameter_groups,
-    rank,
-    world_size,
-)
-from options import build_encoder, options, settle
-from weights import untrained
+from common import StepRandom, ViT, epoch_order, learning_rate, parameter_groups
+from inputs import image_sets
+from runtime import files, process
+from runtime.command_line import build_encoder, options, settle
+from runtime.errors import InputError
+from runtime.ranks import rank, world_size
+from runtime.weights import untrained
 
 # What may differ between a run and its continuation: where and how it runs, not what it computes.
 FREE = {"out", "resume", "data_root", "download", "workers", "device", "compile", "save_every", "log_every", "evaluate"}
@@ -54,11 +47,11 @@ FREE = {"out", "resume", "data_root", "download", "workers", "device", "compile"
 
 def main() -> None:
     args, config, Method = options(sys.argv[1:])
-    device = launch.start(args.device)
+    device = process.start(args.device)
     settle(args, device)
     run = Run(args.out)
     train(args, config, Method, device, run)
-    launch.stop()
+    process.stop()
     if run.stopped_by:
         sys.exit(128 + run.stopped_by)
 
@@ -186,7 +179,7 @@ def train_first(args, device: torch.device, name: str, **settings):
     run = Run(theirs.out)
     method = train(theirs, config, Method, device, run)
     if run.stopped_by:
-        launch.stop()
+        process.stop()
         sys.exit(128 + run.stopped_by)
     return method
 
@@ -215,7 +208,7 @@ def divide(batch_size: int, accumulate: int) -> int:
 
 
 def open_set(args, split: str):
-    image_set = data.open_set(
+    image_set = image_sets.open_set(
         args.data, args.data_root, split, download=args.download, skip_bad_images=args.skip_bad_images
     )
     return image_set.subset(classes=args.classes) if args.classes else image_set
@@ -248,7 +241,7 @@ def summary(args, encoder: ViT, meter: "Meter", run: "Run", device) -> None:
     for name, result in results.items():
         say(f"  {name + ' encoder':38}{result['knn']['top1']:5.1f} %   {result['linear']['top1']:5.1f} %")
     if rank() == 0:
-        launch.write_text(run.directory / "summary.json", json.dumps(results, indent=1) + "\n")
+        files.write_text(run.directory / "summary.json", json.dumps(results, indent=1) + "\n")
 
 
 # ------------------------------------------------------------------------------------------ log, pictures, directory
@@ -325,7 +318,7 @@ class Pictures:
 
         grid = make_grid(rows.flatten(0, 1).cpu(), nrow=rows.shape[1], padding=2, pad_value=1.0)
         grid = grid.repeat_interleave(self.zoom, dim=1).repeat_interleave(self.zoom, dim=2)
-        launch.write_whole(directory / "reconstruction.png", lambda file: save_image(grid, file, format="png"))
+        files.write_whole(directory / "reconstruction.png", lambda file: save_image(grid, file, format="png"))
 
 
 class Run:
@@ -387,7 +380,7 @@ class Run:
                 method=args.method, settings=vars(args), config=dataclasses.asdict(config), world_size=world_size(),
                 argv=sys.argv, versions=versions(), git=git_state(),
             )  # fmt: skip
-            launch.write_text(self.directory / "config.json", json.dumps(about, indent=1) + "\n")
+            files.write_text(self.directory / "config.json", json.dumps(about, indent=1) + "\n")
             self.open_log(about, step)
         return step
 
@@ -411,10 +404,10 @@ class Run:
             return None
         if not path.exists():
             raise InputError(f"{path}: no such checkpoint; give a file, auto or never to --resume")
-        checkpoint = launch.load(path)
+        checkpoint = files.load(path)
         if not isinstance(checkpoint, dict) or "settings" not in checkpoint:
             raise InputError(f"{path}: not a checkpoint of train.py; give another --resume")
-        if differs := launch.differences(checkpoint["settings"], settings, FREE):
+        if differs := files.differences(checkpoint["settings"], settings, FREE):
             raise InputError(f"{path}: of another run ({differs}); give the same, another --out or --resume never")
         return checkpoint
 
@@ -423,9 +416,9 @@ class Run:
             return
         settings = vars(args) | dataclasses.asdict(method.config) | dict(images=self.images)
         states = dict(method=method.state_dict(), optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
-        launch.save(self.directory / "checkpoint.pt", dict(step=step, settings=settings) | states)
+        files.save(self.directory / "checkpoint.pt", dict(step=step, settings=settings) | states)
         encoder = dict(settings=method.encoder.settings, state_dict=method.encoder.state_dict())
-        launch.save(self.directory / "encoder.pt", encoder)
+        files.save(self.directory / "encoder.pt", encoder)
 
     def open_log(self, about: dict, step: int) -> None:
         """One configuration line, then the steps that the checkpoint has seen; what came after it is done again."""
@@ -435,7 +428,7 @@ class Run:
                 with suppress(ValueError, TypeError, LookupError):  # a line cut off or damaged is left out
                     if json.loads(line)["step"] <= step:
                         lines.append(line)
-        launch.write_text(path, "\n".join([json.dumps(about), *lines]) + "\n")
+        files.write_text(path, "\n".join([json.dumps(about), *lines]) + "\n")
         self.log_file = open(path, "a", buffering=1)
 
     def logged_losses(self) -> tuple[float | None, float | None]:
@@ -473,4 +466,4 @@ def git_state() -> dict:
 
 
 if __name__ == "__main__":
-    launch.command(main)
+    process.command(main)

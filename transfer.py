@@ -41,13 +41,11 @@ from torchvision.models.segmentation.fcn import FCNHead
 from torchvision.ops import MultiScaleRoIAlign, masks_to_boxes
 from tqdm import tqdm
 
-import augment
-import data
-import launch
-import scenes
-import weights
-from common import InputError, ViT, epoch_order, learning_rate, pair, parameter_groups
-from options import Help, Parser
+from common import ViT, epoch_order, learning_rate, pair, parameter_groups
+from inputs import augment, builtin_scenes, image_sets
+from runtime import files, process, weights
+from runtime.command_line import Help, Parser
+from runtime.errors import InputError
 
 try:
     from pycocotools import mask as rle
@@ -100,7 +98,7 @@ class Segments:
         try:
             with Image.open(file) as png:
                 labels = np.array(png)
-        except Exception as error:  # as in data.decode
+        except Exception as error:  # as in image_sets.decode
             raise InputError(f"{file}: does not decode as a label map ({type(error).__name__})") from None
         if labels.dtype != np.uint8 or labels.shape != tuple(image.shape[1:]):
             what = f"{labels.dtype} values of shape {labels.shape}"
@@ -157,7 +155,7 @@ class Instances:
 
 def decode(path: Path) -> Tensor:
     try:
-        return data.decode(path)
+        return image_sets.decode(path)
     except InputError:  # whose advice is not for here
         raise InputError(f"{path}: missing, or does not decode as an image") from None
 
@@ -215,7 +213,7 @@ class Reader(torch.utils.data.Dataset):
     def batches(self, orders, workers: int) -> Iterator[list[Sample]]:
         loader = DataLoader(
             self, batch_sampler=orders, collate_fn=list, num_workers=workers, generator=torch.Generator(),
-            worker_init_fn=data.leave_signals_to_parent,
+            worker_init_fn=image_sets.leave_signals_to_parent,
         )  # fmt: skip
         for batch in loader:
             for sample in batch:
@@ -488,10 +486,10 @@ def options() -> argparse.Namespace:
 def main() -> None:
     args = options()
     if args.make_scenes is not None:
-        return scenes.write(Path(args.make_scenes), args.n, args.seed)
+        return builtin_scenes.write(Path(args.make_scenes), args.n, args.seed)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise InputError("transfer.py: works in one process; start it without torchrun")
-    device = launch.start(args.device)
+    device = process.start(args.device)
     encoder = weights.load_encoder(args.run, device)
     if args.untrained:
         encoder = weights.untrained(encoder, args.seed)
@@ -506,7 +504,7 @@ def main() -> None:
         if sets[0].categories != sets[1].categories:
             raise InputError(f"{root}: categories to learn and to test differ; give both files of one set")
     torch.manual_seed(args.seed)
-    bf16 = args.precision == "bf16" or (args.precision == "auto" and launch.has_bf16(device))
+    bf16 = args.precision == "bf16" or (args.precision == "auto" and process.has_bf16(device))
     model = Task(Features(encoder, args.freeze, bf16), sets[0].classes).to(device)
     fine_tune(model, Reader(sets[0], args.image_size, args.seed, args.jitter), args, device)
     result = measure(model, Reader(sets[1], args.image_size), args, device)
@@ -515,8 +513,8 @@ def main() -> None:
     print(json.dumps(result), flush=True)
     directory = Path(args.run) if Path(args.run).is_dir() else Path(args.run).parent
     name = f"transfer-{args.task}{'-untrained' if args.untrained else ''}.json"
-    launch.write_text(directory / name, json.dumps(result, indent=1) + "\n")
+    files.write_text(directory / name, json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":
-    launch.command(main)
+    process.command(main)

@@ -50,11 +50,11 @@ def be(program: str, words: list[str], environment: dict, place: str, said: list
     multiprocessing.set_start_method(None, force=True)  # its own processes start as everybody's
     sys.argv = [program, *words]
     if before:  # which changes these modules, not what is run as a program
-        import launch
         import train
+        from runtime import files, process
 
-        exec(before, dict(train=train, launch=launch, os=os, signal=signal))
-        launch.command(train.main)
+        exec(before, dict(train=train, process=process, files=files, os=os, signal=signal))
+        process.command(train.main)
     else:
         runpy.run_path(program, run_name="__main__")
 
@@ -145,7 +145,7 @@ def popen(*words, **where) -> subprocess.Popen:
 
 def rewrite(path: str) -> None:
     """A hundred times."""
-    import launch
+    from runtime import files
 
     for i in range(101):
-        launch.write_text(path, json.dumps([i] * 5_000))
+        files.write_text(path, json.dumps([i] * 5_000))

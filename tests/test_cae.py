@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 
 import cae
 import dvae
-import launch
 from cae import CAE, Batch, Config, CrossBlock, alignment_loss, token_loss
-from common import InputError, Mask, StepRandom, ViT, block_mask, patchify, sincos_positions, take, unpatchify
+from common import Mask, StepRandom, ViT, block_mask, patchify, sincos_positions, take, unpatchify
+from runtime import files
+from runtime.errors import InputError
 
 SMALL = dict(codes=12, hidden=8, blocks=1, first_stride=4, regressor_depth=2, decoder_depth=2)
 
@@ -457,7 +458,7 @@ def run_of_dvae(directory, **settings):
     )
     directory.mkdir(exist_ok=True)
     saved = dict(settings=model.encoder.settings, state_dict=model.encoder.state_dict())
-    launch.save(directory / "encoder.pt", saved)
+    files.save(directory / "encoder.pt", saved)
     return model
 
 

@@ -10,13 +10,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_common import naive_info_nce
 
-import augment
 import cmae
 import mae
-from augment import denormalize
 from cmae import CMAE, RECIPES, Batch, Config, byol_loss, shift_bounds
-from common import InputError, StepRandom, ViT, parameter_groups, patchify, random_mask, unpatchify
-from options import options
+from common import StepRandom, ViT, parameter_groups, patchify, random_mask, unpatchify
+from inputs import augment
+from inputs.augment import denormalize
+from runtime.command_line import options
+from runtime.errors import InputError
 
 SMALL = dict(decoder_width=16, decoder_depth=3, decoder_heads=2, projector_width=24, projector_out=8)
 

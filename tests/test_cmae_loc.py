@@ -11,7 +11,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_common import naive_info_nce
 
-import augment
 import cmae_loc
 import mae
 from cmae_loc import (
@@ -27,8 +26,10 @@ from cmae_loc import (
     location_loss,
     place_crops,
 )
-from common import InputError, StepRandom, ViT, patchify, random_mask, sincos_positions, take, unpatchify
-from options import options
+from common import StepRandom, ViT, patchify, random_mask, sincos_positions, take, unpatchify
+from inputs import augment
+from runtime.command_line import options
+from runtime.errors import InputError
 
 SMALL = dict(
     decoder_width=16, decoder_depth=3, decoder_heads=2, projector_width=24, projector_out=8, crop_warmup=2,

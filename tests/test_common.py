@@ -19,7 +19,6 @@ from common import (
     Block,
     ConvEmbed,
     Head,
-    InputError,
     LayerScale,
     Mask,
     StepRandom,
@@ -31,7 +30,6 @@ from common import (
     drop_path,
     ema_update,
     epoch_order,
-    gather_over_ranks,
     info_nce,
     initialize,
     learning_rate,
@@ -40,18 +38,18 @@ from common import (
     parameter_groups,
     patchify,
     random_mask,
-    rank,
     recompute,
     reconstruction_loss,
     relative_places,
     restore,
     sincos_positions,
-    sum_over_ranks,
     take,
     unpatchify,
     visible_count,
-    world_size,
 )
+from runtime import ranks
+from runtime.errors import InputError
+from runtime.ranks import gather_over_ranks, rank, sum_over_ranks, world_size
 
 grids = st.tuples(st.integers(1, 9), st.integers(1, 9)).filter(lambda g: g[0] * g[1] >= 2)
 ratios = st.floats(0.0, 1.0)
@@ -137,7 +135,7 @@ def test_sums_and_gathers_over_ranks(monkeypatch):
     x = torch.tensor([[1.0, 2.0]], requires_grad=True)
     assert sum_over_ranks(x) is x and torch.equal(gather_over_ranks(x), x) and not gather_over_ranks(x).requires_grad
     assert (world_size(), rank()) == (1, 0)
-    monkeypatch.setattr(common, "dist", ThreeRanks())
+    monkeypatch.setattr(ranks, "dist", ThreeRanks())
     assert (world_size(), rank()) == (3, 1)
     y, weight = sum_over_ranks(x), torch.tensor([[3.0, 5.0]])
     y.backward(weight)

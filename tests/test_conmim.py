@@ -9,12 +9,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import augment
 import conmim
-from augment import denormalize
-from common import InputError, StepRandom, ViT, cosine, patchify, random_mask, unpatchify
+from common import StepRandom, ViT, cosine, patchify, random_mask, unpatchify
 from conmim import Batch, Config, ConMIM, Projector, cosines, denoising_contrast, whole_batch
-from options import options
+from inputs import augment
+from inputs.augment import denormalize
+from runtime.command_line import options
+from runtime.errors import InputError
 
 SMALL = dict(projector_width=12, projector_out=6)
 

@@ -9,8 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import launch
-from common import InputError, StepRandom, ViT
+from common import StepRandom, ViT
 from dvae import (
     DVAE,
     RECIPES,
@@ -26,6 +25,8 @@ from dvae import (
     uniform_kl,
     unsqueeze,
 )
+from runtime import files
+from runtime.errors import InputError
 
 SMALL = dict(codes=12, hidden=8, blocks=1)
 
@@ -145,7 +146,7 @@ def test_the_logits_of_a_new_encoder_are_as_large_as_the_noise():
 
 def test_a_saved_run_is_read_back_from_its_directory_or_file(tmp_path):
     model = small(first_stride=4)
-    launch.save(tmp_path / "encoder.pt", dict(settings=model.encoder.settings, state_dict=model.encoder.state_dict()))
+    files.save(tmp_path / "encoder.pt", dict(settings=model.encoder.settings, state_dict=model.encoder.state_dict()))
     for path in (tmp_path, tmp_path / "encoder.pt"):
         again = load_tokenizer(str(path))
         assert all(torch.equal(a, b) for a, b in zip(again.parameters(), model.encoder.parameters(), strict=True))
@@ -154,7 +155,7 @@ def test_a_saved_run_is_read_back_from_its_directory_or_file(tmp_path):
 
 def test_what_is_no_tokenizer_is_refused_in_one_line_that_says_where_to_get_one(tmp_path):
     vit = ViT(32, 8, 16, 1, 2)
-    launch.save(tmp_path / "vit.pt", dict(settings=vit.settings, state_dict=vit.state_dict()))
+    files.save(tmp_path / "vit.pt", dict(settings=vit.settings, state_dict=vit.state_dict()))
     torch.save(dict(weight=torch.zeros(3)), tmp_path / "other.pt")
     torch.save([1, 2], tmp_path / "list.pt")
     torch.save(copy.deepcopy(vit), tmp_path / "pickled.pt")  # code: must not run

@@ -16,12 +16,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-import augment
 import common
 import evaluate
-import launch
-import weights
-from common import InputError, ViT
+from common import ViT
+from inputs import augment
+from runtime import process, weights
+from runtime.errors import InputError
 
 ROOT = Path(evaluate.__file__).parent
 
@@ -120,7 +120,7 @@ def _extract_as_one_of(rank: int, ranks: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=ranks)
     found = [evaluate.extract(small_vit(), FakeSet(n, bad), "cpu", batch_size=2) for n, bad in SHARED]
     torch.save(found, f"{folder}/{rank}.pt")
-    launch.stop()
+    process.stop()
 
 
 def test_every_image_counts_once_on_every_rank_whatever_their_number(tmp_path):
@@ -446,14 +446,14 @@ def test_a_command_ends_with_a_line_or_quietly(capsys, raised, status, said):
         raise raised
 
     with pytest.raises(SystemExit) as ended:
-        launch.command(main)
+        process.command(main)
     assert (ended.value.code, capsys.readouterr().err) == (status, said)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="here is a GPU")
 def test_a_device_that_is_not_there_is_named():
-    assert launch.start("auto").type in ("cpu", "mps")
+    assert process.start("auto").type in ("cpu", "mps")
     with pytest.raises(InputError, match="device cuda: 1 GPUs asked for, 0 found"):
-        launch.start("cuda")
+        process.start("cuda")
     with contextlib.suppress(InputError):  # on a Mac there is one
-        assert launch.start("mps").type == "mps"
+        assert process.start("mps").type == "mps"

@@ -21,13 +21,14 @@ from hypothesis import strategies as st
 from PIL import Image
 from test_train import OWN, SMALL, assert_same_bits, log
 
-import augment
-import data
-import launch
 import mae
 import train
-from common import InputError, StepRandom
-from options import METHODS, build_encoder, options
+from common import StepRandom
+from inputs import augment, image_sets
+from methods import METHODS
+from runtime import files
+from runtime.command_line import build_encoder, options
+from runtime.errors import InputError
 
 
 def build(name: str, *flags: str):
@@ -60,15 +61,15 @@ TREE = dict(step=3, settings=dict(lr=0.1, data="é"), method=dict(a=torch.arange
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     path = tmp_path_factory.mktemp("whole") / "checkpoint.pt"
-    launch.save(path, TREE)
-    assert same(launch.load(path), TREE)
+    files.save(path, TREE)
+    assert same(files.load(path), TREE)
     return path.read_bytes()
 
 
 def refused_or_same(path, content: bytes) -> bool:
     path.write_bytes(content)
     try:
-        tree = launch.load(path)
+        tree = files.load(path)
     except InputError as error:
         assert str(path) in str(error) and "\n" not in str(error)
         return True
@@ -132,7 +133,7 @@ def test_a_pickle_payload_does_not_run(tmp_path, form):
     else:
         torch.save(tree, path, _use_new_zipfile_serialization=form == "saved")
     with pytest.raises(InputError, match="damaged or not written by this program"):
-        launch.load(path)
+        files.load(path)
     assert not touched.exists()
     if form != "deep":  # it would have run
         with contextlib.suppress(Exception):
@@ -147,14 +148,14 @@ def test_a_pickle_payload_does_not_run(tmp_path, form):
 def cache(tmp_path_factory):
     path = tmp_path_factory.mktemp("cache") / "a.cache"
     chunk = (torch.arange(36, dtype=torch.uint8), torch.tensor([[2, 2], [4, 2]]), torch.tensor([0, 1]), ["bad.png"])
-    data.write_cache(path, "key", [chunk])
+    image_sets.write_cache(path, "key", [chunk])
     return path.read_bytes()
 
 
 def damaged_or_same(path, content: bytes) -> bool:
     path.write_bytes(content)
     try:
-        pixels, labels, bad = data.read_cache(path, "key")
+        pixels, labels, bad = image_sets.read_cache(path, "key")
     except ValueError:
         return True
     assert pixels.flat.tolist() == list(range(36)) and pixels.sizes.tolist() == [[2, 2], [4, 2]]
@@ -167,20 +168,20 @@ def test_each_part_of_a_cache_has_its_checksum(tmp_path, monkeypatch):
     content = np.random.default_rng(0).integers(0, 256, 2_500_000, dtype=np.uint8).tobytes()
     (tmp_path / "a").write_bytes(content)
     for part in (700_001, 1 << 20, 2_097_153, 1 << 26):
-        monkeypatch.setattr(data, "PART", part)
+        monkeypatch.setattr(image_sets, "PART", part)
         for total in (1, 2_097_153, 2_400_000, 2_500_000):
             expected = [zlib.crc32(content[at : min(total, at + part)]) for at in range(0, total, part)]
-            assert data.checksums(tmp_path / "a", total) == expected, (part, total)
+            assert image_sets.checksums(tmp_path / "a", total) == expected, (part, total)
 
 
 @pytest.mark.parametrize("part", [1, 7, 12, 36, 42, 84, 85])
 def test_a_cache_of_any_parts_is_read(part, tmp_path, monkeypatch):
     """36 bytes of pixels and 48 of numbers: parts that end within, with and between chunks, and one beyond them all."""
-    monkeypatch.setattr(data, "PART", part)
+    monkeypatch.setattr(image_sets, "PART", part)
     first = (torch.arange(12, dtype=torch.uint8), torch.tensor([[2, 2]]), torch.tensor([0]), [])
     none = (torch.empty(0, dtype=torch.uint8), torch.empty(0, 2).long(), torch.empty(0).long(), ["bad.png"])
     second = (torch.arange(12, 36, dtype=torch.uint8), torch.tensor([[4, 2]]), torch.tensor([1]), [])
-    data.write_cache(tmp_path / "a.cache", "key", [first, none, second])
+    image_sets.write_cache(tmp_path / "a.cache", "key", [first, none, second])
     assert not damaged_or_same(tmp_path / "a.cache", (tmp_path / "a.cache").read_bytes())
 
 
@@ -192,16 +193,16 @@ def test_what_the_disk_changes_while_a_cache_is_written_is_noticed(tmp_path):
             with open(part, "r+b") as file:
                 file.write(b"\7")
 
-    data.write_cache(tmp_path / "a.cache", "key", chunks())
+    image_sets.write_cache(tmp_path / "a.cache", "key", chunks())
     with pytest.raises(ValueError, match="checksum differs"):
-        data.read_cache(tmp_path / "a.cache", "key")
+        image_sets.read_cache(tmp_path / "a.cache", "key")
 
 
 def test_a_cache_whose_sizes_do_not_fit_its_pixels_is_refused(tmp_path):
     chunk = (torch.zeros(24, dtype=torch.uint8), torch.tensor([[2, 2]]), torch.tensor([0]), [])
-    data.write_cache(tmp_path / "a.cache", "key", [chunk])
+    image_sets.write_cache(tmp_path / "a.cache", "key", [chunk])
     with pytest.raises(ValueError, match="sizes are not those of its pixels"):
-        data.read_cache(tmp_path / "a.cache", "key")
+        image_sets.read_cache(tmp_path / "a.cache", "key")
 
 
 def test_every_flipped_bit_of_a_cache_is_noticed(cache, tmp_path):
@@ -239,7 +240,7 @@ def test_an_enormous_image_is_refused_by_its_header(tmp_path, side):
     path.write_bytes(png_that_claims(side, side))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(InputError, match=r"bomb\.png: does not decode as an image"):
-        data.decode(path)
+        image_sets.decode(path)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000  # kilobytes
 
 
@@ -252,7 +253,7 @@ def test_a_damaged_image_decodes_or_is_named(tmp_path_factory, kind, damage):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow's, of metadata
         try:
-            image = data.decode(path)
+            image = image_sets.decode(path)
         except InputError as error:
             assert str(error).startswith(f"{path}: does not decode") and "\n" not in str(error)
         else:
@@ -295,7 +296,7 @@ def train_here(monkeypatch, *words):
 def test_a_folder_of_odd_images_trains(tmp_path, monkeypatch, streams):
     monkeypatch.setenv("MINMIM_CACHE", str(tmp_path / "cache"))
     if streams:
-        monkeypatch.setattr(data, "RESIDENT_LIMIT", 0)
+        monkeypatch.setattr(image_sets, "RESIDENT_LIMIT", 0)
     folder, out = odd_images(tmp_path / "Bilder für mich"), tmp_path / "lauf 1 日"
     words = ["--data", folder, "--out", out, "--epochs", 1, "--workers", 0]
     train_here(monkeypatch, "--method", "cmae", *OWN["cmae"], *words)
@@ -367,12 +368,12 @@ def test_a_gradient_that_is_not_finite_reaches_no_checkpoint(photos, tmp_path, m
     monkeypatch.setattr(mae.MAE, "forward", spoiled)
     with pytest.raises(InputError, match=r"^weights: not finite at step 10; the last checkpoint is kept"):
         train_here(monkeypatch, *words)
-    checkpoint = launch.load(tmp_path / "run" / "checkpoint.pt")
+    checkpoint = files.load(tmp_path / "run" / "checkpoint.pt")
     assert checkpoint["step"] == 5 and all(weight.isfinite().all() for weight in checkpoint["method"].values())
     assert not [path for path in (tmp_path / "run").iterdir() if path.name.endswith(".tmp")]
     monkeypatch.setattr(mae.MAE, "forward", forward)
     train_here(monkeypatch, *words)  # goes on from there
-    assert launch.load(tmp_path / "run" / "checkpoint.pt")["step"] == 15
+    assert files.load(tmp_path / "run" / "checkpoint.pt")["step"] == 15
 
 
 def test_fp16_leaves_out_a_step_whose_gradient_overflows(photos, tmp_path, monkeypatch):
@@ -398,10 +399,10 @@ def test_a_checkpoint_with_a_nan_stops_at_once_and_stays(photos, tmp_path, monke
     words = ["--method", "mae", "--data", photos, "--out", tmp_path / "run", *OWN["mae"], "--epochs", 2]
     train_here(monkeypatch, *words)
     path = tmp_path / "run" / "checkpoint.pt"
-    tree = launch.load(path)
+    tree = files.load(path)
     tree["step"] = 5
     tree["method"]["encoder.norm.weight"][0] = math.nan
-    launch.save(path, tree)
+    files.save(path, tree)
     content = path.read_bytes()
     with pytest.raises(InputError, match=r"^loss: not finite at step 6"):
         train_here(monkeypatch, *words)
@@ -416,7 +417,7 @@ def test_a_checkpoint_with_other_innards_is_refused(photos, tmp_path, monkeypatc
     words = ["--method", "mae", "--data", photos, "--out", tmp_path / "run", *OWN["mae"], "--epochs", 1]
     train_here(monkeypatch, *words)
     path = tmp_path / "run" / "checkpoint.pt"
-    good = launch.load(path)
+    good = files.load(path)
     no_weight = {name: weight for name, weight in good["method"].items() if name != "encoder.norm.bias"}
     for change in (
         dict(method=no_weight),
@@ -426,11 +427,11 @@ def test_a_checkpoint_with_other_innards_is_refused(photos, tmp_path, monkeypatc
         dict(optimizer={}),
         dict(optimizer=good["optimizer"] | dict(param_groups=[])),
     ):
-        launch.save(path, good | change)
+        files.save(path, good | change)
         with pytest.raises(InputError, match="the checkpoint's weights are not this program's"):
             train_here(monkeypatch, *words)
     for name in ("step", "scaler"):
-        launch.save(path, {key: value for key, value in good.items() if key != name})
+        files.save(path, {key: value for key, value in good.items() if key != name})
         with pytest.raises(InputError, match="the checkpoint's weights are not this program's"):
             train_here(monkeypatch, *words)
 
@@ -473,12 +474,12 @@ def largest_file(size: int):
 @pytest.mark.parametrize("numbers", [2_000, 3_000, 100_000])  # in the buffer to the end, at its edge, in the middle
 def test_a_checkpoint_that_the_disk_does_not_take_is_one_line(tmp_path, numbers):
     """torch.save hides what the disk says in an error of its own."""
-    launch.save(tmp_path / "x.pt", TREE)
+    files.save(tmp_path / "x.pt", TREE)
     with largest_file(6_000), pytest.raises(InputError) as caught:
-        launch.save(tmp_path / "x.pt", dict(a=torch.zeros(numbers)))
+        files.save(tmp_path / "x.pt", dict(a=torch.zeros(numbers)))
     kept = "cannot be written (File too large); what was there before is kept"
     assert str(caught.value) == f"{tmp_path / 'x.pt'}: {kept}"
-    assert same(launch.load(tmp_path / "x.pt"), TREE) and os.listdir(tmp_path) == ["x.pt"]
+    assert same(files.load(tmp_path / "x.pt"), TREE) and os.listdir(tmp_path) == ["x.pt"]
 
 
 def test_what_is_no_fault_of_the_disk_is_no_input_error(tmp_path):
@@ -486,21 +487,21 @@ def test_what_is_no_fault_of_the_disk_is_no_input_error(tmp_path):
         raise RuntimeError("a fault of this program")
 
     with pytest.raises(RuntimeError, match="a fault of this program"):
-        launch.write_whole(tmp_path / "x", wrong)
+        files.write_whole(tmp_path / "x", wrong)
     assert not os.listdir(tmp_path)
 
 
 def test_a_cache_that_the_disk_does_not_take_is_one_line(photos, tmp_path):
     message = r"cannot be written \(File too large\); make room, or set MINMIM_CACHE"
     with largest_file(50_000), pytest.raises(InputError, match=message):
-        data.open_set(str(photos))
+        image_sets.open_set(str(photos))
     assert not os.listdir(tmp_path / "cache")
 
 
 @pytest.mark.parametrize("size, file", [(1_000, "config.json"), (5_000, "log.jsonl"), (20_000, "checkpoint.pt")])
 def test_a_run_on_a_full_disk_ends_in_one_line_that_names_the_file(photos, tmp_path, monkeypatch, size, file):
     words = ["--method", "mae", "--data", photos, "--out", tmp_path / "run", *OWN["mae"], "--epochs", 40]
-    data.open_set(str(photos)), data.open_set(str(photos), split="val")  # the caches are there
+    image_sets.open_set(str(photos)), image_sets.open_set(str(photos), split="val")  # the caches are there
     with largest_file(size), pytest.raises(InputError, match=rf"{file}: cannot be written \(File too large\)"):
         train_here(monkeypatch, *words, *(["--save-every", 99] if file == "log.jsonl" else []))
     assert not (tmp_path / "run" / "checkpoint.pt").exists()
@@ -524,7 +525,7 @@ def test_a_place_below_a_file_is_one_line(tmp_path):
         with pytest.raises(
             InputError, match=r"x\.pt: cannot be written \((Not a directory|No such file or directory)\)"
         ):
-            launch.save(path, TREE)
+            files.save(path, TREE)
     assert (tmp_path / "file").read_text() == "kept"
 
 

@@ -14,7 +14,7 @@ from test_cmae import plain_decoder, plain_encoder
 
 import lcmae
 import mae
-from common import InputError, Mask, StepRandom, ViT, normalize_patches, parameter_groups, patchify, random_mask, split
+from common import Mask, StepRandom, ViT, normalize_patches, parameter_groups, patchify, random_mask, split
 from lcmae import (
     LCMAE,
     Batch,
@@ -29,7 +29,8 @@ from lcmae import (
     in_view_loss,
     nothing_hidden,
 )
-from options import options
+from runtime.command_line import options
+from runtime.errors import InputError
 
 SMALL = dict(decoder_width=16, decoder_depth=2, decoder_heads=2, projector_out=8)
 ALONE = dict(mae_weight=1.0, cross_weight=0.0, in_weight=0.0)  # Table 1, setting (b)

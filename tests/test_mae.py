@@ -8,9 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_cmae import plain_decoder
 
-from augment import normalize
-from common import MEAN, STD, InputError, Mask, StepRandom, ViT, patchify, random_mask, take, unpatchify
+from common import MEAN, STD, Mask, StepRandom, ViT, patchify, random_mask, take, unpatchify
+from inputs.augment import normalize
 from mae import MAE, Batch, Config, masked_pixels, picture_rows, visible_statistics
+from runtime.errors import InputError
 
 SMALL = Config(decoder_width=16, decoder_depth=2, decoder_heads=2)
 

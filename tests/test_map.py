@@ -17,10 +17,11 @@ import pytest
 import torch
 from test_train import OWN, SMALL
 
-import data
-import options
 from common import StepRandom
-from options import METHODS, build_encoder
+from inputs import image_sets
+from methods import METHODS
+from runtime import command_line
+from runtime.command_line import build_encoder
 
 ROOT = Path(__file__).parent.parent
 MAP = (ROOT / "tests" / "README.md").read_text()
@@ -69,7 +70,7 @@ def defined(path: Path) -> set[str]:
 
 
 def test_every_test_that_the_map_names_exists():
-    functions = {path.stem: defined(path) for path in (ROOT / "tests").glob("test_*.py")}
+    functions = {path.stem: defined(path) for path in (ROOT / "tests").rglob("test_*.py")}
     count = 0
     for heading, rows in sections().items():
         for what, cell in rows:
@@ -121,7 +122,7 @@ SHORT = dict(cmae_loc=dict(crop_warmup=1, crop_interval=1, crop_threshold=0.8), 
 
 
 def config_of(name: str):
-    args, config, Method = options.options(["--method", name, *SMALL, *OWN[name], "--image-size", "64"])
+    args, config, Method = command_line.options(["--method", name, *SMALL, *OWN[name], "--image-size", "64"])
     return args, dataclasses.replace(config, **SHORT.get(name, {})), Method
 
 
@@ -138,8 +139,8 @@ def traces(name: str, knobs: dict) -> list:
     if name == "cae":  # what train.py hands to it: a function that trains another method
         method.prepare(lambda _, **words: asked.append(words) or Trained(copy.deepcopy(method.tokenizer)))
     pixels = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (6, 3, 80, 72), dtype=np.uint8))
-    flat, sizes = data.pack(list(pixels))
-    images = data.ImageSet("six", ["one"], torch.zeros(6, dtype=torch.int64), data.Packed(flat, sizes))
+    flat, sizes = image_sets.pack(list(pixels))
+    images = image_sets.ImageSet("six", ["one"], torch.zeros(6, dtype=torch.int64), image_sets.Packed(flat, sizes))
     seen, index = [], torch.arange(6)
     for step in range(3):
         with torch.no_grad():
@@ -196,7 +197,7 @@ def commands() -> list[tuple[str, str]]:
 
 def test_every_command_has_a_header_that_shows_how_it_is_called():
     shown = {word for _, command in commands() for word in shlex.split(command) if word.endswith(".py")}
-    programs = {path.name for path in ROOT.glob("*.py") if "launch.command(main)" in path.read_text()}
+    programs = {path.name for path in ROOT.glob("*.py") if "process.command(main)" in path.read_text()}
     assert programs == shown
 
 
@@ -211,7 +212,7 @@ def test_commands_in_headers_are_understood(file, command, monkeypatch):
     at = next(i for i, word in enumerate(words) if word.endswith(".py"))
     program, words = words[at], words[at + 1 :]
     if program == "train.py" and "--help" not in words:
-        args, config, Method = options.options(words)
+        args, config, Method = command_line.options(words)
         assert Method is METHODS[args.method] and isinstance(config, Method.Config)
         assert file.removesuffix(".py") not in METHODS or args.method == file.removesuffix(".py")
         return

@@ -18,7 +18,6 @@ from cmae import byol_loss
 from cmae_loc import location_loss
 from common import (
     BatchNorm,
-    InputError,
     Mask,
     StepRandom,
     ViT,
@@ -31,7 +30,9 @@ from common import (
 from conmim import denoising_contrast
 from dvae import gumbel_noise, logit_laplace_loss, relax, uniform_kl
 from lcmae import cross_view_loss, in_view_loss
-from options import METHODS, build_encoder, options
+from methods import METHODS
+from runtime.command_line import build_encoder, options
+from runtime.errors import InputError
 
 few, seeds = settings(max_examples=15), st.integers(0, 10**6)
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from common import SIZES, ViT
-from options import METHODS, options
+from methods import METHODS
+from runtime.command_line import options
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

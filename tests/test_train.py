@@ -21,9 +21,11 @@ import torch
 from forked import ROOT, Program, finish, popen
 from PIL import Image
 
-import launch
-from common import InputError
-from options import METHODS, build_parser, field_comments, options, settle
+from inputs import image_sets
+from methods import METHODS
+from runtime import files, process
+from runtime.command_line import build_parser, field_comments, options, settle
+from runtime.errors import InputError
 
 SMALL = (
     "--image-size 32 --patch-size 8 --width 16 --depth 2 --heads 2 --batch-size 16 --epochs 5 --warmup-epochs 1 "
@@ -90,7 +92,7 @@ def train(photos, environment, tmp_path):
 
 def state(run: Path):
     """The checkpoint, less the settings' own directory."""
-    checkpoint = launch.load(run / "checkpoint.pt")
+    checkpoint = files.load(run / "checkpoint.pt")
     del checkpoint["settings"]["out"]
     return checkpoint
 
@@ -144,8 +146,8 @@ def test_a_run_leaves_its_files_and_says_where(train, tmp_path, method):
     done = train("--max-steps", 12, method=method, by="" if method == "mae" else None)
     assert_fine(done)
     run = tmp_path / "run"
-    files = {"config.json", "log.jsonl", "checkpoint.pt", "encoder.pt", "reconstruction.png", ".lock"}
-    assert {p.name for p in run.iterdir()} - {"dvae"} == files
+    names = {"config.json", "log.jsonl", "checkpoint.pt", "encoder.pt", "reconstruction.png", ".lock"}
+    assert {p.name for p in run.iterdir()} - {"dvae"} == names
     rows = log(run)
     assert rows[0]["settings"]["seed"] == 0
     assert rows[0]["config"].keys() == field_comments(METHODS[method].Config).keys()
@@ -153,7 +155,7 @@ def test_a_run_leaves_its_files_and_says_where(train, tmp_path, method):
     assert [r["step"] for r in rows[1:]] == list(range(1, 13))
     assert {"step", "epoch", "loss", "lr", "images_per_second", "seconds"} <= rows[1].keys()
     assert rows[1]["lr"] == 0 and rows[5]["epoch"] == 1  # five steps an epoch
-    encoder = launch.load(run / "encoder.pt")
+    encoder = files.load(run / "encoder.pt")
     if method != "dvae":
         assert encoder["settings"]["width"] == 16 and "blocks.1.attn.qkv.weight" in encoder["state_dict"]
     assert Image.open(run / "reconstruction.png").size == (8 * 34 * 4 + 8, ROWS[method] * 34 * 4 + 8)
@@ -176,14 +178,13 @@ def test_summary_compares_with_an_untrained_encoder(train, tmp_path):
 
 def test_epochs_of_a_few_repeated_images_show_each_as_often(photos, environment, tmp_path, monkeypatch):
     """48 images an epoch: 16 times each of the first three, in an order of its own, and no other; not in evaluation."""
-    import data
     import evaluate
     import mae
     from train import main
 
     monkeypatch.setenv("MINMIM_CACHE", environment["MINMIM_CACHE"])
     seen, kept = [], mae.MAE.draw
-    first = data.open_set(str(photos)).images(torch.arange(3))
+    first = image_sets.open_set(str(photos)).images(torch.arange(3))
 
     def draw(self, images, index, rng):
         if index.min() >= 0:  # not the validation images of the picture
@@ -486,17 +487,17 @@ def test_a_place_that_cannot_be_written_is_refused(train, tmp_path):
 
 def test_files_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
     path = tmp_path / "x.pt"
-    launch.save(path, dict(a=torch.ones(3)))
+    files.save(path, dict(a=torch.ones(3)))
 
     def full(file):
         file.write(b"half")
         raise OSError(28, "No space left on device")
 
     with pytest.raises(InputError, match=r"x\.pt: cannot be written .*No space left"):
-        launch.write_whole(path, full)
-    assert torch.equal(launch.load(path)["a"], torch.ones(3)) and [p.name for p in tmp_path.iterdir()] == ["x.pt"]
+        files.write_whole(path, full)
+    assert torch.equal(files.load(path)["a"], torch.ones(3)) and [p.name for p in tmp_path.iterdir()] == ["x.pt"]
     with pytest.raises(InputError, match="no such file"):
-        launch.load(tmp_path / "y.pt")
+        files.load(tmp_path / "y.pt")
 
 
 # ----------------------------------------------------------------------------------------------------- command line
@@ -505,9 +506,10 @@ def test_files_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
 @pytest.mark.skipif(sys.platform != "linux", reason="counts what glibc hands back")
 def test_a_step_s_memory_is_not_handed_back_to_the_system_on_a_cpu(monkeypatch):
     script = """
-        import resource, sys, torch, launch
+        import resource, sys, torch
+        from runtime import process
         if sys.argv[1] == "kept":
-            launch.start("cpu")
+            process.start("cpu")
         for step in range(20):
             begin = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
             held = [torch.ones(1 << 20) for _ in range(20)]  # 80 MB, 20,480 pages
@@ -522,8 +524,8 @@ def test_a_step_s_memory_is_not_handed_back_to_the_system_on_a_cpu(monkeypatch):
     if faults("as it is") > 1000:  # not every system clears pages one by one
         assert faults("kept") < 1000
     calls = []
-    monkeypatch.setattr(launch.ctypes, "CDLL", lambda _: types.SimpleNamespace(mallopt=lambda *a: calls.append(a)))
-    launch.start("cpu")
+    monkeypatch.setattr(process.ctypes, "CDLL", lambda _: types.SimpleNamespace(mallopt=lambda *a: calls.append(a)))
+    process.start("cpu")
     assert calls == [(-3, 1 << 25), (-1, 2**31 - 1)]
 
 

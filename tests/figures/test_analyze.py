@@ -14,13 +14,14 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import analyze
-import augment
 import cmae_loc
 import common
-import launch
 import mae
-from common import Attention, InputError, StepRandom, ViT, random_mask
-from options import build_encoder, options
+from common import Attention, StepRandom, ViT, random_mask
+from inputs import augment
+from runtime import files
+from runtime.command_line import build_encoder, options
+from runtime.errors import InputError
 
 few = settings(max_examples=25)
 seeds = st.integers(0, 2**31)
@@ -263,8 +264,8 @@ def runs(tmp_path_factory):
         ]
         lines = [json.dumps(line) for line in [about, *steps]] + ['{"step": 4, "lo']
         (place / name / "log.jsonl").write_text("\n".join(lines))
-        launch.save(place / name / "checkpoint.pt", dict(step=3, method=method.state_dict()))
-        launch.save(
+        files.save(place / name / "checkpoint.pt", dict(step=3, method=method.state_dict()))
+        files.save(
             place / name / "encoder.pt", dict(settings=method.encoder.settings, state_dict=method.encoder.state_dict())
         )
     yield place
@@ -378,7 +379,7 @@ def test_decoder_similarity_compares_mask_tokens_under_one_mask(runs):
 def test_semantic_similarity_of_an_encoder_of_another_grid_counts_the_same_patches(runs, tmp_path):
     torch.manual_seed(1)
     coarse = ViT(image_size=16, patch_size=8, width=8, depth=1, heads=2).eval()
-    launch.save(tmp_path / "encoder.pt", dict(settings=coarse.settings, state_dict=coarse.state_dict()))
+    files.save(tmp_path / "encoder.pt", dict(settings=coarse.settings, state_dict=coarse.state_dict()))
     about = study(runs, "mae", reference=tmp_path / "encoder.pt", images=4)
     series = analyze.semantic_similarities(about)[1]["mae"]
     images, (run,) = about.pictures(4), about.runs

@@ -26,10 +26,10 @@ from test_train import (  # noqa: F401  (`environment` is a fixture)
     wait_for_lines,
 )
 
-import launch
 import train
-from common import InputError
-from options import METHODS
+from methods import METHODS
+from runtime import files
+from runtime.errors import InputError
 
 
 @pytest.fixture(scope="module")
@@ -220,7 +220,7 @@ def test_killed_while_a_checkpoint_is_written_the_one_before_is_whole(ranks, tmp
         assert_fine(ranks("--epochs", 4, out=name))
         assert_same_bits(state(tmp_path / name), state(tmp_path / "whole"))
         assert not [path for path in (tmp_path / name).iterdir() if path.name.endswith(".tmp")]
-        encoders = [launch.load(tmp_path / place / "encoder.pt")["state_dict"] for place in (name, "whole")]
+        encoders = [files.load(tmp_path / place / "encoder.pt")["state_dict"] for place in (name, "whole")]
         assert_same_bits(*encoders)
 
 
@@ -241,14 +241,15 @@ def test_sigterm_to_one_of_four_processes_saves_and_ends_all(ranks, tmp_path):
 DIES = """
 import os, signal, sys
 sys.path[:0] = [{root!r}]
-import launch, train
+import train
+from runtime import process
 plain = train.Meter.update
 def update(self, step, *arguments, **names):
     plain(self, step, *arguments, **names)
     if os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" and step == 12:
         os.kill(os.getpid(), signal.SIGKILL)
 train.Meter.update = update
-launch.command(train.main)
+process.command(train.main)
 """
 
 
@@ -353,7 +354,7 @@ train.Run.save = save
 def test_many_readers_see_only_whole_files(tmp_path):
     """A file that is replaced a hundred times is whole whenever somebody looks."""
     path = tmp_path / "x.json"
-    launch.write_text(path, json.dumps([0] * 5_000))
+    files.write_text(path, json.dumps([0] * 5_000))
     writer = server().Process(target=rewrite, args=(str(path),), daemon=True)
     writer.start()
     seen = set()

@@ -15,25 +15,10 @@ from pathlib import Path
 
 import torch
 
-import cae
-import cmae
-import cmae_loc
-import conmim
-import dvae
-import launch
-import lcmae
-import mae
-from common import SIZES, InputError, ViT
-
-METHODS = {
-    "mae": mae.MAE,
-    "cmae": cmae.CMAE,
-    "cmae_loc": cmae_loc.CMAELoc,
-    "cae": cae.CAE,
-    "conmim": conmim.ConMIM,
-    "lcmae": lcmae.LCMAE,
-    "dvae": dvae.DVAE,
-}
+from common import SIZES, ViT
+from methods import METHODS
+from runtime import process
+from runtime.errors import InputError
 
 
 def options(argv: list[str]):
@@ -77,7 +62,7 @@ def settle(args, device: torch.device) -> None:
     args.device = device.type
     if args.precision == "auto":
         if args.device == "cuda":
-            args.precision = "bf16" if launch.has_bf16(device) else "fp16"
+            args.precision = "bf16" if process.has_bf16(device) else "fp16"
         else:  # processors without bf16 instructions emulate them, slowly
             flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
             args.precision = "bf16" if args.device == "cpu" and re.search("avx512_bf16|amx_bf16", flags) else "fp32"

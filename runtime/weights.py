@@ -28,8 +28,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import launch
-from common import SIZES, InputError, ViT, pair, rank
+from common import SIZES, ViT, pair
+from runtime import files
+from runtime.errors import InputError
+from runtime.ranks import rank
 
 # By width: our sizes, and the ViT paper's huge.
 HEADS = {width: heads for width, _, heads in SIZES.values()} | {1280: 16}
@@ -118,7 +120,7 @@ def read(file: Path):
             raise damaged from None
     with torch.serialization.safe_globals([argparse.Namespace]):  # the options, in MAE's and timm's own checkpoints
         if zipfile.is_zipfile(file):
-            return launch.load(file)
+            return files.load(file)
         try:
             return torch.load(file, map_location="cpu", weights_only=True)  # torch's format before 1.6
         except (OSError, EOFError, LookupError, ValueError, TypeError, AttributeError, RuntimeError, UnpicklingError):
@@ -313,7 +315,7 @@ def write_export(encoder: ViT, kind: str, path) -> str:
     path, state = Path(path), export(encoder, kind)
     size, settings, eps = encoder.image_size, encoder.settings, encoder.norm.eps
     if kind == "timm":
-        launch.save(path, state)
+        files.save(path, state)
         more = f", init_values={settings['layer_scale']}" if settings["layer_scale"] else ""
         more += f", norm_layer=partial(torch.nn.LayerNorm, eps={eps})" if eps != 1e-6 else ""
         return (
@@ -334,8 +336,8 @@ def write_export(encoder: ViT, kind: str, path) -> str:
         path.mkdir(exist_ok=True)
     except OSError as error:
         raise InputError(f"{path}: cannot be made ({error.strerror}); give a directory with --to") from None
-    launch.save(path / "pytorch_model.bin", state)
-    launch.write_text(path / "config.json", json.dumps(config, indent=1) + "\n")
+    files.save(path / "pytorch_model.bin", state)
+    files.write_text(path / "config.json", json.dumps(config, indent=1) + "\n")
     return (
         f"from transformers import ViTModel\nvit = ViTModel.from_pretrained({str(path)!r}, add_pooling_layer=False)\n"
         + "tokens = vit(images).last_hidden_state  # (B, 1 + patches, width), the class token first"

@@ -17,16 +17,17 @@ from hypothesis import strategies as st
 from torch import nn
 from torchvision.transforms import v2
 
-import augment
 import evaluate
-import finetune
-import launch
-from common import InputError, StepRandom, ViT
-from finetune import Classifier, Recipe, recipe_for, trainable_parameters
+from common import StepRandom, ViT
+from downstream import finetuning
+from downstream.finetuning import Classifier, Recipe, recipe_for, trainable_parameters
+from inputs import augment
+from runtime import files, process
+from runtime.errors import InputError
 
 CPU = torch.device("cpu")
 SMALL = dict(epochs=2, warmup_epochs=1.0, batch_size=8, base_lr=0.03, drop_path=0.0, crop_scale=0.0, head_std=0.01)
-CALM = Recipe(**finetune.CALM | SMALL)
+CALM = Recipe(**finetuning.CALM | SMALL)
 RICH = replace(CALM, mixup=0.8, cutmix=1.0, smoothing=0.1, erase=0.5, randaugment=9, crop_scale=0.3, layer_decay=0.7)
 
 
@@ -39,7 +40,7 @@ def small_vit(**options) -> ViT:
 
 
 class Images:
-    """What finetune.py asks of a data.ImageSet: n noisy images, of classes that differ by their colour."""
+    """What finetuning.py asks of a data.ImageSet: n noisy images, of classes that differ by their colour."""
 
     name, classes = "fake", ["a", "b", "c"]
 
@@ -62,7 +63,7 @@ def classifier_of(protocol: str, recipe: Recipe = CALM, blocks: int = 1, encoder
 
 def trained(protocol: str, recipe: Recipe = CALM, blocks: int = 1, source=None, encoder=None, **options) -> Classifier:
     classifier = classifier_of(protocol, recipe, blocks, encoder)
-    finetune.train(classifier, source or Images(), 3, recipe, CPU, **options)
+    finetuning.train(classifier, source or Images(), 3, recipe, CPU, **options)
     return classifier
 
 
@@ -139,7 +140,7 @@ def test_a_wrong_recipe_is_refused_in_one_line(words):
 
 
 def test_batch_norm_is_torchs_in_training_and_afterwards():
-    mine, torchs = finetune.BatchNorm(5, eps=1e-2), nn.BatchNorm1d(5, eps=1e-2, affine=False)
+    mine, torchs = finetuning.BatchNorm(5, eps=1e-2), nn.BatchNorm1d(5, eps=1e-2, affine=False)
     for seed in range(3):
         torch.manual_seed(seed)
         a = (3 * torch.randn(4, 5) + 1).requires_grad_()
@@ -156,7 +157,7 @@ def test_batch_norm_is_torchs_in_training_and_afterwards():
 @pytest.mark.parametrize("heads, tokens", [(1, 5), (2, 4), (4, 1)])
 def test_the_attentive_probe_is_a_plain_cross_attention(heads, tokens):
     torch.manual_seed(heads)
-    head = finetune.AttentiveHead(8, heads, 3)
+    head = finetuning.AttentiveHead(8, heads, 3)
     assert not head.query.any()  # CAE's start
     for p in head.parameters():
         nn.init.normal_(p, std=0.7)
@@ -280,7 +281,7 @@ def test_a_number_of_blocks_that_is_not_there_is_refused(blocks):
 
 def test_layer_decay_scales_each_layer_by_its_distance_from_the_head():
     classifier = classifier_of("finetune", encoder=small_vit(positions="relative", layer_scale=0.1))
-    groups = finetune.layer_decay_groups(classifier, 0.05, 0.5)
+    groups = finetuning.layer_decay_groups(classifier, 0.05, 0.5)
     found = {id(p): (group["scale"], group["weight_decay"]) for group in groups for p in group["params"]}
     assert sum(len(group["params"]) for group in groups) == len(found) == len(trainable_parameters(classifier))
     scales = {"patch_embed": 0.125, "cls_token": 0.125, "blocks.0": 0.25, "blocks.1": 0.5, "table": 1, "head": 1}
@@ -298,8 +299,8 @@ def test_the_learning_rate_of_a_step_reaches_every_layer_by_its_scale(monkeypatc
             seen.append({group["scale"]: group["lr"] for group in self.param_groups})
             return super().step()
 
-    groups = finetune.layer_decay_groups
-    monkeypatch.setattr(finetune, "optimizer_for", lambda c, r, _: Spy(groups(c, 0, r.layer_decay), lr=9))
+    groups = finetuning.layer_decay_groups
+    monkeypatch.setattr(finetuning, "optimizer_for", lambda c, r, _: Spy(groups(c, 0, r.layer_decay), lr=9))
     recipe = replace(CALM, layer_decay=0.5, lr=0.4, min_lr=0.1)
     trained("finetune", recipe)
     rates = [0, 0.4 / 3, 0.8 / 3, 0.4]  # three steps of warm-up, then half a cosine over the other three
@@ -312,7 +313,7 @@ def test_lars_is_the_plain_rule():
     torch.manual_seed(0)
     start = [torch.randn(3, 4), torch.randn(4), torch.zeros(2, 2), torch.randn(2, 3)]
     tensors = [nn.Parameter(p.clone()) for p in start]
-    optimizer = finetune.LARS(tensors, lr=0.5, momentum=0.9, weight_decay=0.1, trust=0.02)
+    optimizer = finetuning.LARS(tensors, lr=0.5, momentum=0.9, weight_decay=0.1, trust=0.02)
     weights, speeds = [p.double().numpy() for p in start], [0.0] * 4
     for step in range(4):
         optimizer.param_groups[0]["lr"] = lr = 0.5 / (step + 1)
@@ -335,11 +336,11 @@ def test_lars_is_the_plain_rule():
     [
         ("adamw", torch.optim.AdamW, dict(betas=(0.9, 0.999), eps=1e-8)),
         ("sgd", torch.optim.SGD, dict(momentum=0.9, nesterov=False)),
-        ("lars", finetune.LARS, dict(momentum=0.9, trust=0.001)),
+        ("lars", finetuning.LARS, dict(momentum=0.9, trust=0.001)),
     ],
 )
 def test_the_optimizer_is_the_recipes(name, kind, says):
-    optimizer = finetune.optimizer_for(classifier_of("finetune"), replace(CALM, optimizer=name), CPU)
+    optimizer = finetuning.optimizer_for(classifier_of("finetune"), replace(CALM, optimizer=name), CPU)
     assert type(optimizer) is kind
     assert {key: optimizer.defaults[key] for key in says} == says
 
@@ -356,7 +357,7 @@ def labels(n: int, classes: int = 5) -> torch.Tensor:
 def test_mixing_and_its_labels_are_the_plain_loops(seed, mixup, cutmix):
     n, H, W = 8, 6, 10
     images, y = torch.rand(n, 3, H, W), labels(n)
-    found, targets = finetune.mix(images, y, StepRandom(seed, 3, n), mixup, cutmix)
+    found, targets = finetuning.mix(images, y, StepRandom(seed, 3, n), mixup, cutmix)
     draw = np.random.default_rng((seed, 3))  # the draws of a StepRandom, in the order of mix
     if mixup or cutmix:
         cut = draw.random(n) < (0.5 if mixup and cutmix else cutmix > 0)
@@ -386,7 +387,7 @@ def test_smoothing_and_mixed_labels_make_the_loss_of_the_plain_loop():
     """The first step's logged loss, from logits of a head whose weights are known."""
     recipe = replace(CALM, epochs=1, warmup_epochs=0.0, batch_size=24, mixup=0.8, smoothing=0.1, lr=1e-9)
     classifier = classifier_of("finetune", recipe)
-    x, y = finetune.prepared(*_first(recipe), 3, recipe, 16, StepRandom(0, 0, 24), False)
+    x, y = finetuning.prepared(*_first(recipe), 3, recipe, 16, StepRandom(0, 0, 24), False)
     scores = classifier.eval().logits(x).detach().double().numpy()
     expected = 0.0
     for row, target in zip(scores, y.double().numpy(), strict=True):
@@ -394,19 +395,19 @@ def test_smoothing_and_mixed_labels_make_the_loss_of_the_plain_loop():
         expected -= (smooth * (row - np.log(np.exp(row).sum()))).sum() / 24
     losses = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(finetune.Progress, "end_epoch", lambda self, row, last: losses.append(row["loss"]))
-        finetune.train(classifier, Images(), 3, recipe, CPU)
+        patch.setattr(finetuning.Progress, "end_epoch", lambda self, row, last: losses.append(row["loss"]))
+        finetuning.train(classifier, Images(), 3, recipe, CPU)
     assert losses == [pytest.approx(expected, rel=1e-5)]
 
 
 def _first(recipe):
-    order = finetune.epoch_order(0, 0, 24)[: recipe.batch_size]
+    order = finetuning.epoch_order(0, 0, 24)[: recipe.batch_size]
     return Images().pixels[order], Images().labels[order]
 
 
 def test_an_erased_box_has_its_shape_and_share_and_noise_of_one_sheet():
     images = torch.full((400, 3, 20, 30), 7.0)
-    found = finetune.erase(images, StepRandom(0, 0, 400), 0.25)
+    found = finetuning.erase(images, StepRandom(0, 0, 400), 0.25)
     gone = (found != 7).all(dim=1)
     assert torch.equal(gone, (found != 7).any(dim=1))
     sheet, boxes = torch.zeros(3, 20, 30), 0
@@ -427,11 +428,11 @@ def test_an_erased_box_has_its_shape_and_share_and_noise_of_one_sheet():
 
 def test_randaugment_is_two_operations_at_nine_tenths(monkeypatch):
     """One draw for all images; its operation and sign from torch's generator, its strength by arithmetic."""
-    monkeypatch.setattr(finetune, "DRAWS", 1)
+    monkeypatch.setattr(finetuning, "DRAWS", 1)
     space, images, compared = list(v2.RandAugment._AUGMENTATION_SPACE), torch.rand(2, 3, 8, 8), set()
     gray = 0.2989 * images[:, 0] + 0.587 * images[:, 1] + 0.114 * images[:, 2]
     for seed in range(150):
-        found = finetune.rand_augment(images, StepRandom(seed, 0, 2), 9)
+        found = finetuning.rand_augment(images, StepRandom(seed, 0, 2), 9)
         torch.manual_seed(int(np.random.default_rng((seed, 0)).integers(0, 2**31, 1)[0]))
         expected = images
         for _ in range(2):
@@ -458,7 +459,7 @@ def test_randaugment_is_two_operations_at_nine_tenths(monkeypatch):
 
 def test_a_probes_crop_is_drawn_once_and_cut_down_to_the_image():
     H, W, n = 20, 50, 500
-    found = finetune.single_boxes(StepRandom(5, 1, n), (H, W), (0.08, 1.0)).tolist()
+    found = finetuning.single_boxes(StepRandom(5, 1, n), (H, W), (0.08, 1.0)).tolist()
     draws = np.random.default_rng((5, 1)).random((n, 4), dtype=np.float32).astype(np.float64)
     cut = 0
     for (top, left, h, w), (area, aspect, down, right) in zip(found, draws, strict=True):
@@ -475,8 +476,8 @@ def test_probes_crop_by_one_draw_tuning_by_ten_and_half_of_the_views_are_mirrore
     used, crop_resize = [], augment.crop_resize
     monkeypatch.setattr(augment, "crop_resize", lambda *args: used.append(args) or crop_resize(*args))
     images = torch.zeros(200, 3, 16, 24, dtype=torch.uint8)
-    for probe, draw in ((True, finetune.single_boxes), (False, augment.crop_boxes)):
-        finetune.prepared(
+    for probe, draw in ((True, finetuning.single_boxes), (False, augment.crop_boxes)):
+        finetuning.prepared(
             images, torch.zeros(200).long(), 3, replace(CALM, crop_scale=0.2), 16, StepRandom(1, 2, 200), probe
         )
         _, boxes, size, mirrored = used.pop()
@@ -486,7 +487,7 @@ def test_probes_crop_by_one_draw_tuning_by_ten_and_half_of_the_views_are_mirrore
 
 def test_without_crops_an_image_is_seen_as_in_validation():
     images, y = Images(4).pixels, Images(4).labels
-    x, targets = finetune.prepared(images, y, 3, CALM, 16, StepRandom(1, 2, 4), True)
+    x, targets = finetuning.prepared(images, y, 3, CALM, 16, StepRandom(1, 2, 4), True)
     assert torch.equal(x, augment.normalize(images.float() / 255))
     assert torch.equal(targets, nn.functional.one_hot(y, 3).float())
 
@@ -495,11 +496,11 @@ def test_an_images_part_does_not_depend_on_who_prepares_it():
     images, y = Images(8).pixels, Images(8).labels
     for probe in (False, True):
         state = torch.get_rng_state()
-        whole = finetune.prepared(images, y, 3, RICH, 16, StepRandom(1, 2, 8), probe)
+        whole = finetuning.prepared(images, y, 3, RICH, 16, StepRandom(1, 2, 8), probe)
         assert torch.equal(state, torch.get_rng_state())
         parts = []
         for rows in (slice(0, 2), slice(2, 8)):
-            parts.append(finetune.prepared(images[rows], y[rows], 3, RICH, 16, StepRandom(1, 2, 8, rows), probe))
+            parts.append(finetuning.prepared(images[rows], y[rows], 3, RICH, 16, StepRandom(1, 2, 8, rows), probe))
         for one, halves in zip(whole, zip(*parts, strict=True), strict=True):
             torch.testing.assert_close(one, torch.cat(halves), rtol=1e-5, atol=1e-5)
 
@@ -525,7 +526,7 @@ def test_a_small_set_is_learned_and_a_repeat_learns_the_same(protocol, blocks):
 
 @pytest.mark.parametrize("protocol, blocks", PROTOCOLS)
 def test_a_run_that_was_stopped_ends_with_the_bits_of_one_that_was_not(tmp_path, monkeypatch, protocol, blocks):
-    monkeypatch.setattr(finetune, "SAVE_EVERY", 0.0)
+    monkeypatch.setattr(finetuning, "SAVE_EVERY", 0.0)
     recipe = replace(RICH, epochs=3, drop_path=0.2)
     whole = trained(protocol, recipe, blocks, directory=tmp_path / "whole")
     forward, calls = Classifier.forward, []
@@ -539,7 +540,7 @@ def test_a_run_that_was_stopped_ends_with_the_bits_of_one_that_was_not(tmp_path,
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(Classifier, "forward", stopping)
         trained(protocol, recipe, blocks, directory=tmp_path / "parts")
-    assert launch.load(tmp_path / "parts" / "checkpoint.pt")["step"] == 3
+    assert files.load(tmp_path / "parts" / "checkpoint.pt")["step"] == 3
     again = trained(protocol, recipe, blocks, directory=tmp_path / "parts")
     assert same(whole, again)
     log = [[json.loads(line) for line in open(tmp_path / name / "log.jsonl")] for name in ("whole", "parts")]
@@ -580,10 +581,10 @@ def _train_as_one_of(rank: int, ranks: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=ranks)
     recipe = replace(RICH, lr=0.01, optimizer="sgd")
     found = [trained(protocol, recipe, blocks).state_dict() for protocol, blocks in PROTOCOLS]
-    trained("linear", recipe, directory=finetune.Path(folder) / "run")
-    found.append(trained("linear", recipe, directory=finetune.Path(folder) / "run").state_dict())  # rank 0's, on all
+    trained("linear", recipe, directory=finetuning.Path(folder) / "run")
+    found.append(trained("linear", recipe, directory=finetuning.Path(folder) / "run").state_dict())  # rank 0's, on all
     torch.save(found, f"{folder}/{rank}.pt")
-    launch.stop()
+    process.stop()
 
 
 @pytest.mark.slow
@@ -667,7 +668,7 @@ def test_seeds_give_mean_and_sample_deviation():
 
 def test_supervised_starts_from_random_weights_of_its_seed(monkeypatch):
     starts = []
-    monkeypatch.setattr(finetune, "train", lambda classifier, *_: starts.append(classifier.encoder))
+    monkeypatch.setattr(finetuning, "train", lambda classifier, *_: starts.append(classifier.encoder))
     encoder = small_vit()
     for protocol, seed in (("supervised", 1), ("supervised", 2), ("finetune", 1)):
         evaluated(protocol, seed=seed, encoder=encoder)
@@ -696,7 +697,7 @@ def test_every_field_has_its_words_and_arrives_by_its_option(monkeypatch):
         layer_decay=0.4, drop_path=0.2, mixup=0.5, cutmix=0.6, smoothing=0.2, erase=0.1, randaugment=4, crop_scale=0.5,
         features="cls", norm="pretrained", head_std=0.3,
     )  # fmt: skip
-    words = [word for name, value in given.items() for word in (finetune.flag(name), str(value))]
+    words = [word for name, value in given.items() for word in (finetuning.flag(name), str(value))]
     monkeypatch.setattr("sys.argv", ["evaluate.py", "--run", "x", "--protocol", "finetune", "--data", "shapes", *words])
     options, report = evaluate.task_options(evaluate.options(), {})
     assert options["recipe"] == Recipe(**given) and report["recipe"] == "demo" and report["lr"] == 0.2
@@ -709,5 +710,7 @@ def test_every_field_has_its_words_and_arrives_by_its_option(monkeypatch):
 def test_a_start_does_not_wait_for_the_compiler():
     """torchvision and torch.optim bring it along, two seconds; a kNN probe and --help want neither."""
     code = "import sys, evaluate, train; assert not {'torchvision', 'torch._dynamo'} & sys.modules.keys()"
-    done = subprocess.run([sys.executable, "-c", code], cwd=Path(finetune.__file__).parent, stderr=subprocess.PIPE)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=Path(finetuning.__file__).parents[1], stderr=subprocess.PIPE
+    )
     assert done.returncode == 0, done.stderr

@@ -34,20 +34,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-import augment
-import launch
-from common import (
-    InputError,
-    StepRandom,
-    ViT,
-    epoch_order,
-    initialize,
-    learning_rate,
-    rank,
-    sum_over_ranks,
-    upload,
-    world_size,
-)
+from common import StepRandom, ViT, epoch_order, initialize, learning_rate, upload
+from inputs import augment
+from runtime import files
+from runtime.errors import InputError
+from runtime.ranks import rank, sum_over_ranks, world_size
 
 # ---------------------------------------------------------------------------------------------------------- recipes
 
@@ -616,10 +607,10 @@ class Progress:
         path = self.directory / "checkpoint.pt"
         if not path.exists():
             return None
-        saved = launch.load(path)
+        saved = files.load(path)
         if not isinstance(saved, dict) or "settings" not in saved:
             raise InputError(f"{path}: not a checkpoint of evaluate.py; give --resume never to start over")
-        if differs := launch.differences(saved["settings"], self.settings):
+        if differs := files.differences(saved["settings"], self.settings):
             raise InputError(f"{path}: with other settings ({differs}); give --resume never to start over")
         return saved
 
@@ -635,7 +626,7 @@ class Progress:
         }
         states = {name: holder.state_dict() for name, holder in self.states.items()}
         tree = dict(step=row["step"], settings=self.settings, log=self.rows, classifier=learned) | states
-        launch.save(self.directory / "checkpoint.pt", tree)
+        files.save(self.directory / "checkpoint.pt", tree)
         lines = [json.dumps(line) for line in (self.settings, *self.rows)]
-        launch.write_text(self.directory / "log.jsonl", "\n".join(lines) + "\n")
+        files.write_text(self.directory / "log.jsonl", "\n".join(lines) + "\n")
         self.saved = time.monotonic()

@@ -2,9 +2,9 @@
 
     python transfer.py --make-scenes data/scenes
 
-Objects are those of shapes.py, smaller, two to four of four kinds in a picture of 64 x 64. What hides what is known as
-it is painted, so that the labels of every pixel and the masks of all objects are exact. The same scenes are written in
-VOC's format and in COCO's. A scene is a function of (seed, half, position) alone.
+Objects are those of builtin_images.py, smaller, two to four of four kinds in a picture of 64 x 64. What hides what is
+known as it is painted, so that the labels of every pixel and the masks of all objects are exact. The same scenes are
+written in VOC's format and in COCO's. A scene is a function of (seed, half, position) alone.
 """
 
 import json
@@ -14,25 +14,26 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-import launch
-import shapes
-from common import InputError
+from inputs import builtin_images
+from runtime import files
+from runtime.errors import InputError
 
 KINDS = ("house", "tree", "car", "cat")  # labels 1 … 4; 0 is the ground
 HALVES = ("train", "val")
 
 
-class Scene(shapes.Picture):
+class Scene(builtin_images.Picture):
     """Two to four of the built-in objects in one setting, and the pixels (64, 64) that each still covers at the end."""
 
     def __init__(self, rng: np.random.Generator):
-        super().__init__(rng.random((1, 2 * shapes.SIZE**2), dtype=np.float32))  # more than enough
+        super().__init__(rng.random((1, 2 * builtin_images.SIZE**2), dtype=np.float32))  # more than enough
         self.rng, self.masks, self.solid = rng, [], False  # solid: what is painted belongs to the last object
         self.places = rng.permutation([(x, y) for x in (-0.5, 0.5) for y in (-0.4, 0.4)])
         self.kinds = rng.integers(0, len(KINDS), rng.integers(2, 5))
         for kind in self.kinds:
-            self.numbers[:, : shapes.DRAWS], self.drawn = rng.random((1, shapes.DRAWS), dtype=np.float32), 0
-            getattr(shapes, KINDS[kind])(self)  # calls `scene`, then `paint` for each part
+            draws = rng.random((1, builtin_images.DRAWS), dtype=np.float32)
+            self.numbers[:, : builtin_images.DRAWS], self.drawn = draws, 0
+            getattr(builtin_images, KINDS[kind])(self)  # calls `scene`, then `paint` for each part
             self.solid = False
         self.image = self.finish()[0].transpose(1, 2, 0)
 
@@ -40,22 +41,22 @@ class Scene(shapes.Picture):
         """The first object brings the setting; each gets a quarter of the picture, roughly, and less than full size."""
         if not self.masks:
             super().scene(settings, tilt, low, high)
-        self.masks.append(np.zeros((shapes.SIZE, shapes.SIZE), bool))
+        self.masks.append(np.zeros((builtin_images.SIZE, builtin_images.SIZE), bool))
         self.solid = True
         x, y = self.places[len(self.masks) - 1] + self.rng.uniform(-0.15, 0.15, 2)
         size = self.rng.uniform(0.45, 0.75)
         dx, dy = self.frame[0] - np.float32(x), self.frame[1] - np.float32(y)
-        cos, sin = shapes.rotation(self.uniform(-tilt / 2, tilt / 2))
+        cos, sin = builtin_images.rotation(self.uniform(-tilt / 2, tilt / 2))
         mirror = self.rng.choice([-1, 1])
         self.glow = 1 + 0.08 * self.texture + (self.light[0] * dx + self.light[1] * dy) / np.float32(size)
         self.x = np.float32(mirror / size) * (cos * dx + sin * dy)
         self.y = np.float32(1 / size) * (cos * dy - sin * dx)
-        self.pixels = shapes.SIZE / 2 * size
+        self.pixels = builtin_images.SIZE / 2 * size
 
     def paint(self, d, colour, bulge=0.25, surface=0.0):
         """Paint, and let what is painted hide what was there: a pixel belongs to a part that covers half of it."""
         super().paint(d, colour, bulge, surface)
-        inside = np.broadcast_to(d < 0, (1, shapes.SIZE, shapes.SIZE))[0]
+        inside = np.broadcast_to(d < 0, (1, builtin_images.SIZE, builtin_images.SIZE))[0]
         self.masks = [mask & ~inside for mask in self.masks]
         if self.solid:
             self.masks[-1] |= inside
@@ -78,7 +79,7 @@ def write(folder: Path, n: int, seed: int) -> None:
     try:
         for part in (images, labels, lists, coco):
             part.mkdir(parents=True)
-        launch.write_text(folder / "labels.txt", "\n".join(("background", *KINDS)) + "\n")
+        files.write_text(folder / "labels.txt", "\n".join(("background", *KINDS)) + "\n")
         for half, (split, count) in enumerate(zip(HALVES, (n, -(-n // 4)), strict=True)):
             names = [f"{split}_{i:05d}" for i in range(count)]
             about = dict(images=[], annotations=[], categories=[dict(id=1 + k, name=v) for k, v in enumerate(KINDS)])
@@ -89,11 +90,11 @@ def write(folder: Path, n: int, seed: int) -> None:
                 png = Image.fromarray(classes.astype(np.uint8))
                 png.putpalette([0, 0, 0, 128, 0, 0, 0, 128, 0, 128, 128, 0, 0, 0, 128])  # VOC's first five colours
                 png.save(labels / f"{name}.png")
-                size = dict(height=shapes.SIZE, width=shapes.SIZE)
+                size = dict(height=builtin_images.SIZE, width=builtin_images.SIZE)
                 about["images"].append(dict(id=i, file_name=f"JPEGImages/{name}.jpg", **size))
                 about["annotations"] += annotations(scene, i, len(about["annotations"]))
-            launch.write_text(lists / f"{split}.txt", "\n".join(names) + "\n")
-            launch.write_text(coco / f"instances_{split}.json", json.dumps(about) + "\n")
+            files.write_text(lists / f"{split}.txt", "\n".join(names) + "\n")
+            files.write_text(coco / f"instances_{split}.json", json.dumps(about) + "\n")
     except OSError as error:
         raise InputError(f"{folder}: cannot be written ({error.strerror}); give another to --make-scenes") from None
 

@@ -12,10 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-import launch
-import scenes
 import transfer
-from common import InputError, ViT
+from common import ViT
+from inputs import builtin_scenes
+from runtime import files
+from runtime.errors import InputError
 
 rle = pytest.importorskip("pycocotools.mask")
 ROOT = Path(transfer.__file__).parent
@@ -29,14 +30,14 @@ def small_vit(size: int = 32, p: int = 8, width: int = 16) -> ViT:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("data") / "scenes"
-    scenes.write(folder, 24, seed=1)
+    builtin_scenes.write(folder, 24, seed=1)
     return folder
 
 
 @pytest.fixture
 def run(tmp_path) -> Path:
     encoder = small_vit(64, width=32)
-    launch.save(tmp_path / "encoder.pt", dict(settings=encoder.settings, state_dict=encoder.state_dict()))
+    files.save(tmp_path / "encoder.pt", dict(settings=encoder.settings, state_dict=encoder.state_dict()))
     return tmp_path
 
 
@@ -51,7 +52,7 @@ def call(monkeypatch, capsys, *words) -> dict:
 
 def read_scene(folder: Path, split: str, i: int):
     """A scene painted again, its label map from the disk, and its COCO annotations."""
-    scene = scenes.Scene(np.random.default_rng((1, scenes.HALVES.index(split), i)))
+    scene = builtin_scenes.Scene(np.random.default_rng((1, builtin_scenes.HALVES.index(split), i)))
     labels = np.array(Image.open(folder / "SegmentationClass" / f"{split}_{i:05d}.png"))
     about = json.loads((folder / "annotations" / f"instances_{split}.json").read_text())
     return scene, labels, [a for a in about["annotations"] if a["image_id"] == i]
@@ -79,14 +80,14 @@ def test_label_maps_and_annotations_are_the_scenes_masks(folder, split, i):
 def test_masks_are_where_the_objects_are_in_the_image():
     """The same scene with its last object in a glaring colour differs from it inside that object's mask."""
 
-    class Marked(scenes.Scene):
+    class Marked(builtin_scenes.Scene):
         def paint(self, d, colour, bulge=0.25, surface=0.0):
             if self.solid and len(self.masks) == len(self.kinds):
                 colour, bulge, surface = np.float32([50, 0, 50])[None, :, None, None], 0, 0.0
             super().paint(d, colour, bulge, surface)
 
     for seed in range(5):
-        plain, marked = (Kind(np.random.default_rng(seed)) for Kind in (scenes.Scene, Marked))
+        plain, marked = (Kind(np.random.default_rng(seed)) for Kind in (builtin_scenes.Scene, Marked))
         glare = (marked.image[..., 0] == 255) & (marked.image[..., 2] == 255)
         differs = (plain.image != marked.image).any(axis=2)
         mask = plain.masks[-1]
@@ -96,8 +97,8 @@ def test_masks_are_where_the_objects_are_in_the_image():
 
 
 def test_scenes_are_a_function_of_the_seed(folder, tmp_path):
-    scenes.write(tmp_path / "again", 24, seed=1)
-    scenes.write(tmp_path / "other", 24, seed=2)
+    builtin_scenes.write(tmp_path / "again", 24, seed=1)
+    builtin_scenes.write(tmp_path / "other", 24, seed=2)
 
     def pixels(place):
         return [(file.name, file.read_bytes()) for file in sorted(place.rglob("*.*"))]
@@ -116,7 +117,7 @@ def test_run_lengths_are_cocos(h, w, seed):
                 runs.append(count)
                 value, count = not value, 0
             count += 1
-    assert scenes.run_lengths(mask) == [*runs, count]
+    assert builtin_scenes.run_lengths(mask) == [*runs, count]
     assert (rle.decode(rle.frPyObjects(dict(size=[h, w], counts=[*runs, count]), h, w)) == mask).all()
 
 
@@ -381,7 +382,7 @@ REFUSED = {
 def test_what_is_wrong_is_said_in_one_line(run, folder, monkeypatch, capsys, words):
     options, spoil = REFUSED[words]
     place = run / "data"
-    scenes.write(place, 24, seed=1) if spoil else place.symlink_to(folder)
+    builtin_scenes.write(place, 24, seed=1) if spoil else place.symlink_to(folder)
     if spoil:
         spoil(place)
     common = "--run", run, "--data", place, "--device", "cpu", "--batch-size", 8, "--epochs", 1, "--image-size", 32
@@ -401,7 +402,7 @@ def test_torchrun_and_a_missing_library_are_refused(run, folder, monkeypatch, ca
 
 
 def test_a_bad_image_ends_the_program_with_one_line_and_status_2_whoever_reads(run):
-    scenes.write(run / "data", 8, seed=0)
+    builtin_scenes.write(run / "data", 8, seed=0)
     (run / "data/JPEGImages/train_00003.jpg").write_text("x")
     words = [sys.executable, "transfer.py", "--run", run, "--data", run / "data", *SEGMENT, "--batch-size", "4"]
     done = subprocess.run(

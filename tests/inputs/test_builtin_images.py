@@ -7,14 +7,14 @@ import time
 import numpy as np
 import pytest
 
-import shapes
+from inputs import builtin_images
 
 
 @pytest.fixture(scope="module")
 def images():
     """1500 training images, 500 for validation, with the seconds of processor time that they took."""
     start = time.process_time()
-    train, val = shapes.generate("train", 1500), shapes.generate("val", 500)
+    train, val = builtin_images.generate("train", 1500), builtin_images.generate("val", 500)
     return train, val, time.process_time() - start
 
 
@@ -23,22 +23,24 @@ def neighbours(train, val, k: int = 20) -> float:
     (x, y), (queries, labels) = train, val
     x, queries = (f / np.linalg.norm(f, axis=1, keepdims=True) for f in (x, queries))
     nearest = np.argsort(-(queries @ x.T), axis=1)[:, :k]
-    votes = (y[nearest][:, :, None] == np.arange(len(shapes.CLASSES))).sum(axis=1)
+    votes = (y[nearest][:, :, None] == np.arange(len(builtin_images.CLASSES))).sum(axis=1)
     return 100 * (votes.argmax(axis=1) == labels).mean()
 
 
 def test_full_sets_have_the_promised_size_and_balance():
-    for split, n in shapes.COUNTS.items():
-        x, y = shapes.generate(split)
+    for split, n in builtin_images.COUNTS.items():
+        x, y = builtin_images.generate(split)
         assert x.shape == (n, 3, 64, 64) and x.dtype == np.uint8
         assert y.shape == (n,) and y.dtype == np.int64
-        assert (np.bincount(y) == n // 10).all() and len(shapes.CLASSES) == len(set(shapes.CLASSES)) == 10
+        assert (np.bincount(y) == n // 10).all() and len(builtin_images.CLASSES) == len(
+            set(builtin_images.CLASSES)
+        ) == 10
 
 
 @pytest.mark.parametrize("n", [0, 1, 9, 10, 11, 159, 161, 333])
 def test_an_image_depends_on_split_and_index_alone(images, n):
     for split, (x, y) in zip(("train", "val"), images[:2], strict=True):
-        few, labels = shapes.generate(split, n)
+        few, labels = builtin_images.generate(split, n)
         assert few.shape == (n, 3, 64, 64) and (few == x[:n]).all() and (labels == y[:n]).all()
 
 
@@ -65,11 +67,11 @@ def test_images_are_well_exposed_and_never_flat(images):
 
 def test_an_image_uses_no_number_twice():
     """Parameters are drawn before the textures' numbers begin, for every class."""
-    for name in shapes.CLASSES:
-        picture = shapes.Picture(np.full((1, 80 + 9 + 25 + 81 + 289 + 1089 + 4096), 0.5, np.float32))
-        getattr(shapes, name)(picture)
+    for name in builtin_images.CLASSES:
+        picture = builtin_images.Picture(np.full((1, 80 + 9 + 25 + 81 + 289 + 1089 + 4096), 0.5, np.float32))
+        getattr(builtin_images, name)(picture)
         picture.finish()
-        assert 10 < picture.drawn <= shapes.DRAWS
+        assert 10 < picture.drawn <= builtin_images.DRAWS
 
 
 def test_spectrum_falls_like_a_photographs(images):
@@ -110,15 +112,17 @@ def test_signed_distances_by_hand():
     class Point:
         x, y = (np.float32(v).reshape(1, 1, 1) for v in (0.5, 0.0))
 
-    assert shapes.ellipse(Point, 0, 0, 0.2, 0.2).item() == pytest.approx(0.3)
-    assert shapes.ellipse(Point, 0, 0, 0.1, 0.6, np.pi / 2).item() == pytest.approx(-0.1 * (1 - 0.5 / 0.6), abs=1e-6)
-    assert shapes.box(Point, 0.2, 0, 0.1, 0.4).item() == pytest.approx(0.2)
+    assert builtin_images.ellipse(Point, 0, 0, 0.2, 0.2).item() == pytest.approx(0.3)
+    assert builtin_images.ellipse(Point, 0, 0, 0.1, 0.6, np.pi / 2).item() == pytest.approx(
+        -0.1 * (1 - 0.5 / 0.6), abs=1e-6
+    )
+    assert builtin_images.box(Point, 0.2, 0, 0.1, 0.4).item() == pytest.approx(0.2)
     square = ((-1, -1), (1, -1), (1, 1), (-1, 1))
-    assert shapes.polygon(Point, *square).item() == pytest.approx(-0.5)
+    assert builtin_images.polygon(Point, *square).item() == pytest.approx(-0.5)
 
 
 def test_a_part_covers_half_a_pixel_on_its_edge():
-    picture = shapes.Picture(np.full((1, shapes.DRAWS + 1493 + 4096), 0.5, np.float32))
+    picture = builtin_images.Picture(np.full((1, builtin_images.DRAWS + 1493 + 4096), 0.5, np.float32))
     picture.canvas = np.zeros((1, 3, 64, 64), np.float32)
     picture.paint(picture.x - picture.x[..., 32:33] + 0 * picture.y, np.ones((1, 3, 1, 1), np.float32), bulge=0)
     row = picture.canvas[0, 0, 10]
@@ -127,12 +131,12 @@ def test_a_part_covers_half_a_pixel_on_its_edge():
 
 def flat_picture():
     """One canvas whose numbers are all one half, so that a contrast is 0.45, a size 1.025 and a phase 0.5."""
-    return shapes.Picture(np.full((1, shapes.DRAWS + 1493 + 4096), 0.5, np.float32))
+    return builtin_images.Picture(np.full((1, builtin_images.DRAWS + 1493 + 4096), 0.5, np.float32))
 
 
 def test_stripes_are_triangle_waves_of_their_period():
     p = flat_picture()
-    made = shapes.stripes(p, p.x, 0.4)
+    made = builtin_images.stripes(p, p.x, 0.4)
     for x, value in zip(p.x[0, 0], made[0, 0], strict=True):
         t = float(x) / (0.4 * 1.025) + 0.5
         distance = abs(t - round(t))  # to the nearest crest
@@ -143,7 +147,7 @@ def test_bricks_lie_half_on_and_scales_in_columns():
     """Joints between bricks of the next row stand over the middle of this one's; likewise for scales."""
     p = flat_picture()
     high, wide = 0.25, 0.5
-    made = shapes.bricks(p, high, wide)[0]
+    made = builtin_images.bricks(p, high, wide)[0]
     size = 1.025
     for i in range(0, 64, 3):
         for j in range(0, 64, 3):
@@ -151,7 +155,7 @@ def test_bricks_lie_half_on_and_scales_in_columns():
             u = float(p.x[0, 0, j]) / (wide * size) + math.floor(v) / 2 + 0.5
             edge = max(abs(v % 1 - 0.5), abs(u % 1 - 0.5))
             assert made[i, j] == pytest.approx(0.45 * (1 - 2 * min(max(12 * (edge - 0.36), 0), 1)), abs=1e-3)
-    made = shapes.scales(p := flat_picture(), 0.25)[0]
+    made = builtin_images.scales(p := flat_picture(), 0.25)[0]
     for i in range(0, 64, 3):
         for j in range(0, 64, 3):
             u = float(p.x[0, 0, j]) / (0.25 * size) + 0.5

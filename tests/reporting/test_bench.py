@@ -10,7 +10,7 @@ from torchvision.datasets.folder import default_loader
 
 import bench
 import common
-from common import InputError
+from runtime.errors import InputError
 
 TINY = "--width 16 --depth 2 --heads 2 --decoder-width 8 --decoder-depth 1 --decoder-heads 1 --image-size 32"
 CPU = torch.device("cpu")

@@ -12,9 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import evaluate
-import weights
-from common import InputError, ViT
-from weights import export, interpolate, load_encoder, resize, write_export
+from common import ViT
+from runtime import weights
+from runtime.errors import InputError
+from runtime.weights import export, interpolate, load_encoder, resize, write_export
 
 SMALL = dict(image_size=16, patch_size=8, width=8, depth=2, heads=2)
 
@@ -594,8 +595,8 @@ def test_the_command_measures_others_weights(run, tmp_path, monkeypatch, capsys)
     capsys.readouterr()
     seen = []
     monkeypatch.setattr(evaluate, "evaluate", lambda encoder, *_, **__: seen.append(encoder) or {"knn": {}})
-    monkeypatch.setattr(evaluate.data, "open_set", lambda *_, **__: evaluate.data)
-    monkeypatch.setattr(evaluate.data, "to", lambda device: None, raising=False)
+    monkeypatch.setattr(evaluate.image_sets, "open_set", lambda *_, **__: evaluate.image_sets)
+    monkeypatch.setattr(evaluate.image_sets, "to", lambda device: None, raising=False)
     for words in ((run / "hf",), (run / "timm.pt", "--heads", 2)):
         call(monkeypatch, "--run", *words, "--protocol", "knn", "--data", "shapes")
     for encoder in seen:

@@ -15,20 +15,22 @@ from PIL import Image
 
 import analyze
 import evaluate
-import launch
-import ledger
 import reproduce
-from common import MEAN, STD, InputError
-from options import METHODS, build_encoder, options, settle
+from common import MEAN, STD
+from methods import METHODS
+from reporting import claims
+from runtime import files
+from runtime.command_line import build_encoder, options, settle
+from runtime.errors import InputError
 
-LINES = [f"<!-- {name} -->\n<!-- /{name} -->" for name in ledger.BLOCKS]
+LINES = [f"<!-- {name} -->\n<!-- /{name} -->" for name in claims.BLOCKS]
 README = "# title\n\n" + "\n\nprose\n\n".join(LINES) + "\nend\n"
 
 
 def result(results: Path, name: str, seeds: dict, method: str = "mae", **more) -> Path:
     """A result file; `seeds` is {seed: (measured, last losses)}."""
     runs = [
-        dict(seed=seed, commit="0123456789", dirty=False, sources=ledger.sources(method), machine="a laptop",
+        dict(seed=seed, commit="0123456789", dirty=False, sources=claims.sources(method), machine="a laptop",
              seconds=90, loss=[{"epoch": e, **row} for e, row in enumerate(loss)], measured=measured)
         for seed, (measured, loss) in seeds.items()
     ]  # fmt: skip
@@ -52,7 +54,7 @@ def results(tmp_path):
     result(tmp_path / "results", "cpu/mae", seeds)
     seeds = {0: (top1(knn=50.0, finetune=70.0), LOSS), 1: (top1(knn=50.0, finetune=70.5), LOSS)}
     result(tmp_path / "results", "cpu/cmae_loc", seeds, "cmae_loc")
-    (tmp_path / "results/losses-cpu.svg").write_text(ledger.drawing(tmp_path / "results", "cpu"))
+    (tmp_path / "results/losses-cpu.svg").write_text(claims.drawing(tmp_path / "results", "cpu"))
     return tmp_path / "results"
 
 
@@ -65,7 +67,7 @@ def row(text: str, start: str) -> list[str]:
 
 
 def test_results_table_is_the_files_means_and_deviations(results):
-    block = ledger.results_block(results)
+    block = claims.results_block(results)
     assert row(block, "`mae`") == [
         "`mae`", "2", "41.0 ± 1.4", "", "", "60.5 ± 0.7", "1.50 ± 0.71", "2", "[0123456](results/cpu/mae.json)",
     ]  # fmt: skip
@@ -77,24 +79,24 @@ def test_results_table_is_the_files_means_and_deviations(results):
 def test_pixels_and_training_from_scratch_have_rows_of_their_own(results):
     measured = top1(knn=30.0, linear=39.0, finetune=55.0) | {"pixels": {"knn": 20.0, "linear": 25.0}}
     result(results, "cpu/scratch", {0: (measured, LOSS)})
-    block = ledger.results_block(results)
+    block = claims.results_block(results)
     assert row(block, "pixels")[:5] == ["pixels", "1", "20.0", "25.0", ""]
     assert row(block, "untrained; supervised from scratch")[1:7] == ["1", "30.0", "39.0", "", "55.0", ""]
     assert block.index("pixels") < block.index("`mae`")
-    assert "scratch" not in ledger.losses_block(results) and "scratch" not in ledger.drawing(results, "cpu")
+    assert "scratch" not in claims.losses_block(results) and "scratch" not in claims.drawing(results, "cpu")
 
 
 def test_a_stale_result_is_marked_with_its_reason(results):
     result(results, "cpu/cae", {0: (top1(knn=1.0), LOSS)}, stale="made before the norm")
-    block = ledger.results_block(results)
+    block = claims.results_block(results)
     assert "† cpu/cae: made before the norm" in block and row(block, "`cae` †")
 
 
 def test_losses_are_means_over_seeds_at_each_epoch(results):
-    block = ledger.losses_block(results)
+    block = claims.losses_block(results)
     assert row(block, "loss, cpu") == ["loss, cpu", "first step", "epoch 1", "epoch 2"]
     assert row(block, "`mae`") == ["`mae`", "3.00", "2.00", "1.50"]
-    drawn = re.findall(r'points="([^"]*)".*\n<text[^>]*>(\w+)<', ledger.drawing(results, "cpu"))
+    drawn = re.findall(r'points="([^"]*)".*\n<text[^>]*>(\w+)<', claims.drawing(results, "cpu"))
     assert [name for _, name in drawn] == ["mae", "cmae_loc"]
     # From 3 down to 1.5 over 2 epochs, in a panel of 180 x 90 that begins at (40, 20).
     assert drawn[0][0] == "40.0,20.0 130.0,80.0 220.0,110.0"
@@ -106,7 +108,7 @@ def test_losses_are_means_over_seeds_at_each_epoch(results):
      ([123.4], None, "123"), ([1.5], None, "1.50")],
 )  # fmt: skip
 def test_numbers_are_spelt_as_mean_and_deviation(numbers, digits, spelt):
-    assert ledger.spell(numbers, digits) == spelt
+    assert claims.spell(numbers, digits) == spelt
 
 
 # ------------------------------------------------------------------------------------------------------------ claims
@@ -118,13 +120,13 @@ def test_numbers_are_spelt_as_mean_and_deviation(numbers, digits, spelt):
      ([0.9, 0.0, 0.5], "contradicted"), ([0.0, 0.0, 1.1, 0.0], "not shown at this scale")],
 )  # fmt: skip
 def test_verdict_wants_every_seed_beyond_every_other(high, said):
-    assert ledger.verdict([1.0, 3.0, 2.0], high) == said
+    assert claims.verdict([1.0, 3.0, 2.0], high) == said
 
 
 def test_no_verdict_without_seeds():
-    assert ledger.verdict([], [1.0, 2.0]) == ledger.verdict([1.0, 2.0], []) == "not run"
+    assert claims.verdict([], [1.0, 2.0]) == claims.verdict([1.0, 2.0], []) == "not run"
     few = "not judged: fewer than three seeds"
-    assert ledger.verdict([1.0, 1.0], [2.0, 3.0, 4.0]) == ledger.verdict([2.0, 3.0, 4.0], [1.0, 1.0]) == few
+    assert claims.verdict([1.0, 1.0], [2.0, 3.0, 4.0]) == claims.verdict([2.0, 3.0, 4.0], [1.0, 1.0]) == few
 
 
 def test_the_ledger_judges_what_was_measured(results):
@@ -132,7 +134,7 @@ def test_the_ledger_judges_what_was_measured(results):
     result(results, "cpu/cmae_loc", seeds, "cmae_loc")
     for n, said in ((2, "not judged: fewer than three seeds"), (3, "shown")):
         result(results, "cpu/mae", {i: (top1(knn=40.0, finetune=60.0 + i), LOSS) for i in range(n)})
-        block = ledger.claims_block(results)
+        block = claims.claims_block(results)
         (line,) = [line for line in block.splitlines() if "ten classes of Tiny-ImageNet" in line]
         cells = [cell.strip() for cell in line.strip("|").split("|")]
         assert cells[6] == said
@@ -142,16 +144,16 @@ def test_the_ledger_judges_what_was_measured(results):
     assert "not run" in line
 
 
-@pytest.mark.parametrize("claim", ledger.CLAIMS, ids=lambda claim: f"{claim.paper} {claim.where} {claim.measure}")
+@pytest.mark.parametrize("claim", claims.CLAIMS, ids=lambda claim: f"{claim.paper} {claim.where} {claim.measure}")
 def test_every_claim_compares_what_its_runs_measure(claim):
     budget = "gpu" if claim.order[0].startswith("gpu/") else None
     args = reproduce.options(["--budget", "gpu"] if budget else ["--claims"])
     args.data = "tiny-imagenet"
     works = {work.name: work for work in reproduce.plan(args)}
-    for side in ledger.sides(claim):
+    for side in claims.sides(claim):
         name, measure = side.split()
         assert measure.split(".")[0] in {*works[name].commands, "loss"}
-    assert len(set(ledger.sides(claim))) == len(claim.order) >= 2
+    assert len(set(claims.sides(claim))) == len(claim.order) >= 2
 
 
 def test_the_gpu_row_of_the_other_cmae_places_its_crops_as_often_as_its_recipe():
@@ -167,61 +169,61 @@ def test_the_cpu_table_and_all_claims_are_three_dozen_runs_at_most():
     args.data = "tiny-imagenet"
     names = [work.name for work in reproduce.plan(args)]
     assert len(names) == len(set(names)) <= 36
-    assert {f"claims/{name}" for name in ledger.VARIANTS} <= set(names)
+    assert {f"claims/{name}" for name in claims.VARIANTS} <= set(names)
 
 
 # ------------------------------------------------------------------------------------------------------------ README
 
 
 def test_the_speeds_are_what_bench_printed_with_machine_versions_and_commit(results):
-    assert ledger.speed_block(results) == "Not run yet."
+    assert claims.speed_block(results) == "Not run yet."
     found = dict(device="a laptop", threads=2, versions=dict(torch="2.9"), git=dict(commit="0123456789", dirty=True))
     rows = [dict(name="mae", batch=64, precision="fp32", images_per_second=259.4, ms=3.0), dict(name="hf", batch=64)]
     (results / "bench").mkdir()
     file = results / "bench/step.json"
     file.write_text(json.dumps(found | dict(command="python bench.py --peer hf --json step.json", rows=rows)))
-    head, *lines = ledger.speed_block(results).splitlines()
+    head, *lines = claims.speed_block(results).splitlines()
     assert head == "a laptop, 2 threads, torch 2.9, commit [0123456*](results/bench/step.json)"
     table = ["what batch type images/s", "mae     64 fp32      259", "hf      64"]
     assert lines == ["", *(f"    {line}" for line in ["python bench.py --peer hf", *table])]
-    assert ledger.problems(ledger.generated(README, results), results) == []  # and is taken for no training's result
+    assert claims.problems(claims.generated(README, results), results) == []  # and is taken for no training's result
 
 
 def test_generated_parts_stand_between_their_lines_and_nothing_else_changes(results):
-    readme = ledger.generated(README, results)
-    assert ledger.generated(readme, results) == readme and ledger.problems(readme, results) == []
+    readme = claims.generated(README, results)
+    assert claims.generated(readme, results) == readme and claims.problems(readme, results) == []
     assert re.sub(r"(?s)(<!-- (\w+) -->).*?(<!-- /\2 -->)", r"\1\n\3", readme) == README
-    for name, block in ledger.BLOCKS.items():
+    for name, block in claims.BLOCKS.items():
         assert block(results) in readme.split(f"<!-- {name} -->")[1].split(f"<!-- /{name} -->")[0]
 
 
 @pytest.mark.parametrize("wrong", ["", README + "<!-- claims -->", README.replace("<!-- /index -->", "")])
 def test_readme_without_its_lines_is_refused(wrong, results):
     with pytest.raises(InputError, match="needs the lines <!-- "):
-        ledger.generated(wrong, results)
+        claims.generated(wrong, results)
 
 
 def test_a_number_changed_on_either_side_is_a_problem(results):
-    readme = ledger.generated(README, results)
-    assert ledger.problems(readme.replace("41.0 ±", "43.0 ±"), results) == [
+    readme = claims.generated(README, results)
+    assert claims.problems(readme.replace("41.0 ±", "43.0 ±"), results) == [
         "README.md: its part 'results' is not what reproduce.py --readme writes"
     ]
     file = results / "cpu/mae.json"
     file.write_text(file.read_text().replace('"loss": 4.0', '"loss": 4.5'))
-    found = ledger.problems(readme, results)
+    found = claims.problems(readme, results)
     assert [line.split()[0] for line in found] == ["README.md:", "losses-cpu.svg:"] and "'losses'" in found[0]
     (results / "losses-cpu.svg").unlink()
-    assert any(line.startswith("losses-cpu.svg") for line in ledger.problems(readme, results))
+    assert any(line.startswith("losses-cpu.svg") for line in claims.problems(readme, results))
 
 
 def test_a_broken_result_is_one_line(results):
     (results / "cpu/cae.json").write_text('{"method": "cae", "runs": [')
     with pytest.raises(InputError, match=r"cae\.json: not a result"):
-        ledger.results_block(results)
+        claims.results_block(results)
 
 
 def test_readme_and_results_of_this_repository_agree():
-    assert ledger.problems((ledger.HERE / "README.md").read_text(), ledger.HERE / "results") == []
+    assert claims.problems((claims.HERE / "README.md").read_text(), claims.HERE / "results") == []
 
 
 # ------------------------------------------------------------------------------------------------------------- stale
@@ -233,8 +235,8 @@ def checkout(tmp_path, monkeypatch):
     place = tmp_path / "checkout"
     place.mkdir()
     for name in [*METHODS, "shapes"]:
-        shutil.copy(ledger.HERE / f"{name}.py", place)
-    monkeypatch.setattr(ledger, "HERE", place)
+        shutil.copy(claims.HERE / f"{name}.py", place)
+    monkeypatch.setattr(claims, "HERE", place)
     monkeypatch.setattr(reproduce, "HERE", place)
     return place
 
@@ -244,24 +246,24 @@ CODE = "\nANSWER = 42\n"
 
 
 def test_a_result_older_than_its_code_is_found_unless_it_says_why(checkout, results, monkeypatch):
-    monkeypatch.setattr(ledger, "BLOCKS", {})
-    assert ledger.problems("", results) == []
+    monkeypatch.setattr(claims, "BLOCKS", {})
+    assert claims.problems("", results) == []
     with open(checkout / "cmae_loc.py", "a") as file:
         file.write(CODE)
-    (found,) = ledger.problems("", results)
+    (found,) = claims.problems("", results)
     assert found.startswith("cmae_loc.json: of other code than cmae_loc.py now")
     file = results / "cpu/cmae_loc.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"stale": "only a constant was added"}))
-    assert ledger.problems("", results) == []
+    assert claims.problems("", results) == []
 
 
 def test_a_method_stands_on_those_that_it_imports(checkout):
-    assert set(ledger.sources("mae")) == {"mae.py"} and set(ledger.sources("cae")) == {"cae.py", "mae.py", "dvae.py"}
-    assert set(ledger.sources("mae", "shapes")) == {"mae.py", "shapes.py"}  # built-in images are made by code
-    recorded = ledger.sources("cmae")
+    assert set(claims.sources("mae")) == {"mae.py"} and set(claims.sources("cae")) == {"cae.py", "mae.py", "dvae.py"}
+    assert set(claims.sources("mae", "shapes")) == {"mae.py", "shapes.py"}  # built-in images are made by code
+    recorded = claims.sources("cmae")
     with open(checkout / "mae.py", "a") as file:
         file.write(CODE)
-    assert ledger.changed(recorded) == ["mae.py"]
+    assert claims.changed(recorded) == ["mae.py"]
 
 
 def test_comments_and_docstrings_make_no_result_old_where_git_knows_the_old_code(checkout):
@@ -272,24 +274,24 @@ def test_comments_and_docstrings_make_no_result_old_where_git_knows_the_old_code
         git("init")
     except OSError:
         pytest.skip("needs git")
-    recorded, text = ledger.sources("mae"), (checkout / "mae.py").read_text()
+    recorded, text = claims.sources("mae"), (checkout / "mae.py").read_text()
     assert git("hash-object", "-w", "mae.py").strip() == recorded["mae.py"]  # git's own name of the content
     more = text.replace('"""MAE: ', '"""MAE, measured: ').replace('"""Nothing to recompute."""', '"""Nothing."""')
     assert more != text
     (checkout / "mae.py").write_text(more + COMMENT)
-    assert ledger.changed(recorded) == []
+    assert claims.changed(recorded) == []
     (checkout / "mae.py").write_text(text.replace("mask_ratio: float = 0.75", "mask_ratio: float = 0.76"))
-    assert ledger.changed(recorded) == ["mae.py"]
+    assert claims.changed(recorded) == ["mae.py"]
     (checkout / "mae.py").unlink()
-    assert ledger.changed(recorded) == ["mae.py"]
+    assert claims.changed(recorded) == ["mae.py"]
 
 
 def test_where_git_does_not_know_the_old_code_any_difference_counts(checkout):
-    recorded = ledger.sources("mae")
-    assert ledger.changed(recorded) == []
+    recorded = claims.sources("mae")
+    assert claims.changed(recorded) == []
     with open(checkout / "mae.py", "a") as file:
         file.write(COMMENT)
-    assert ledger.changed(recorded) == ["mae.py"]
+    assert claims.changed(recorded) == ["mae.py"]
 
 
 # ------------------------------------------------------------------------------------------------------------- index
@@ -306,7 +308,7 @@ MUST = {  # every equation of the papers that has code, and the tables that have
 
 @pytest.fixture(scope="module")
 def cited():
-    return ledger.citations()
+    return claims.citations()
 
 
 @pytest.mark.parametrize("paper", MUST)
@@ -323,7 +325,7 @@ def test_every_line_of_the_index_leads_to_its_citation(cited):
         for link in links:
             shown, line, file, again = re.match(r"\[(\S+):(\d+)\]\((\S+)#L(\d+)\)", link).groups()
             assert (shown, line) == (file, again)
-            text = (ledger.HERE / file).read_text().splitlines()[int(line) - 1]
+            text = (claims.HERE / file).read_text().splitlines()[int(line) - 1]
             last = re.search(r"\d+", number)[0]
             spans = re.findall(r"(\d+)(?:-| to )(\d+)", text)
             assert number in text or any(int(a) <= int(last) <= int(b) for a, b in spans), (key, link)
@@ -348,8 +350,8 @@ def test_the_index_names_the_object_and_the_paper(cited):
      ("Fig. 5)", ["5"]), ("§3.5, 1)", ["3.5"]), ("Table 2, 5x5", ["2"])],
 )  # fmt: skip
 def test_lists_and_ranges_of_citations(text, found):
-    match = ledger.CITATION.search(text)
-    assert ledger.items(match[2] or match[4]) == found
+    match = claims.CITATION.search(text)
+    assert claims.items(match[2] or match[4]) == found
 
 
 # ---------------------------------------------------------------------------------------------------------- commands
@@ -409,17 +411,17 @@ def test_demo_table_shows_losses_by_share_of_the_run_and_what_the_encoder_gained
     measured = top1(**{"knn-untrained": 20.0, "knn": 30.04, "linear-untrained": 40.0, "linear": 55.5})
     loss = [{"loss": 8.0 / (1 + epoch)} for epoch in range(9)]
     result(tmp_path, "demo/cae", {0: (measured, loss)}, "cae")
-    assert row(ledger.demo_block(tmp_path), "[`--method cae`](results/demo/cae.json)")[1:] == [
+    assert row(claims.demo_block(tmp_path), "[`--method cae`](results/demo/cae.json)")[1:] == [
         "8", "8.00", "2.67", "1.60", "1.14", "0.889", "20.0 → 30.0", "40.0 → 55.5", "1.5", "1", "0123456",
     ]  # fmt: skip
-    assert "on a laptop." in ledger.demo_block(tmp_path) and "not run yet" in ledger.demo_block(tmp_path / "cpu")
+    assert "on a laptop." in claims.demo_block(tmp_path) and "not run yet" in claims.demo_block(tmp_path / "cpu")
 
 
 def test_without_tiny_imagenet_the_built_in_images_stand_in_and_it_says_so(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("MINMIM_CACHE", str(tmp_path / "cache"))
     assert reproduce.choose_data(str(tmp_path)) == "shapes"
     assert capsys.readouterr().err.endswith("results go beside the runs.\n")
-    monkeypatch.setattr(reproduce.data, "open_set", lambda *_: None)
+    monkeypatch.setattr(reproduce.image_sets, "open_set", lambda *_: None)
     assert reproduce.choose_data(None) == "tiny-imagenet"
 
 
@@ -539,7 +541,7 @@ def test_a_piece_is_done_once_and_kept_without_paths(bench):
     assert [run["seed"] for run in found["runs"]] == [0, 1] and found["config"] == {"epochs": 4, "tau": 0.1}
     run = found["runs"][0]
     assert run["measured"] == {"knn": {"top1": 50.0, "top5": 90.0, "n": 10}}
-    assert run["sources"] == ledger.sources("mae", "shapes")
+    assert run["sources"] == claims.sources("mae", "shapes")
     assert [row["epoch"] for row in run["loss"]] == [0, 1, 2, 3, 4]
     assert [row["loss"] for row in run["loss"]] == [9.0, 8.5, 6.5, 4.5, 2.5]  # the first step, then means of two
     assert "private" not in bench.file.read_text() and str(bench.out) not in bench.file.read_text()
@@ -628,7 +630,7 @@ def study(tmp_path_factory):
         folder.mkdir()
         about = dict(method=method, settings=vars(args), config=vars(config))
         (folder / "config.json").write_text(json.dumps(about))
-        launch.save(folder / "checkpoint.pt", dict(method=Method(build_encoder(args), config).state_dict()))
+        files.save(folder / "checkpoint.pt", dict(method=Method(build_encoder(args), config).state_dict()))
         return analyze.Study(analyze.options(["--run", str(folder), "--figure", "all"]), torch.device("cpu"))
 
     yield make

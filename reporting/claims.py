@@ -20,10 +20,10 @@ from functools import cache
 from pathlib import Path
 
 from bench import table as columns
-from common import InputError
-from options import METHODS
+from methods import METHODS
+from runtime.errors import InputError
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parent.parent
 TABLE = [name for name in METHODS if name != "dvae"]
 BASELINES = "scratch"  # an untrained encoder, supervised training, pixels
 ROWS = [BASELINES, *TABLE]
@@ -63,7 +63,7 @@ def sources(method: str, data: str = "") -> dict[str, str]:
     """The method's file, those of methods that it imports, that of built-in images: each with its content's name."""
     text = (HERE / f"{method}.py").read_text()
     names = [method, *(name for name in METHODS if re.search(rf"^import {name}$", text, re.MULTILINE))]
-    names += ["shapes"] if data == "shapes" else []
+    names += ["inputs/builtin_images"] if data == "shapes" else []
     return {f"{name}.py": blob((HERE / f"{name}.py").read_bytes()) for name in names}
 
 

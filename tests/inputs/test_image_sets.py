@@ -23,11 +23,10 @@ import torch.distributed as dist
 import torchvision.datasets.cifar
 from PIL import Image
 
-import data
-import download
-from common import InputError
+from inputs import download, image_sets
+from runtime.errors import InputError
 
-ROOT = Path(data.__file__).parent
+ROOT = Path(image_sets.__file__).parent.parent
 
 
 @pytest.fixture(autouse=True)
@@ -67,7 +66,7 @@ def caches(cache):
 def the_error(*args, **kwargs):
     """The one line that opening a set raises."""
     with pytest.raises(InputError) as caught:
-        data.open_set(*args, **kwargs)
+        image_sets.open_set(*args, **kwargs)
     line = str(caught.value)
     assert "\n" not in line
     return line
@@ -93,9 +92,9 @@ def test_decode_gives_the_pixels_of_every_mode(tmp_path):
         ("grey.png", picture.convert("L"), np.stack([grey] * 3, axis=2)),
         ("palette.png", palette, np.asarray(palette.convert("RGB"))),
     ]:
-        decoded = data.decode(encoded(image, tmp_path / name))
+        decoded = image_sets.decode(encoded(image, tmp_path / name))
         assert decoded.dtype == torch.uint8 and torch.equal(decoded, as_tensor(expected)), name
-    decoded = data.decode(encoded(picture, tmp_path / "lossless.webp", lossless=True))
+    decoded = image_sets.decode(encoded(picture, tmp_path / "lossless.webp", lossless=True))
     assert torch.equal(decoded, as_tensor(rgb))
 
 
@@ -104,7 +103,7 @@ def test_decode_lossy_modes(tmp_path):
     ramp = np.stack([across, down, np.full((32, 32), 99)], axis=2)
     picture = Image.fromarray(ramp.astype(np.uint8))
     for mode in ("RGB", "CMYK", "L"):
-        decoded = data.decode(encoded(picture.convert(mode), tmp_path / f"{mode}.JPEG", quality=95)).float()
+        decoded = image_sets.decode(encoded(picture.convert(mode), tmp_path / f"{mode}.JPEG", quality=95)).float()
         expected = as_tensor(np.asarray(picture.convert(mode).convert("RGB"))).float()
         assert decoded.shape == (3, 32, 32) and (decoded - expected).abs().mean() < 3, mode
 
@@ -112,14 +111,14 @@ def test_decode_lossy_modes(tmp_path):
 @pytest.mark.parametrize("format", ["PNG", "TIFF"])  # torchvision reads the first, only Pillow the second
 def test_decode_scales_16_bits(tmp_path, format):
     grey = np.array([[0, 257, 300], [32896, 65534, 65535]], dtype=np.uint16)
-    decoded = data.decode(encoded(Image.fromarray(grey), tmp_path / "deep.png", format=format))
+    decoded = image_sets.decode(encoded(Image.fromarray(grey), tmp_path / "deep.png", format=format))
     assert decoded.tolist() == [[[0, 1, 1], [128, 254, 255]]] * 3
 
 
 def test_decode_takes_the_first_frame_of_an_animation(tmp_path):
     frames = [Image.new("RGB", (4, 4), colour) for colour in ((255, 0, 0), (0, 255, 0))]
     frames[0].save(tmp_path / "moving.jpg", format="GIF", save_all=True, append_images=frames[1:])
-    assert data.decode(tmp_path / "moving.jpg")[:, 0, 0].tolist() == [255, 0, 0]
+    assert image_sets.decode(tmp_path / "moving.jpg")[:, 0, 0].tolist() == [255, 0, 0]
 
 
 @pytest.mark.parametrize("content", [b"", b"not an image", "cut"])
@@ -127,7 +126,7 @@ def test_decode_names_what_does_not_decode(tmp_path, content):
     whole = save(tmp_path / "a b é.png", h=32, w=32).read_bytes()
     (tmp_path / "a b é.png").write_bytes(whole[: len(whole) // 2] if content == "cut" else content)
     with pytest.raises(InputError, match=r"a b é\.png: does not decode .*--skip-bad-images$"):
-        data.decode(tmp_path / "a b é.png")
+        image_sets.decode(tmp_path / "a b é.png")
 
 
 # ------------------------------------------------------------------------------------------------------ class folders
@@ -137,7 +136,7 @@ def test_folder_with_train_and_val(tmp_path):
     make_folder(tmp_path / "train", n=3)
     save(tmp_path / "val" / "cat" / "x.png", seed=7)
     save(tmp_path / "val" / "dog" / "deeper" / "x.PNG", seed=8)
-    train, val = (data.open_set(str(tmp_path), split=split) for split in ("train", "val"))
+    train, val = (image_sets.open_set(str(tmp_path), split=split) for split in ("train", "val"))
     assert train.classes == val.classes == ["cat", "dog"] and train.name == tmp_path.name and train.resident
     assert train.labels.tolist() == [0, 0, 0, 1, 1, 1] and train.labels.dtype == torch.int64
     expected = torch.stack([as_tensor(pixels(seed)) for seed in (0, 1, 2, 100, 101, 102)])
@@ -149,7 +148,7 @@ def test_folder_with_train_and_val(tmp_path):
 def test_without_val_every_tenth_image_is_held_out(tmp_path, below):
     make_folder(tmp_path / below, n=23)
     save(tmp_path / below / "train" / "only.png")  # a class that is called train, with one image
-    train, val = (data.open_set(str(tmp_path), split=split) for split in ("train", "val"))
+    train, val = (image_sets.open_set(str(tmp_path), split=split) for split in ("train", "val"))
     assert train.classes == val.classes == ["cat", "dog", "train"]
     assert train.labels.bincount().tolist() == [20, 20, 1] and val.labels.tolist() == [0] * 3 + [1] * 3
     held_out = torch.stack([as_tensor(pixels(seed)) for seed in (1, 11, 21, 101, 111, 121)])
@@ -167,8 +166,8 @@ def test_listing_is_sorted_recursive_and_minds_names(tmp_path):
     (tmp_path / ".git").mkdir()
     (tmp_path / "class two").mkdir()
     (tmp_path / "class two" / "link").symlink_to(tmp_path / "class one")
-    classes, (one, two) = data.class_folders(tmp_path, "train")
-    every = data.image_files(tmp_path, tmp_path / "class one")
+    classes, (one, two) = image_sets.class_folders(tmp_path, "train")
+    every = image_sets.image_files(tmp_path, tmp_path / "class one")
     expected = ["a b.JPG", "b/é ü.jpeg", "deep/er/1.png", "z.WebP", "日本.bmp"]
     assert every == [f"class one/{name}" for name in expected] and classes == ["class one", "class two"]
     assert one == every[:1] + every[2:] and two == [path.replace("one", "two/link") for path in one]
@@ -178,9 +177,9 @@ def test_listing_is_sorted_recursive_and_minds_names(tmp_path):
 def test_a_folder_may_be_the_one_that_one_is_in(tmp_path, monkeypatch, name, root):
     for split in ("train", "val"):
         make_folder(tmp_path / "set" / split)
-    expected = data.open_set(str(tmp_path / "set"))
+    expected = image_sets.open_set(str(tmp_path / "set"))
     monkeypatch.chdir(tmp_path / "set")
-    found = data.open_set(name, root)
+    found = image_sets.open_set(name, root)
     assert len(found) == 6 and found.classes == expected.classes
     assert torch.equal(torch.stack(list(found.images(torch.arange(6)))), expected.images(torch.arange(6)))
 
@@ -188,13 +187,13 @@ def test_a_folder_may_be_the_one_that_one_is_in(tmp_path, monkeypatch, name, roo
 def test_names_survive_decoding(tmp_path):
     for i, name in enumerate(("a b.png", "é.png", "日本 語.png")):
         save(tmp_path / "klasse ß" / name, seed=i)
-    opened = data.open_set(str(tmp_path))
+    opened = image_sets.open_set(str(tmp_path))
     assert torch.equal(opened.images(torch.arange(2)), torch.stack([as_tensor(pixels(i)) for i in (0, 2)]))
 
 
 def test_a_folder_may_be_named_relative_to_root(tmp_path):
     make_folder(tmp_path / "pets")
-    assert data.open_set("pets", tmp_path).name == "pets"
+    assert image_sets.open_set("pets", tmp_path).name == "pets"
 
 
 def test_folder_errors(tmp_path):
@@ -241,7 +240,7 @@ def test_bad_image_is_named_or_skipped_and_counted(tmp_path, cache, capsys):
     assert caches(cache) == []  # neither a cache nor a temporary file
     capsys.readouterr()
     for _ in range(2):  # decoded, then from the cache
-        opened = data.open_set(str(tmp_path / "set"), skip_bad_images=True)
+        opened = image_sets.open_set(str(tmp_path / "set"), skip_bad_images=True)
         assert opened.labels.tolist() == [0, 0, 1, 1]
         expected = torch.stack([as_tensor(pixels(seed)) for seed in (0, 3, 102, 103)])
         assert torch.equal(opened.images(torch.arange(4)), expected)
@@ -268,18 +267,20 @@ def test_missing_file_behind_a_link(tmp_path):
 
 def opened_without_decoding(monkeypatch, *args, **kwargs):
     with monkeypatch.context() as patch:
-        patch.setattr(data, "decode", lambda path: pytest.fail(f"decoded {path}"))
-        return data.open_set(*args, **kwargs)
+        patch.setattr(image_sets, "decode", lambda path: pytest.fail(f"decoded {path}"))
+        return image_sets.open_set(*args, **kwargs)
 
 
 def test_second_start_reads_the_cache(tmp_path, cache, monkeypatch):
     make_folder(tmp_path / "set")
-    first = data.open_set(str(tmp_path / "set"))
+    first = image_sets.open_set(str(tmp_path / "set"))
     second = opened_without_decoding(monkeypatch, str(tmp_path / "set"))
     assert torch.equal(first.images(torch.arange(4)), second.images(torch.arange(4)))
     assert torch.equal(first.labels, second.labels) and len(caches(cache)) == 1
     second.pixels.flat[:] = 0  # a mapped set may be written to; the file must not change
-    assert torch.equal(data.open_set(str(tmp_path / "set")).images(torch.arange(4)), first.images(torch.arange(4)))
+    assert torch.equal(
+        image_sets.open_set(str(tmp_path / "set")).images(torch.arange(4)), first.images(torch.arange(4))
+    )
 
 
 def change_pixels(path):
@@ -307,12 +308,12 @@ def change_size(path):
 )
 def test_a_changed_file_makes_a_new_cache(tmp_path, cache, change):
     make_folder(tmp_path / "set", n=4)
-    data.open_set(str(tmp_path / "set"))
+    image_sets.open_set(str(tmp_path / "set"))
     change(tmp_path / "set")
-    opened = data.open_set(str(tmp_path / "set"))
+    opened = image_sets.open_set(str(tmp_path / "set"))
     assert len(caches(cache)) == 2
-    paths = [path for of_class in data.class_folders(tmp_path / "set", "train")[1] for path in of_class]
-    expected = torch.stack([data.decode(tmp_path / "set" / path) for path in paths])
+    paths = [path for of_class in image_sets.class_folders(tmp_path / "set", "train")[1] for path in of_class]
+    expected = torch.stack([image_sets.decode(tmp_path / "set" / path) for path in paths])
     assert torch.equal(opened.images(torch.arange(len(opened))), expected)
 
 
@@ -338,12 +339,12 @@ DAMAGES = {
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_cache_is_said_and_made_again(tmp_path, cache, capsys, monkeypatch, damage):
     make_folder(tmp_path / "set")
-    expected = data.open_set(str(tmp_path / "set")).images(torch.arange(4))
+    expected = image_sets.open_set(str(tmp_path / "set")).images(torch.arange(4))
     (path,) = cache.iterdir()
     sound = path.read_bytes()
     path.write_bytes(DAMAGES[damage](sound))
     capsys.readouterr()
-    assert torch.equal(data.open_set(str(tmp_path / "set")).images(torch.arange(4)), expected)
+    assert torch.equal(image_sets.open_set(str(tmp_path / "set")).images(torch.arange(4)), expected)
     assert capsys.readouterr().err.startswith(f"{path}: the cache is damaged (")
     assert path.read_bytes() == sound
     opened_without_decoding(monkeypatch, str(tmp_path / "set"))
@@ -352,10 +353,10 @@ def test_a_damaged_cache_is_said_and_made_again(tmp_path, cache, capsys, monkeyp
 def test_a_sound_cache_of_another_set_is_refused(tmp_path, cache):
     """Index and checksums agree, but the key is not the one asked for."""
     chunk = (torch.zeros(12, dtype=torch.uint8), torch.tensor([[2, 2]]), torch.tensor([0]), [])
-    data.write_cache(cache / "a.cache", "this key", [chunk])
-    assert len(data.read_cache(cache / "a.cache", "this key")[0]) == 1
+    image_sets.write_cache(cache / "a.cache", "this key", [chunk])
+    assert len(image_sets.read_cache(cache / "a.cache", "this key")[0]) == 1
     with pytest.raises(ValueError, match="belongs to other images"):
-        data.read_cache(cache / "a.cache", "that key")
+        image_sets.read_cache(cache / "a.cache", "that key")
 
 
 def test_failed_writing_leaves_nothing(tmp_path, cache, monkeypatch):
@@ -377,28 +378,28 @@ def test_interrupted_decoding_leaves_nothing(tmp_path, cache, monkeypatch):
     def interrupt(path):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(data, "decode", interrupt)
+    monkeypatch.setattr(image_sets, "decode", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        data.open_set(str(tmp_path / "set"))
+        image_sets.open_set(str(tmp_path / "set"))
     assert caches(cache) == []
 
 
 def test_cache_folder(monkeypatch):
-    assert data.cache_folder() == Path(os.environ["MINMIM_CACHE"])
+    assert image_sets.cache_folder() == Path(os.environ["MINMIM_CACHE"])
     monkeypatch.delenv("MINMIM_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
-    assert data.cache_folder() == Path("/somewhere/minmim")
+    assert image_sets.cache_folder() == Path("/somewhere/minmim")
     monkeypatch.delenv("XDG_CACHE_HOME")
-    assert data.cache_folder() == Path.home() / ".cache" / "minmim"
+    assert image_sets.cache_folder() == Path.home() / ".cache" / "minmim"
 
 
 # -------------------------------------------------------------------------------------- memory, streaming, subsets
 
 
 def open_both(folder, monkeypatch, **options):
-    resident = data.open_set(str(folder), **options)
-    monkeypatch.setattr(data, "RESIDENT_LIMIT", 0)
-    streamed = data.open_set(str(folder), **options)
+    resident = image_sets.open_set(str(folder), **options)
+    monkeypatch.setattr(image_sets, "RESIDENT_LIMIT", 0)
+    streamed = image_sets.open_set(str(folder), **options)
     assert resident.resident and not streamed.resident
     return resident, streamed
 
@@ -407,7 +408,7 @@ def test_varied_sizes_come_as_lists(tmp_path):
     make_folder(tmp_path, ("a",), n=1, h=5, w=7)
     make_folder(tmp_path, ("b",), n=1, h=2, w=3)
     make_folder(tmp_path, ("c",), n=1, h=4, w=4)
-    opened = data.open_set(str(tmp_path))
+    opened = image_sets.open_set(str(tmp_path))
     images = opened.images(torch.tensor([2, 0, 1, 0]))
     for image, (h, w) in zip(images, [(4, 4), (5, 7), (2, 3), (5, 7)], strict=True):
         assert torch.equal(image, as_tensor(pixels(0, h, w)))
@@ -422,7 +423,7 @@ def test_streaming_equals_resident_in_the_order_asked_for(tmp_path, monkeypatch,
             save(tmp_path / name / f"{i:03}.png", seed=100 * c + i, h=3 + i % 5, w=4 + i % 3)
     resident, streamed = open_both(tmp_path, monkeypatch)
     n = len(resident)
-    orders = [*torch.randperm(n).split(70), torch.randperm(n)[: data.CHUNK], torch.tensor([5])]
+    orders = [*torch.randperm(n).split(70), torch.randperm(n)[: image_sets.CHUNK], torch.tensor([5])]
     for part in (orders, orders[2:]):  # a whole epoch, and one that starts in its middle
         state = torch.get_rng_state()
         got = list(streamed.batches(iter(part), workers=workers))
@@ -437,13 +438,13 @@ def test_streaming_equals_resident_in_the_order_asked_for(tmp_path, monkeypatch,
 def test_only_a_sample_is_measured_and_imagenet_always_streams(tmp_path, monkeypatch):
     make_folder(tmp_path / "train", n=100, h=4, w=5)
     make_folder(tmp_path / "val", n=1)
-    files = data.Files(tmp_path, [f"train/cat/{i:03}.png" for i in range(100)])
-    assert data.decoded_bytes(files, sample=7) == 100 * 3 * 4 * 5
+    files = image_sets.Files(tmp_path, [f"train/cat/{i:03}.png" for i in range(100)])
+    assert image_sets.decoded_bytes(files, sample=7) == 100 * 3 * 4 * 5
     spoil(tmp_path / "train" / "cat" / "000.png")
     (tmp_path / "train" / "cat" / "000.png").write_bytes(b"")
-    assert data.decoded_bytes(files) == 100 * 3 * 4 * 5  # what has no header does not count
+    assert image_sets.decoded_bytes(files) == 100 * 3 * 4 * 5  # what has no header does not count
     monkeypatch.setattr(Image, "open", lambda path: pytest.fail("measured"))
-    assert not data.open_set("imagenet", tmp_path).resident
+    assert not image_sets.open_set("imagenet", tmp_path).resident
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -452,12 +453,12 @@ def test_streaming_replaces_bad_images_or_names_them(tmp_path, monkeypatch, caps
     for name in ("002", "003"):
         spoil(tmp_path / "cat" / f"{name}.png")
     spoil(tmp_path / "dog" / "005.png")
-    monkeypatch.setattr(data, "RESIDENT_LIMIT", 0)
+    monkeypatch.setattr(image_sets, "RESIDENT_LIMIT", 0)
     with pytest.raises(InputError) as caught:
-        list(data.open_set(str(tmp_path)).batches([torch.arange(10)], workers=workers))
+        list(image_sets.open_set(str(tmp_path)).batches([torch.arange(10)], workers=workers))
     assert str(caught.value).startswith(f"{tmp_path}/cat/002.png: does not decode")
     assert "\n" not in str(caught.value)
-    opened = data.open_set(str(tmp_path), skip_bad_images=True)
+    opened = image_sets.open_set(str(tmp_path), skip_bad_images=True)
     capsys.readouterr()
     for said in (f"{opened.name}: 3 images so far do not decode; others stood in for them\n", ""):
         ((images, index),) = opened.batches([torch.arange(10)], workers=workers)
@@ -470,16 +471,17 @@ def test_streaming_replaces_bad_images_or_names_them(tmp_path, monkeypatch, caps
 def test_streaming_nothing_but_bad_images(tmp_path, monkeypatch):
     make_folder(tmp_path, ("one",), n=1)
     spoil(tmp_path / "one" / "000.png")
-    monkeypatch.setattr(data, "RESIDENT_LIMIT", -1)
-    opened = data.open_set(str(tmp_path), skip_bad_images=True)
+    monkeypatch.setattr(image_sets, "RESIDENT_LIMIT", -1)
+    opened = image_sets.open_set(str(tmp_path), skip_bad_images=True)
     with pytest.raises(InputError, match="no image decodes"):
         opened.images(torch.tensor([0]))
 
 
 STREAM = """
-import multiprocessing, subprocess, sys, torch, data
-data.RESIDENT_LIMIT = 0
-opened = data.open_set(sys.argv[1])
+import multiprocessing, subprocess, sys, torch
+from inputs import image_sets
+image_sets.RESIDENT_LIMIT = 0
+opened = image_sets.open_set(sys.argv[1])
 orders = torch.arange(len(opened)).repeat(20).split(64)
 for leave in (False, True):
     batches = opened.batches(orders, workers=2)
@@ -528,8 +530,8 @@ def test_to_moves_a_resident_set(tmp_path, monkeypatch):
 def test_subset_is_the_first_classes(tmp_path, monkeypatch, streams):
     make_folder(tmp_path, ("a", "b", "c"), n=3)
     if streams:
-        monkeypatch.setattr(data, "RESIDENT_LIMIT", 0)
-    opened = data.open_set(str(tmp_path))
+        monkeypatch.setattr(image_sets, "RESIDENT_LIMIT", 0)
+    opened = image_sets.open_set(str(tmp_path))
     two = opened.subset(classes=2)
     assert two.classes == ["a", "b"] and two.labels.tolist() == [0, 0, 1, 1] and len(two) == len(two.pixels) == 4
     assert torch.equal(two.images(torch.tensor([3]))[0], as_tensor(pixels(102)))
@@ -544,8 +546,8 @@ def test_first_images_of_any_size(tmp_path, monkeypatch, streams):
     make_folder(tmp_path, ("a",), n=3, h=5, w=7)
     make_folder(tmp_path, ("b",), n=2)
     if streams:
-        monkeypatch.setattr(data, "RESIDENT_LIMIT", 0)
-    opened = data.open_set(str(tmp_path))  # two of a, one of b: the second of each is held out
+        monkeypatch.setattr(image_sets, "RESIDENT_LIMIT", 0)
+    opened = image_sets.open_set(str(tmp_path))  # two of a, one of b: the second of each is held out
     one, three = opened.first(1), opened.first(3)
     assert len(one) == len(one.pixels) == 1 and one.labels.tolist() == [0] and three.labels.tolist() == [0, 0, 1]
     assert len(opened) == 3 and one.classes == ["a", "b"]  # a label still means what it did
@@ -585,7 +587,9 @@ def make_tiny(root):
 @pytest.mark.parametrize("parent", [False, True])
 def test_tiny_imagenet(tmp_path, parent):
     folder = make_tiny(tmp_path / "tiny-imagenet-200")
-    train, val = (data.open_set("tiny-imagenet", tmp_path if parent else folder, split) for split in ("train", "val"))
+    train, val = (
+        image_sets.open_set("tiny-imagenet", tmp_path if parent else folder, split) for split in ("train", "val")
+    )
     assert train.classes == val.classes == ["cat", "goldfish, Carassius auratus", "reel"]
     assert train.labels.tolist() == [0, 0, 1, 1, 2, 2] and val.labels.tolist() == [0, 1, 2]
     images = train.images(torch.arange(6))
@@ -598,18 +602,20 @@ def test_tiny_imagenet(tmp_path, parent):
 
 def test_annotations_may_change_and_lie_in_any_order(tmp_path):
     make_tiny(tmp_path)
-    assert data.open_set("tiny-imagenet", tmp_path, "val").labels.tolist() == [0, 1, 2]
+    assert image_sets.open_set("tiny-imagenet", tmp_path, "val").labels.tolist() == [0, 1, 2]
     annotations = tmp_path / "val" / "val_annotations.txt"
     rows = annotations.read_text().replace("n01", "n02").splitlines(keepends=True)
     annotations.write_text("".join(reversed(rows)))
-    val = data.open_set("tiny-imagenet", tmp_path, "val")  # the same images in the same order, but not of these classes
+    val = image_sets.open_set(
+        "tiny-imagenet", tmp_path, "val"
+    )  # the same images in the same order, but not of these classes
     assert val.labels.tolist() == [0, 0, 2]
     assert torch.equal(val.images(torch.arange(3)), torch.stack([as_tensor(pixels(s)) for s in (51, 52, 50)]))
 
 
 def test_tiny_imagenet_errors(tmp_path):
     assert "no tiny-imagenet-200/ there" in the_error("tiny-imagenet", tmp_path)
-    assert f"{data.cache_folder()}: no tiny-imagenet-200/ there" in the_error("tiny-imagenet")
+    assert f"{image_sets.cache_folder()}: no tiny-imagenet-200/ there" in the_error("tiny-imagenet")
     make_tiny(tmp_path)
     annotations = tmp_path / "val" / "val_annotations.txt"
     rows = annotations.read_text()
@@ -625,7 +631,7 @@ def test_tiny_imagenet_errors(tmp_path):
 
 def test_class_order_keeps_the_order_within_a_class():
     labels = np.random.default_rng(0).integers(0, 3, 1000)
-    flat, sizes, ordered = data.in_class_order(np.arange(3000).reshape(1000, 3, 1, 1), labels)
+    flat, sizes, ordered = image_sets.in_class_order(np.arange(3000).reshape(1000, 3, 1, 1), labels)
     expected = [i for c in range(3) for i in range(1000) if labels[i] == c]
     assert (flat[::3] // 3).tolist() == expected and ordered.tolist() == sorted(labels)
     assert sizes.tolist() == [[1, 1]] * 1000
@@ -633,14 +639,14 @@ def test_class_order_keeps_the_order_within_a_class():
 
 def test_shapes_are_cached_in_class_order(monkeypatch, cache):
     images, labels = np.stack([pixels(i).transpose(2, 0, 1) for i in range(4)]), np.array([1, 0, 1, 0])
-    monkeypatch.setattr(data.shapes, "CLASSES", ("a", "b"))
+    monkeypatch.setattr(image_sets.builtin_images, "CLASSES", ("a", "b"))
     calls = []
-    monkeypatch.setattr(data.shapes, "generate", lambda split: calls.append(split) or (images, labels))
+    monkeypatch.setattr(image_sets.builtin_images, "generate", lambda split: calls.append(split) or (images, labels))
     for _ in range(2):
-        opened = data.open_set("shapes")
+        opened = image_sets.open_set("shapes")
         assert opened.classes == ["a", "b"] and opened.labels.tolist() == [0, 0, 1, 1] and opened.resident
         assert torch.equal(opened.images(torch.arange(4)), torch.from_numpy(images[[1, 3, 0, 2]]))
-    data.open_set("shapes", split="val")
+    image_sets.open_set("shapes", split="val")
     assert calls == ["train", "val"] and len(caches(cache)) == 2
 
 
@@ -658,7 +664,7 @@ def test_cifar(tmp_path, monkeypatch):
         "cifar100", tmp_path
     )  # the checksums are not the official ones
     monkeypatch.setattr(torchvision.datasets.cifar, "check_integrity", lambda *_: True)
-    train, val = (data.open_set("cifar100", tmp_path, split) for split in ("train", "val"))
+    train, val = (image_sets.open_set("cifar100", tmp_path, split) for split in ("train", "val"))
     assert train.classes == ["apple", "bear", "cup"] and train.labels.tolist() == [0, 0, 1, 1, 2, 2]
     expected = torch.from_numpy(rows.reshape(6, 3, 32, 32)[[1, 3, 2, 5, 0, 4]])
     assert torch.equal(train.images(torch.arange(6)), expected) and val.labels.tolist() == [0, 1]
@@ -713,7 +719,7 @@ class Server:
 
 
 def md5(content):
-    return data.hashlib.md5(content).hexdigest()
+    return image_sets.hashlib.md5(content).hexdigest()
 
 
 CONTENT = np.random.default_rng(1).bytes(200_000)
@@ -786,15 +792,15 @@ def serve_tiny(tmp_path, monkeypatch):
     files = [path for path in sorted(source.rglob("*")) if path.is_file()]
     content = zipped(*[(f"tiny-imagenet-200/{path.relative_to(source)}", path.read_bytes()) for path in files])
     server = Server(content, breaks=[500])
-    monkeypatch.setattr(data, "TINY_URL", server.url)
-    monkeypatch.setattr(data, "TINY_MD5", md5(content))
+    monkeypatch.setattr(image_sets, "TINY_URL", server.url)
+    monkeypatch.setattr(image_sets, "TINY_MD5", md5(content))
     return server
 
 
 def test_tiny_imagenet_download(tmp_path, monkeypatch):
     with serve_tiny(tmp_path, monkeypatch) as server:
-        opened = data.open_set("tiny-imagenet", tmp_path / "to", download=True)
-        again = data.open_set("tiny-imagenet", tmp_path / "to", download=True)
+        opened = image_sets.open_set("tiny-imagenet", tmp_path / "to", download=True)
+        again = image_sets.open_set("tiny-imagenet", tmp_path / "to", download=True)
         assert server.seen == [None, "bytes=500-"]  # what is there is not fetched again
     assert len(opened) == 6 and torch.equal(opened.images(torch.arange(6)), again.images(torch.arange(6)))
     assert os.listdir(tmp_path / "to") == ["tiny-imagenet-200"]
@@ -842,14 +848,14 @@ def test_unpack_of_damaged_or_other_archives(tmp_path):
 def open_on_rank(rank, folder, meeting, out):
     os.environ["LOCAL_RANK"] = str(rank)
     dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
-    decoded, plain = [], data.decode
-    data.decode = lambda path: decoded.append(path) or plain(path)
+    decoded, plain = [], image_sets.decode
+    image_sets.decode = lambda path: decoded.append(path) or plain(path)
     sys.stderr = io.StringIO()
     try:
-        data.open_set(str(folder))
+        image_sets.open_set(str(folder))
     except InputError as error:
         line = str(error)
-    opened = data.open_set(str(folder), skip_bad_images=True)  # the error has left the ranks fit to go on
+    opened = image_sets.open_set(str(folder), skip_bad_images=True)  # the error has left the ranks fit to go on
     result = [line, len(opened), opened.images(torch.arange(len(opened))).sum().item()]
     out.put((rank, result, len(decoded) > 0, sys.stderr.getvalue().count("left out")))
 
@@ -883,12 +889,12 @@ def test_turns_of_several_nodes(monkeypatch, shared):
         into[:] = slots
         barrier.wait()
 
-    monkeypatch.setattr(data.common, "world_size", lambda: ranks)
-    monkeypatch.setattr(data.common, "rank", lambda: me.rank)
-    monkeypatch.setattr(data, "first_on_node", lambda: local[me.rank] == 0)
-    monkeypatch.setattr(data.dist, "new_group", lambda **_: None)
-    monkeypatch.setattr(data.dist, "destroy_process_group", lambda _: None)
-    monkeypatch.setattr(data.dist, "all_gather_object", gather)
+    monkeypatch.setattr(image_sets.common, "world_size", lambda: ranks)
+    monkeypatch.setattr(image_sets.common, "rank", lambda: me.rank)
+    monkeypatch.setattr(image_sets, "first_on_node", lambda: local[me.rank] == 0)
+    monkeypatch.setattr(image_sets.dist, "new_group", lambda **_: None)
+    monkeypatch.setattr(image_sets.dist, "destroy_process_group", lambda _: None)
+    monkeypatch.setattr(image_sets.dist, "all_gather_object", gather)
     disks, built, results = [set(), set()], [], [None] * ranks
 
     def work():
@@ -900,7 +906,7 @@ def test_turns_of_several_nodes(monkeypatch, shared):
 
     def run(rank):
         me.rank = rank
-        results[rank] = data.in_turn(work)
+        results[rank] = image_sets.in_turn(work)
 
     threads = [threading.Thread(target=run, args=(rank,)) for rank in range(ranks)]
     for thread in threads:
@@ -911,8 +917,8 @@ def test_turns_of_several_nodes(monkeypatch, shared):
 
 
 def test_first_on_node(monkeypatch):
-    assert data.first_on_node()
-    monkeypatch.setattr(data.common, "rank", lambda: 3)
-    assert not data.first_on_node()
+    assert image_sets.first_on_node()
+    monkeypatch.setattr(image_sets.common, "rank", lambda: 3)
+    assert not image_sets.first_on_node()
     monkeypatch.setenv("LOCAL_RANK", "0")
-    assert data.first_on_node()
+    assert image_sets.first_on_node()

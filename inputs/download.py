@@ -12,7 +12,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from common import InputError
+from runtime.errors import InputError
 
 
 def fetch(url: str, path: Path, md5: str, tries: int = 5) -> None:

@@ -32,9 +32,10 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import common
-import shapes
-from common import InputError, upload
-from download import fetch, unpack
+from common import upload
+from inputs import builtin_images
+from inputs.download import fetch, unpack
+from runtime.errors import InputError
 
 NAMES = ("shapes", "tiny-imagenet", "cifar10", "cifar100", "imagenet")
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp")  # in either case
@@ -401,9 +402,11 @@ def in_class_order(images: np.ndarray, labels: np.ndarray) -> tuple[Tensor, Tens
 
 
 def shape_set(split: str) -> ImageSet:
-    source = Path(shapes.__file__).read_bytes() + np.__version__.encode()
-    pixels, labels, _ = cached(f"shapes-{split}", source, lambda: [(*in_class_order(*shapes.generate(split)), [])])
-    return ImageSet("shapes", list(shapes.CLASSES), labels, pixels)
+    source = Path(builtin_images.__file__).read_bytes() + np.__version__.encode()
+    pixels, labels, _ = cached(
+        f"shapes-{split}", source, lambda: [(*in_class_order(*builtin_images.generate(split)), [])]
+    )
+    return ImageSet("shapes", list(builtin_images.CLASSES), labels, pixels)
 
 
 def cifar(name: str, root: Path, split: str, download: bool) -> ImageSet:

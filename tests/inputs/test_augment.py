@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 from torchvision.transforms import InterpolationMode, v2
 
-import augment
 from common import MEAN, STD, StepRandom
+from inputs import augment
 
 seeds = st.integers(0, 2**32)
 SMALL = settings(max_examples=25)

@@ -1,0 +1,1 @@
+"""The papers' analyses: what they measure, and how it is drawn."""

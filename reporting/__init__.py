@@ -1,0 +1,1 @@
+"""What the project says of itself: speed tables, claims with their evidence, and the documents made from them."""

@@ -1,0 +1,44 @@
+"""The processes of a run, its ranks: how many there are, and what they exchange."""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+class _SumOverRanks(torch.autograd.Function):
+    """Sum over ranks. Every rank's loss depends on every rank's input, so the gradients are summed over ranks too."""
+
+    @staticmethod
+    def forward(ctx, x):
+        x = x.clone()
+        dist.all_reduce(x)
+        return x
+
+    @staticmethod
+    def backward(ctx, gradient):
+        gradient = gradient.clone()
+        dist.all_reduce(gradient)
+        return gradient
+
+
+def sum_over_ranks(x: Tensor) -> Tensor:
+    """The sum of `x` over all ranks, with gradient; `x` itself in a single process."""
+    return _SumOverRanks.apply(x) if world_size() > 1 else x
+
+
+@torch.no_grad()
+def gather_over_ranks(x: Tensor) -> Tensor:
+    """(B, …) on each rank → (B·ranks, …) in rank order, without gradient."""
+    if world_size() == 1:
+        return x.detach()
+    parts = [torch.empty_like(x) for _ in range(world_size())]
+    dist.all_gather(parts, x.detach().contiguous())
+    return torch.cat(parts)
