@@ -72,12 +72,16 @@ def blob(content: bytes) -> str:
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 
+RENAMED = {"shapes.py": "inputs/builtin_images.py"}  # what a file that old results name is called now
+
+
 def changed(recorded: dict[str, str]) -> list[str]:
-    """The files of `sources` whose code is no longer what made a result; comments and docstrings may differ.
+    """The files of `sources` whose code is no longer what made a result; `code` says what may differ.
 
     That takes git, to know the old content; where it does not, any difference counts.
     """
-    return [file for file, old in recorded.items() if not same_code(HERE / file, old)]
+    now = {RENAMED.get(file, file): old for file, old in recorded.items()}
+    return [file for file, old in now.items() if not same_code(HERE / file, old)]
 
 
 def same_code(file: Path, old: str) -> bool:
@@ -93,12 +97,16 @@ def same_code(file: Path, old: str) -> bool:
 
 @cache
 def code(source: bytes) -> str:
-    """What Python makes of a file, without docstrings."""
-    tree = ast.parse(source)
+    """A file's code without comments, docstrings and imports; `files.load` and `launch.load` are both `load`."""
+    tree, modules = ast.parse(source), set()
     for node in ast.walk(tree):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
-            node.body = node.body[1:]
-    return ast.dump(tree)
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
+            node.body = node.body[ast.get_docstring(node) is not None :]
+            imports = [line for line in node.body if isinstance(line, ast.Import | ast.ImportFrom)]
+            modules |= {name.asname or name.name for line in imports for name in line.names}
+            node.body = [line for line in node.body if line not in imports]
+    prefix = "|".join(map(re.escape, sorted(modules)))
+    return re.sub(rf"(?<![\w.])({prefix})\.(?=\w)", "", ast.unparse(tree)) if modules else ast.unparse(tree)
 
 
 # ------------------------------------------------------------------------------------------------------------ claims
@@ -383,8 +391,9 @@ def citations() -> dict[tuple[str, str], list[str]]:
     """
     own, found = papers(), {}
     name = "|".join(sorted(map(re.escape, own.values()), key=len, reverse=True))
-    for file in sorted(HERE.glob("*.py"), key=lambda file: (file.stem not in own, file.stem)):
-        text = file.read_text() if file != Path(__file__) else ""  # the ledger is in README itself
+    files = {*HERE.glob("*.py"), *HERE.glob("[!.t]*/*.py")} - {Path(__file__)}  # the claims are in README itself
+    for file in sorted(files, key=lambda file: (file.stem not in own, file)):
+        text, path = file.read_text(), file.relative_to(HERE)
         tree = ast.parse(text)
         inside = [(1, tree.body[0].end_lineno, "header"), *places(tree)] if tree.body else []
         for number, line in enumerate(text.splitlines(), 1):
@@ -399,7 +408,7 @@ def citations() -> dict[tuple[str, str], list[str]]:
                 label = max([place for place in inside if place[0] <= number <= place[1]], default=(0, 0, ""))[2]
                 for item in items(match[2] or match[4]):
                     links = found.setdefault((paper, KINDS[match[0][0]] + item), {})
-                    links.setdefault((file, label), f"[{file.name}:{number}]({file.name}#L{number}) {label}".strip())
+                    links.setdefault((file, label), f"[{path}:{number}]({path}#L{number}) {label}".strip())
     return {key: list(links.values()) for key, links in found.items()}
 
 

@@ -234,8 +234,9 @@ def checkout(tmp_path, monkeypatch):
     """A folder that has only this repository's methods."""
     place = tmp_path / "checkout"
     place.mkdir()
-    for name in [*METHODS, "shapes"]:
-        shutil.copy(claims.HERE / f"{name}.py", place)
+    (place / "inputs").mkdir()
+    for name in [*METHODS, "inputs/builtin_images"]:
+        shutil.copy(claims.HERE / f"{name}.py", place / f"{name}.py")
     monkeypatch.setattr(claims, "HERE", place)
     monkeypatch.setattr(reproduce, "HERE", place)
     return place
@@ -259,7 +260,11 @@ def test_a_result_older_than_its_code_is_found_unless_it_says_why(checkout, resu
 
 def test_a_method_stands_on_those_that_it_imports(checkout):
     assert set(claims.sources("mae")) == {"mae.py"} and set(claims.sources("cae")) == {"cae.py", "mae.py", "dvae.py"}
-    assert set(claims.sources("mae", "shapes")) == {"mae.py", "shapes.py"}  # built-in images are made by code
+    # Built-in images are made by code.
+    assert set(claims.sources("mae", "shapes")) == {
+        "mae.py",
+        "inputs/builtin_images.py",
+    }
     recorded = claims.sources("cmae")
     with open(checkout / "mae.py", "a") as file:
         file.write(CODE)
@@ -284,6 +289,26 @@ def test_comments_and_docstrings_make_no_result_old_where_git_knows_the_old_code
     assert claims.changed(recorded) == ["mae.py"]
     (checkout / "mae.py").unlink()
     assert claims.changed(recorded) == ["mae.py"]
+
+
+@pytest.mark.parametrize(
+    "before, after, same",
+    [("import launch\nlaunch.load(1)", "from runtime import files\n\nfiles.load(1)", True),
+     ("from augment import blur\nblur(1)", "def f():\n    return 1", False),
+     ("def f():\n    import torch\n    return torch.ones(2)", "import torch\ndef f():\n    return torch.ones(2)", True),
+     ("import torch\ntorch.ones(2)", "import torch\ntorch.zeros(2)", False),
+     ("import mae\nself.mae.loss(1)", "import mae\nself.loss(1)", False)],
+)  # fmt: skip
+def test_code_is_compared_without_the_places_that_it_imports_from(before, after, same):
+    assert (claims.code(before.encode()) == claims.code(after.encode())) == same
+
+
+def test_a_file_that_was_renamed_is_found_by_its_old_name(checkout):
+    name = "inputs/builtin_images.py"
+    recorded = {"shapes.py": claims.sources("mae", "shapes")[name]}
+    assert claims.changed(recorded) == []
+    (checkout / name).write_text((checkout / name).read_text() + CODE)
+    assert claims.changed(recorded) == [name]
 
 
 def test_where_git_does_not_know_the_old_code_any_difference_counts(checkout):
