@@ -47,7 +47,7 @@ from methods import METHODS
 from runtime import files, process
 from runtime.command_line import Parser
 from runtime.errors import InputError
-from train import git_state, versions
+from runtime.run import git_state, versions
 
 PEERS = {"hf": "transformers", "lightly": "lightly", "torchvision": "torchvision"}  # and the package each needs
 

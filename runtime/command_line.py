@@ -1,7 +1,7 @@
-"""The command line of train.py: what can be set, what a recipe sets, and how `--help` reads.
+"""Reading command lines: the options of pretraining, and the parser and help page that all commands share.
 
-Settings are the defaults below, then the recipe (`RECIPES` beside the method), then what is given. Every knob of a
-method is a field of its `Config`; the comment beside the field is its help text.
+Settings of a pretraining are the defaults below, then the recipe (`RECIPES` beside the method), then what is given.
+Every knob of a method is a field of its `Config`; the comment beside the field is its help text.
 """
 
 import argparse
@@ -16,29 +16,87 @@ from pathlib import Path
 import torch
 
 from common import SIZES, ViT
-from methods import METHODS
 from runtime import process
 from runtime.errors import InputError
 
+# Group → its options: name, default, kind, metavar, help. A kind is a type, or the list of words to choose from. Of
+# bool, the metavar "switch" means a flag that can only be given, else there is a --no- form beside it.
+OPTIONS = {
+    "what to train on what": [
+        ("data", "shapes", str, "SET",
+         "shapes, tiny-imagenet, cifar10, cifar100, imagenet, or a folder of class folders"),
+        ("data-root", None, str, "DIR", "where the images of a named set are or shall be"),
+        ("download", None, bool, "switch", "fetch the set if it is not there"),
+        ("classes", None, int, "K", "only the first K classes of the set"),
+        ("images", None, int, "K", "pretrain on the first K images only; evaluation still has all"),
+        ("repeat", 1, int, "N", "each image N times an epoch, as one image needs (LC-MAE, Table A.1)"),
+        ("skip-bad-images", None, bool, "switch", "leave out images that do not decode"),
+        ("recipe", None, str, "NAME", "demo (two minutes on two cores), tiny (64 pixels), paper"),
+    ],
+    "encoder": [
+        ("model", "nano", list(SIZES), "SIZE", "nano, tiny, small, base, large"),
+        ("image-size", 64, int, "PIXELS", "side of a view"),
+        ("patch-size", 8, int, "PIXELS", "side of a patch"),
+        ("width", None, int, "D", "in place of the model's"),
+        ("depth", None, int, "BLOCKS", "in place of the model's"),
+        ("heads", None, int, "N", "in place of the model's"),
+        ("layer-scale", 0.0, float, "X", "initial scale of residuals; 0: none"),
+        ("drop-path", 0.0, float, "RATE", "of the last block; grows linearly from 0 in the first"),
+        ("stem", "linear", ["linear", "conv"], "KIND", "patch embedding: linear, or conv (CMAE*)"),
+        ("positions", "sincos", ["sincos", "relative"], "KIND",
+         "sincos, on the tokens, or relative, a table in the attention (ConMIM's code)"),
+    ],
+    "optimisation": [
+        ("epochs", 20, int, "N", "passes over the images"),
+        ("max-steps", None, int, "N", "a shorter run of the same shape"),
+        ("batch-size", 128, int, "B", "images per step, over all processes"),
+        ("accumulate", 1, int, "N", "parts that a step is done in; contrast sees one part's images at a time"),
+        ("lr", None, float, "RATE", "peak learning rate; if not given, the recipe's, times B/256"),
+        ("min-lr", 0.0, float, "RATE", "learning rate at the end of the cosine"),
+        ("warmup-epochs", 2, float, "N",
+         "epochs in which the rate grows from 0; if not given and --epochs is no larger, shortened in proportion"),
+        ("weight-decay", 0.05, float, "X", "of AdamW; biases and vectors are not decayed"),
+        ("no-decay", [], str, "PART", "parameters with PART in their name are not decayed either"),
+        ("betas", (0.9, 0.95), float, "BETA", "of AdamW"),
+        ("clip-grad", 0.0, float, "NORM", "largest norm of the gradient; 0: any"),
+    ],
+    "machine": [
+        ("device", "auto", ["auto", "cpu", "cuda", "mps"], "NAME", "auto, cpu, cuda, mps"),
+        ("precision", "auto", ["auto", "fp32", "bf16", "fp16"], "NAME", "auto, fp32, bf16, fp16"),
+        ("compile", None, bool, None, "torch.compile the method; on CUDA by default"),
+        ("workers", None, int, "N", "processes that decode a set too large to hold"),
+        ("seed", 0, int, "N", "of everything random"),
+        ("deterministic", False, bool, "switch", "make CUDA repeat itself bit by bit, more slowly"),
+    ],
+    "run directory": [
+        ("out", None, str, "DIR", "runs/METHOD-DATA if not given"),
+        ("resume", "auto", str, "HOW", "auto: continue what --out holds; never; or a file"),
+        ("save-every", 1, int, "EPOCHS", "epochs between checkpoints and pictures"),
+        ("log-every", 10, int, "STEPS", "steps between lines of log.jsonl"),
+        ("evaluate", False, bool, None, "kNN and linear accuracy at the end, beside an untrained encoder's"),
+    ],
+}  # fmt: skip
+COUNTS = "epochs max_steps batch_size accumulate classes images repeat save_every log_every".split()  # of at least 1
 
-def options(argv: list[str]):
-    """The command line → the settings, the method's Config, the method."""
+
+def pretraining_options(argv: list[str], methods: dict[str, type]):
+    """The command line → the settings, the method's Config, the method's class; `methods` are those to choose from."""
     what = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     what.add_argument("--method")
     what.add_argument("--data", default="shapes")
     what.add_argument("--recipe")
     known, _ = what.parse_known_args(argv)
     if known.method is None and not {"-h", "--help"} & set(argv):
-        raise InputError(f"method: none given; choose --method {', '.join(METHODS)}")
-    if known.method is not None and known.method not in METHODS:
-        raise InputError(f"method {known.method!r}: unknown; choose one of {', '.join(METHODS)}")
+        raise InputError(f"method: none given; choose --method {', '.join(methods)}")
+    if known.method is not None and known.method not in methods:
+        raise InputError(f"method {known.method!r}: unknown; choose one of {', '.join(methods)}")
     recipe = known.recipe or {"shapes": "demo", "imagenet": "paper"}.get(known.data, "tiny")
-    Method = METHODS.get(known.method)
+    Method = methods.get(known.method)
     recipes = Method.RECIPES if Method else {}
     if Method and recipe not in recipes:
         raise InputError(f"recipe {recipe!r}: unknown; choose one of {', '.join(recipes)}")
 
-    parser = build_parser(known.method, Method)
+    parser = build_parser(known.method, methods)
     chosen = dict(recipes.get(recipe, {}))
     base_lr = chosen.pop("base_lr", None)
     parser.set_defaults(recipe=recipe, **chosen)
@@ -49,11 +107,10 @@ def options(argv: list[str]):
         args.warmup_epochs *= args.epochs / parser.get_default("epochs")  # or the rate would never reach its peak
     args.out = args.out or f"runs/{args.method}-{re.sub(r'[^A-Za-z0-9]+', '-', str(args.data)).strip('-')}"
     args.betas = list(args.betas)
-    for name in "epochs max_steps batch_size accumulate classes images repeat save_every log_every".split():
+    for name in COUNTS:
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise InputError(f"{name.replace('_', ' ')} {getattr(args, name)}: must be at least 1")
-    fields = [f.name for f in dataclasses.fields(Method.Config)]
-    config = Method.Config(**{name: vars(args).pop(name) for name in fields})
+    config = Method.Config(**{field.name: vars(args).pop(field.name) for field in dataclasses.fields(Method.Config)})
     return args, config, Method
 
 
@@ -92,96 +149,40 @@ class Parser(argparse.ArgumentParser):
         raise InputError(f"{message}; see --help")
 
 
-def build_parser(name: str | None, Method) -> Parser:
-    idea = (
-        inspect.getdoc(sys.modules[Method.__module__]).split("\n\n")[:2]
-        if Method
-        else ["Pretrain a method; its own options show with --method NAME --help."]
-    )
+def build_parser(name: str | None, methods: dict[str, type]) -> "Parser":
+    """The options of pretraining, and if the method is named, those of its Config."""
+    Method, names = methods.get(name), ",".join(methods)
+    idea = ["Pretrain a method; its own options show with --method NAME --help."]
+    if Method:
+        idea = inspect.getdoc(sys.modules[Method.__module__]).split("\n\n")[:2]
     parser = Parser(
         description="\n".join(idea).replace("\n", " "), formatter_class=Help, allow_abbrev=False,
-        usage=f"train.py --method {name or '{' + ','.join(METHODS) + '}'} [options]",
+        usage=f"train.py --method {name or '{' + names + '}'} [options]",
     )  # fmt: skip
-
-    def group(title, *arguments):
-        box = parser.add_argument_group(title)
-        for flag, settings in arguments:
-            box.add_argument(flag, **settings)
-
-    group(
-        "what to train on what",
-        ("--method", dict(choices=METHODS, help="one file each", metavar="NAME")),
-        ("--data", dict(default="shapes", metavar="SET",
-                        help="shapes, tiny-imagenet, cifar10, cifar100, imagenet, or a folder of class folders")),
-        ("--data-root", dict(metavar="DIR", help="where the images of a named set are or shall be")),
-        ("--download", dict(action="store_true", default=None, help="fetch the set if it is not there")),
-        ("--classes", dict(type=int, metavar="K", help="only the first K classes of the set")),
-        ("--images", dict(type=int, metavar="K", help="pretrain on the first K images only; evaluation still has all")),
-        ("--repeat", dict(type=int, default=1, metavar="N",
-                          help="each image N times an epoch, as one image needs (LC-MAE, Table A.1)")),
-        ("--skip-bad-images", dict(action="store_true", default=None, help="leave out images that do not decode")),
-        ("--recipe", dict(metavar="NAME", help="demo (two minutes on two cores), tiny (64 pixels), paper")),
-    )  # fmt: skip
-    group(
-        "encoder",
-        ("--model", dict(default="nano", choices=SIZES, metavar="SIZE", help="nano, tiny, small, base, large")),
-        ("--image-size", dict(type=int, default=64, metavar="PIXELS", help="side of a view")),
-        ("--patch-size", dict(type=int, default=8, metavar="PIXELS", help="side of a patch")),
-        ("--width", dict(type=int, metavar="D", help="in place of the model's")),
-        ("--depth", dict(type=int, metavar="BLOCKS", help="in place of the model's")),
-        ("--heads", dict(type=int, metavar="N", help="in place of the model's")),
-        ("--layer-scale", dict(type=float, default=0.0, metavar="X", help="initial scale of residuals; 0: none")),
-        ("--drop-path", dict(type=float, default=0.0, metavar="RATE", help="of the last block; grows from 0 linearly")),
-        ("--stem", dict(default="linear", choices=["linear", "conv"], metavar="KIND",
-                        help="patch embedding: linear, or conv (CMAE*)")),
-        ("--positions", dict(default="sincos", choices=["sincos", "relative"], metavar="KIND",
-                             help="sincos, on the tokens, or relative, a table in the attention (ConMIM's code)")),
-    )  # fmt: skip
-    group(
-        "optimisation",
-        ("--epochs", dict(type=int, default=20, metavar="N", help="passes over the images")),
-        ("--max-steps", dict(type=int, metavar="N", help="a shorter run of the same shape")),
-        ("--batch-size", dict(type=int, default=128, metavar="B", help="images per step, over all processes")),
-        ("--accumulate", dict(type=int, default=1, metavar="N",
-                              help="parts that a step is done in; contrast sees one part's images at a time")),
-        ("--lr", dict(type=float, metavar="RATE", help="peak learning rate; if not given, the recipe's, times B/256")),
-        ("--min-lr", dict(type=float, default=0.0, metavar="RATE", help="at the end of the cosine")),
-        ("--warmup-epochs", dict(type=float, default=2, metavar="N",
-                                 help="linear from 0; not given, in proportion if --epochs are no more")),
-        ("--weight-decay", dict(type=float, default=0.05, metavar="X", help="of AdamW; not on biases and vectors")),
-        ("--no-decay", dict(nargs="*", default=[], metavar="PART", help="nor on parameters with this in their name")),
-        ("--betas", dict(type=float, nargs=2, default=(0.9, 0.95), metavar="BETA", help="of AdamW")),
-        ("--clip-grad", dict(type=float, default=0.0, metavar="NORM", help="largest gradient norm; 0: any")),
-    )  # fmt: skip
-    group(
-        "machine",
-        ("--device", dict(default="auto", choices=["auto", "cpu", "cuda", "mps"], metavar="NAME",
-                          help="auto, cpu, cuda, mps")),
-        ("--precision", dict(default="auto", choices=["auto", "fp32", "bf16", "fp16"], metavar="NAME",
-                             help="auto, fp32, bf16, fp16")),
-        ("--compile", dict(action=argparse.BooleanOptionalAction, help="torch.compile the method; on CUDA by default")),
-        ("--workers", dict(type=int, metavar="N", help="processes that decode a set too large to hold")),
-        ("--seed", dict(type=int, default=0, metavar="N", help="of everything random")),
-        ("--deterministic", dict(action="store_true", help="CUDA too repeats itself bit by bit, more slowly")),
-    )  # fmt: skip
-    group(
-        "run directory",
-        ("--out", dict(metavar="DIR", help="runs/METHOD-DATA if not given")),
-        ("--resume", dict(default="auto", metavar="HOW", help="auto: continue what --out holds; never; or a file")),
-        ("--save-every", dict(type=int, default=1, metavar="EPOCHS", help="between checkpoints and pictures")),
-        ("--log-every", dict(type=int, default=10, metavar="STEPS", help="between lines of log.jsonl")),
-        ("--evaluate", dict(action=argparse.BooleanOptionalAction, default=False,
-                            help="kNN and linear accuracy at the end, beside an untrained encoder's")),
-    )  # fmt: skip
+    for title, options in OPTIONS.items():
+        group = parser.add_argument_group(title)
+        if "data" in options[0]:
+            add_option(group, "method", None, list(methods), "NAME", "one file each")
+        for option in options:
+            add_option(group, *option)
     if Method:
+        group = parser.add_argument_group(f"{name}: the method's own (tables and sections are the paper's)")
         comments = field_comments(Method.Config)
-        knobs = parser.add_argument_group(f"{name}: the method's own (tables and sections are the paper's)")
         for field in dataclasses.fields(Method.Config):
-            flag, kind = "--" + field.name.replace("_", "-"), type(field.default)
-            how = dict(action=argparse.BooleanOptionalAction) if kind is bool else dict(
-                type=kind, metavar={int: "N", float: "X", str: "HOW"}[kind])  # fmt: skip
-            knobs.add_argument(flag, default=field.default, help=comments[field.name], **how)
+            kind = type(field.default)
+            metavar = {int: "N", float: "X", str: "HOW", bool: None}[kind]
+            add_option(group, field.name.replace("_", "-"), field.default, kind, metavar, comments[field.name])
     return parser
+
+
+def add_option(group, name: str, default, kind, metavar: str | None, text: str) -> None:
+    """Add a row of `OPTIONS` to a group of an argparse parser."""
+    how = dict(metavar=metavar, choices=kind) if isinstance(kind, list) else dict(metavar=metavar, type=kind)
+    if kind is bool:
+        how = dict(action="store_true" if metavar == "switch" else argparse.BooleanOptionalAction)
+    elif isinstance(default, list | tuple):
+        how["nargs"] = len(default) or "*"
+    group.add_argument(f"--{name}", default=default, help=text, **how)
 
 
 def field_comments(Config) -> dict[str, str]:

@@ -14,6 +14,7 @@ from runtime.errors import InputError
 def write_whole(path, write: Callable) -> None:
     """Let `write(file)` fill a temporary file beside `path`, flush it to disk and rename it: all of it or none."""
     path = Path(path)
+    kept = "; what was there before is kept" if os.path.exists(path) else ""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
@@ -25,7 +26,7 @@ def write_whole(path, write: Callable) -> None:
         reason = error if isinstance(error, OSError) else error.__context__  # torch.save hides what the disk said
         if not isinstance(reason, OSError):
             raise
-        raise InputError(f"{path}: cannot be written ({reason.strerror}); what was there before is kept") from None
+        raise InputError(f"{path}: cannot be written ({reason.strerror}){kept}") from None
     finally:
         with suppress(OSError):  # it may never have been there
             temporary.unlink()
@@ -44,12 +45,12 @@ def save(path, tree) -> None:
     write_whole(path, lambda file: torch.save(tree, file))
 
 
-def load(path):
+def load(path, instead: str = "make or fetch it again, or give another"):
     """What `save` wrote, on the CPU. Runs no pickled code, and checks every record's checksum, which torch does not.
 
     Nor does torch read a record that is marked as a folder: it would hand out memory as it happens to be.
     """
-    damaged = f"{path}: damaged or not written by this program; delete it, or give another"
+    damaged = f"{path}: damaged or not written by this program; {instead}"
     try:
         with zipfile.ZipFile(path) as archive:
             if archive.testzip() is not None or any(record.external_attr & 0x10 for record in archive.infolist()):

@@ -16,8 +16,8 @@ from cmae import CMAE, RECIPES, Batch, Config, byol_loss, shift_bounds
 from common import StepRandom, ViT, parameter_groups, patchify, random_mask, unpatchify
 from inputs import augment
 from inputs.augment import denormalize
-from runtime.command_line import options
 from runtime.errors import InputError
+from train import options
 
 SMALL = dict(decoder_width=16, decoder_depth=3, decoder_heads=2, projector_width=24, projector_out=8)
 

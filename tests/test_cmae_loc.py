@@ -28,8 +28,8 @@ from cmae_loc import (
 )
 from common import StepRandom, ViT, patchify, random_mask, sincos_positions, take, unpatchify
 from inputs import augment
-from runtime.command_line import options
 from runtime.errors import InputError
+from train import options
 
 SMALL = dict(
     decoder_width=16, decoder_depth=3, decoder_heads=2, projector_width=24, projector_out=8, crop_warmup=2,

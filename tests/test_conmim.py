@@ -14,8 +14,8 @@ from common import StepRandom, ViT, cosine, patchify, random_mask, unpatchify
 from conmim import Batch, Config, ConMIM, Projector, cosines, denoising_contrast, whole_batch
 from inputs import augment
 from inputs.augment import denormalize
-from runtime.command_line import options
 from runtime.errors import InputError
+from train import options
 
 SMALL = dict(projector_width=12, projector_out=6)
 

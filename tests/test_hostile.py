@@ -7,7 +7,6 @@ import math
 import os
 import pickle
 import resource
-import signal
 import struct
 import sys
 import warnings
@@ -27,8 +26,10 @@ from common import StepRandom
 from inputs import augment, image_sets
 from methods import METHODS
 from runtime import files
-from runtime.command_line import build_encoder, options
+from runtime.command_line import build_encoder
 from runtime.errors import InputError
+from runtime.log import Log
+from train import options
 
 
 def build(name: str, *flags: str):
@@ -282,14 +283,9 @@ def odd_images(folder):
 
 
 def train_here(monkeypatch, *words):
-    """train.py in this process, whose signal handlers are put back."""
+    """train.py in this process."""
     monkeypatch.setattr(sys, "argv", ["train.py", *SMALL, *map(str, words)])
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        train.main()
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+    train.main()
 
 
 @pytest.mark.parametrize("streams", [False, True])
@@ -510,12 +506,13 @@ def test_a_run_on_a_full_disk_ends_in_one_line_that_names_the_file(photos, tmp_p
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs Linux's /dev/full")
 def test_a_log_on_a_full_device_is_one_line(tmp_path):
-    run = train.Run(tmp_path)
-    run.log_file = open("/dev/full", "a", buffering=1)
+    run = Log(tmp_path / "log.jsonl", {}, 0)
+    run.file.close()
+    run.file = open("/dev/full", "a", buffering=1)
     with pytest.raises(InputError, match=r"^/dev/full: cannot be written \(No space left on device"):
-        run.log(dict(step=1))
+        run.write(dict(step=1, loss=1.0))
     with contextlib.suppress(OSError):
-        run.log_file.close()
+        run.file.close()
 
 
 def test_a_place_below_a_file_is_one_line(tmp_path):

@@ -29,8 +29,8 @@ from lcmae import (
     in_view_loss,
     nothing_hidden,
 )
-from runtime.command_line import options
 from runtime.errors import InputError
+from train import options
 
 SMALL = dict(decoder_width=16, decoder_depth=2, decoder_heads=2, projector_out=8)
 ALONE = dict(mae_weight=1.0, cross_weight=0.0, in_weight=0.0)  # Table 1, setting (b)

@@ -17,10 +17,10 @@ import pytest
 import torch
 from test_train import OWN, SMALL
 
+import train
 from common import StepRandom
 from inputs import image_sets
 from methods import METHODS
-from runtime import command_line
 from runtime.command_line import build_encoder
 
 ROOT = Path(__file__).parent.parent
@@ -122,7 +122,7 @@ SHORT = dict(cmae_loc=dict(crop_warmup=1, crop_interval=1, crop_threshold=0.8), 
 
 
 def config_of(name: str):
-    args, config, Method = command_line.options(["--method", name, *SMALL, *OWN[name], "--image-size", "64"])
+    args, config, Method = train.options(["--method", name, *SMALL, *OWN[name], "--image-size", "64"])
     return args, dataclasses.replace(config, **SHORT.get(name, {})), Method
 
 
@@ -212,7 +212,7 @@ def test_commands_in_headers_are_understood(file, command, monkeypatch):
     at = next(i for i, word in enumerate(words) if word.endswith(".py"))
     program, words = words[at], words[at + 1 :]
     if program == "train.py" and "--help" not in words:
-        args, config, Method = command_line.options(words)
+        args, config, Method = train.options(words)
         assert Method is METHODS[args.method] and isinstance(config, Method.Config)
         assert file.removesuffix(".py") not in METHODS or args.method == file.removesuffix(".py")
         return

@@ -31,8 +31,9 @@ from conmim import denoising_contrast
 from dvae import gumbel_noise, logit_laplace_loss, relax, uniform_kl
 from lcmae import cross_view_loss, in_view_loss
 from methods import METHODS
-from runtime.command_line import build_encoder, options
+from runtime.command_line import build_encoder
 from runtime.errors import InputError
+from train import options
 
 few, seeds = settings(max_examples=15), st.integers(0, 10**6)
 

@@ -9,7 +9,7 @@ import torch
 
 from common import SIZES, ViT
 from methods import METHODS
-from runtime.command_line import options
+from train import options
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

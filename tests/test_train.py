@@ -23,9 +23,10 @@ from PIL import Image
 
 from inputs import image_sets
 from methods import METHODS
-from runtime import files, process
-from runtime.command_line import build_parser, field_comments, options, settle
+from runtime import files, process, run
+from runtime.command_line import build_parser, field_comments, settle
 from runtime.errors import InputError
+from train import options
 
 SMALL = (
     "--image-size 32 --patch-size 8 --width 16 --depth 2 --heads 2 --batch-size 16 --epochs 5 --warmup-epochs 1 "
@@ -203,11 +204,7 @@ def test_epochs_of_a_few_repeated_images_show_each_as_often(photos, environment,
     flags = ["--images", "3", "--repeat", "16", "--epochs", "2", "--evaluate"]
     argv = ["train.py", "--method", "mae", "--data", str(photos), "--out", str(tmp_path / "run"), *SMALL, *flags]
     monkeypatch.setattr(sys, "argv", argv)
-    kinds = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
-    try:
-        main()
-    finally:
-        signal.signal(signal.SIGTERM, kinds[0]), signal.signal(signal.SIGINT, kinds[1])
+    main()
     epochs = torch.cat(seen).reshape(2, 48)
     assert (torch.stack([epoch.bincount(minlength=3) for epoch in epochs]) == 16).all()
     assert not torch.equal(*epochs) and [r["epoch"] for r in log(tmp_path / "run")[1:]][2::3] == [1, 2]
@@ -219,7 +216,6 @@ def test_a_tokenizer_that_is_trained_first_sees_no_other_images(monkeypatch):
     import train as command
 
     seen = []
-    monkeypatch.setattr(command, "Run", lambda out: types.SimpleNamespace(stopped_by=0))
     monkeypatch.setattr(command, "train", lambda args, *_: seen.append(args))
     args, _, _ = options(["--method", "cae", "--images", "2", "--repeat", "96", "--device", "cpu"])
     command.train_first(args, torch.device("cpu"), "dvae")
@@ -456,25 +452,20 @@ def test_two_runs_cannot_write_one_directory(train, tmp_path):
 def test_where_files_have_no_locks_a_run_goes_without(tmp_path, monkeypatch):
     """As on Lustre and NFS, by how they are mounted."""
     fcntl = pytest.importorskip("fcntl")
-    from train import Run
 
     def refuse(*_):
         raise OSError(errno.ENOTSUP, "Operation not supported")
 
     monkeypatch.setattr(fcntl, "flock", refuse)
-    Run(tmp_path).lock()
+    run.lock(tmp_path)
 
 
-def test_only_rank_0_looks_for_the_log(tmp_path, monkeypatch):
-    """The others may stand on machines that do not have it."""
-    import train as command
-
-    run = command.Run(tmp_path)
-    monkeypatch.setattr(command, "rank", lambda: 1)
-    assert run.logged_losses() == (None, None)
-    monkeypatch.setattr(command, "rank", lambda: 0)
-    with pytest.raises(FileNotFoundError):
-        run.logged_losses()
+def test_only_rank_0_looks_for_files(tmp_path, monkeypatch):
+    """The others may stand on machines that do not have them."""
+    args, config, _ = options(["--method", "mae", "--out", str(tmp_path / "run"), *SMALL, *OWN["mae"]])
+    ours = run.Run(args, config, 0)
+    monkeypatch.setattr(run, "rank", lambda: 1)
+    assert ours.open() == 0 and ours.log is None and not (tmp_path / "run").exists()
 
 
 def test_a_place_that_cannot_be_written_is_refused(train, tmp_path):
@@ -531,7 +522,7 @@ def test_a_step_s_memory_is_not_handed_back_to_the_system_on_a_cpu(monkeypatch):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_help_shows_every_knob_with_its_comment_and_default(method):
-    text = build_parser(method, METHODS[method]).format_help()
+    text = build_parser(method, METHODS).format_help()
     flat = re.sub(r"\s+", " ", text)
     for name, comment in field_comments(METHODS[method].Config).items():
         assert "--" + name.replace("_", "-") in text and comment in flat, name

@@ -20,8 +20,9 @@ import mae
 from common import Attention, StepRandom, ViT, random_mask
 from inputs import augment
 from runtime import files
-from runtime.command_line import build_encoder, options
+from runtime.command_line import build_encoder
 from runtime.errors import InputError
+from train import options
 
 few = settings(max_examples=25)
 seeds = st.integers(0, 2**31)

@@ -20,8 +20,9 @@ from common import MEAN, STD
 from methods import METHODS
 from reporting import claims
 from runtime import files
-from runtime.command_line import build_encoder, options, settle
+from runtime.command_line import build_encoder, settle
 from runtime.errors import InputError
+from train import options
 
 LINES = [f"<!-- {name} -->\n<!-- /{name} -->" for name in claims.BLOCKS]
 README = "# title\n\n" + "\n\nprose\n\n".join(LINES) + "\nend\n"

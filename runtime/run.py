@@ -1,0 +1,200 @@
+"""A run's directory: its checkpoint and how a run is continued from it, its lock, and the wish to stop."""
+
+import dataclasses
+import json
+import platform
+import signal
+import subprocess
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from runtime import files
+from runtime.errors import InputError
+from runtime.log import Log, say
+from runtime.ranks import rank, world_size
+
+# What may differ between a run and its continuation: where and how it runs, not what it computes.
+FREE = {"out", "resume", "data_root", "download", "workers", "device", "compile", "save_every", "log_every", "evaluate"}
+# Settings that older checkpoints have and that are gone, with the value at which they did nothing.
+RETIRED = {"block": 0}  # lcmae: 0 was LC-MAE itself, other values are now the method autoencoder
+
+
+class Run:
+    """A run directory, which rank 0 alone writes, and the wish to stop, which any rank may receive."""
+
+    def __init__(self, args, config, images: int, **parts):
+        """`images` are trained on, that many; `parts` are method, optimizer and scaler, whose states are saved."""
+        self.args, self.config, self.parts, self.directory = args, config, parts, Path(args.out)
+        self.settings = vars(args) | dataclasses.asdict(config) | dict(images=images)
+        self.step, self.log, self.signal, self.stopped_by = 0, None, 0, 0
+        # Agreement goes over gloo on the CPU, so that asking every step never waits for a GPU.
+        self.control = dist.new_group(backend="gloo") if world_size() > 1 else None
+
+    # ------------------------------------------------------------------------------------------------ the wish to stop
+
+    @contextmanager
+    def listening(self):
+        """Within this block the first SIGTERM or Ctrl-C lets the running step finish; a second one acts at once."""
+
+        def wish(number, frame):
+            self.signal = number
+            signal.signal(number, signal.SIG_DFL)
+
+        before = {number: signal.signal(number, wish) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+        self.asked_to_stop()  # a signal may have come after the last step had asked
+
+    def asked_to_stop(self) -> bool:
+        """Whether any rank has received a signal; all ranks get the same answer."""
+        number = torch.tensor(self.signal)
+        if self.control is not None:
+            dist.all_reduce(number, dist.ReduceOp.MAX, group=self.control)
+        self.stopped_by = int(number)
+        return self.stopped_by != 0
+
+    # ---------------------------------------------------------------------------------------- directory and checkpoint
+
+    def open(self) -> int:
+        """Lay out the directory and load its checkpoint if there is one; returns the first step to do."""
+        found = None
+        if rank() == 0:
+            try:
+                self.lock_file = lay_out(self.directory)
+                found = self.read()
+            except InputError as error:
+                found = error
+        if world_size() > 1:
+            found = from_rank_0(found, self.control)
+        if isinstance(found, InputError):
+            raise found
+        if found is not None:
+            try:
+                self.step = found["step"]
+                for name, part in self.parts.items():
+                    part.load_state_dict(found[name])
+            except (LookupError, TypeError, ValueError, AttributeError, RuntimeError):
+                raise InputError(
+                    f"{self.directory}: the checkpoint's weights are not this program's; give --resume never"
+                ) from None
+            say(f"continuing {self.directory} from step {self.step}")
+        if rank() == 0:
+            about = dict(
+                method=self.args.method, settings=vars(self.args), config=dataclasses.asdict(self.config),
+                world_size=world_size(), argv=sys.argv, versions=versions(), git=git_state(),
+            )  # fmt: skip
+            files.write_text(self.directory / "config.json", json.dumps(about, indent=1) + "\n")
+            self.log = Log(self.directory / "log.jsonl", about, self.step)
+        return self.step
+
+    def read(self) -> dict | None:
+        """The checkpoint that `--resume` asks for, which must be of this run; None if there is nothing to continue."""
+        how = self.args.resume
+        path = self.directory / "checkpoint.pt" if how in ("auto", "never") else Path(how)
+        if how == "never" or (how == "auto" and not path.exists()):
+            return None
+        if not path.exists():
+            raise InputError(f"{path}: no such checkpoint; give a file, auto or never to --resume")
+        checkpoint = files.load(path, "give --resume never to start over")
+        if not isinstance(checkpoint, dict) or "settings" not in checkpoint:
+            raise InputError(f"{path}: not a checkpoint of train.py; give another --resume")
+        theirs = checkpoint["settings"]
+        idle = {name for name, value in RETIRED.items() if name not in self.settings and theirs.get(name) == value}
+        if differs := files.differences(theirs, self.settings, FREE | idle):
+            raise InputError(f"{path}: of another run ({differs}); give the same, another --out or --resume never")
+        return checkpoint
+
+    def save(self, step: int) -> None:
+        """Write checkpoint.pt, from which the run can be continued after `step`, and encoder.pt."""
+        self.step = step
+        if rank() > 0:
+            return
+        states = {name: part.state_dict() for name, part in self.parts.items()}
+        files.save(self.directory / "checkpoint.pt", dict(step=step, settings=self.settings) | states)
+        encoder = self.parts["method"].encoder
+        files.save(self.directory / "encoder.pt", dict(settings=encoder.settings, state_dict=encoder.state_dict()))
+
+
+def lay_out(directory: Path):
+    """Make the directory, lock it, and remove what a run that was killed left half-written; returns the lock."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        held = lock(directory)
+        for left in directory.glob(".*.tmp"):
+            left.unlink()
+    except OSError as error:
+        raise InputError(f"{directory}: cannot be written ({error.strerror}); give another --out") from None
+    return held
+
+
+def lock(directory: Path):
+    """Two runs must not write one directory. The lock dies with the process; where there is none, there is none."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return None
+    file = open(directory / ".lock", "w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise InputError(f"{directory}: another run is writing here; give another --out") from None
+    except OSError:  # a file system without locks: some of Lustre's and NFS's
+        pass
+    return file
+
+
+def from_rank_0(tree, group):
+    """Dicts and lists of tensors on the CPU, which rank 0 has → the same on every rank.
+
+    Only rank 0 is sure to see the file: a run on several machines may have no shared disk. Tensors go one by one, so
+    that nothing of the size of a checkpoint is ever pickled.
+    """
+    tensors: list[Tensor] = []
+
+    def receive(outline: Tensor) -> Tensor:
+        x = tensors.pop(0).contiguous() if rank() == 0 else torch.empty(outline.shape, dtype=outline.dtype)
+        if x.numel():
+            dist.broadcast(x.reshape(-1).view(torch.uint8), 0, group=group)
+        return x
+
+    outline = [mapped(lambda x: tensors.append(x) or x.to("meta"), tree)]
+    dist.broadcast_object_list(outline, group=group)
+    return mapped(receive, outline[0])
+
+
+def mapped(change, tree):
+    """The same tree of dicts and lists with `change(x)` in place of each tensor x."""
+    if isinstance(tree, dict):
+        return {key: mapped(change, value) for key, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        return type(tree)(mapped(change, value) for value in tree)
+    return change(tree) if isinstance(tree, Tensor) else tree
+
+
+# ------------------------------------------------------------------------------------------------------ what wrote it
+
+
+def versions() -> dict:
+    names = dict(python=platform.python_version(), torch=torch.__version__, machine=platform.machine())
+    return names | (dict(gpu=torch.cuda.get_device_name()) if torch.cuda.is_available() else {})
+
+
+def git_state() -> dict:
+    """Commit of the checkout that these files lie in, and whether its code differs; nothing where there is none."""
+
+    def git(*words):
+        here = Path(__file__).parent.parent
+        return subprocess.run(["git", "-C", here, *words], capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return dict(commit=git("rev-parse", "HEAD"), dirty=bool(git("status", "--porcelain", "--", "*.py")))
+    except (OSError, subprocess.CalledProcessError):
+        return {}
