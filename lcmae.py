@@ -6,7 +6,7 @@ outputs for a patch hidden in both (L_cross), and outputs as alike as the patche
     x ─┬─ m_1 ─ MAE ─ h ─ projector ─ v ─┬─ L_in       h against the pixels: L_MAE
        └─ m_2 ─ MAE ─ h ─ projector ─ v ─┴─ L_cross    one MAE, one projector, gradient through both views
 
-Changes from mae.py: the second mask, the projector, L_cross, L_in, two small decoders, the plain autoencoder.
+Changes from mae.py: the second mask, the projector, L_cross, L_in, two small decoders.
 
 Where the paper is silent or unclear (there is no official code), and what stands here
 - §3.1 says that MAE l2-normalises the decoder's output; its code standardises the target instead, and so here.
@@ -18,12 +18,10 @@ Where the paper is silent or unclear (there is no official code), and what stand
 - x in Eq. (6) is what the encoder is given, standardised per channel, though L_MAE's target is so per patch.
 - Small decoders (Table 2) keep MAE's embedding, mask tokens, positions, norm and output; the Gaussian (normalised over
   what lies in the image) or the convolution replaces the blocks, runs over mask tokens too, leaves out the class token.
-- Autoencoder (Table 3): `--block 48` and MAE's decoder; pixels beyond the image's border are no target, nor counted
-  where a block is standardised.
 - Weight decay, betas and crops are MAE's. Base rate 6e-4 and 2 decoder blocks (§3.3, §5) are those of all of Table 1.
   The other tables are of MAE, whose rate is 1.5e-4 and whose decoder has 8 layers in Figure 4. At batch 1024:
       Table 2      --cross-weight 0 --in-weight 0 --lr 6e-4 --decoder-depth 8 (then --decoder average, --decoder conv)
-      Table 3      --block 16 --lr 6e-4 --decoder-depth 8 (then 48, 80, 112)
+      Table 3      --method autoencoder --block 16 (then 48, 80, 112)
       Table A.1    --method mae --batch-size 1024 --images 1 --repeat 1281167 --epochs 5 --warmup-epochs 1
   There an epoch is taken to be as many crops as ImageNet has images, and the warm-up is ours.
 The analyses of attention and features (Eq. 7 and 8, Figures 2 to 6) are not in this file.
@@ -56,9 +54,7 @@ from common import (
     random_mask,
     reconstruction_loss,
     restore,
-    split,
     take,
-    unpatchify,
     visible_count,
 )
 from inputs import augment
@@ -77,8 +73,7 @@ class Config:
     decoder_width: int = 512  # as in MAE, of any decoder
     decoder_depth: int = 2  # blocks of the transformer decoder: 2 for LC-MAE (§3.3), 8 in MAE
     decoder_heads: int = 16  # of the transformer decoder, as in MAE
-    norm_pixels: bool = True  # predict each patch or block standardised by its own mean and variance
-    block: int = 0  # pixels a side of the block each token predicts, nothing hidden, no other loss (Table 3); 0: off
+    norm_pixels: bool = True  # predict each patch standardised by its own mean and variance
     crop_scale: float = 0.2  # smallest share of the image's area that a crop keeps
 
 
@@ -102,25 +97,19 @@ class LCMAE(nn.Module):
 
     def __init__(self, encoder: ViT, config: Config):
         super().__init__()
-        c, p = config, encoder.patch_size
+        c, P = config, 3 * encoder.patch_size**2
         self.config, self.encoder = c, encoder
         if c.decoder not in ("transformer", "average", "conv"):
             raise InputError(f"decoder {c.decoder!r}: unknown; choose transformer, average or conv")
         if c.project not in ("pixels", "tokens"):
             raise InputError(f"project {c.project!r}: unknown; choose pixels or tokens")
-        if c.block and (c.block < p or (c.block - p) % 2):
-            raise InputError(f"block {c.block}: cannot be centred on a patch of {p}; give {p}, {p + 2}, {p + 4}, …")
-        if not (c.block or c.mae_weight or c.cross_weight or c.in_weight):
+        if not (c.mae_weight or c.cross_weight or c.in_weight):
             raise InputError("weights 0, 0, 0: nothing to learn; give --mae-weight, --cross-weight or --in-weight")
-        P = 3 * (c.block or p) ** 2
+        visible_count(encoder.patches, c.mask_ratio)  # says at once if nothing would be left
         if c.decoder == "transformer":
             self.decoder = mae.Decoder(encoder, c.decoder_width, c.decoder_depth, c.decoder_heads, P)
         else:
             self.decoder = LocalDecoder(encoder, c.decoder_width, c.decoder, P)
-        if c.block:
-            self.decoder.mask_token.requires_grad_(False)  # nothing is hidden
-            return
-        visible_count(encoder.patches, c.mask_ratio)  # says at once if nothing would be left
         if c.cross_weight or c.in_weight:
             self.projector = nn.Linear(P if c.project == "pixels" else c.decoder_width, c.projector_out)
             initialize(self.projector)
@@ -132,15 +121,11 @@ class LCMAE(nn.Module):
         c, grid = self.config, self.encoder.grid
         boxes = augment.crop_boxes(rng, augment.sizes(images), scale=(c.crop_scale, 1.0))
         views = augment.normalize(augment.crop_resize(images, boxes, self.encoder.image_size, hflip=rng.chance(0.5)))
-        if c.block:
-            return Batch(views, nothing_hidden(views, self.encoder.patches), None)
         mask = random_mask(rng, grid, c.mask_ratio, c.mask_cell)
         return Batch(views, mask, random_mask(rng, grid, c.mask_ratio, c.mask_cell) if c.cross_weight else None)
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         c, p = self.config, self.encoder.patch_size
-        if c.block:
-            return {"loss": block_loss(self.predict_blocks(batch), *self.blocks(batch.images))}
         images, mask = both_views(batch) if c.cross_weight else (batch.images, batch.mask)  # B is now views · B
         tokens, h = self.decode(images, mask)  # h(x, m): (B, M, P)
         losses = {}
@@ -161,18 +146,6 @@ class LCMAE(nn.Module):
         tokens = self.decoder.features(latents, mask)[:, mask.visible.shape[1] :]
         return tokens, self.decoder.predict and self.decoder.predict(tokens)
 
-    def predict_blocks(self, batch: Batch) -> Tensor:
-        """The plain autoencoder of Figure 7: every patch in, for every token a block out. → (B, N, 3·b·b)"""
-        return self.decoder.predict(self.decoder.features(self.encoder(batch.images), batch.mask))
-
-    def blocks(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """The autoencoder's target (B, N, 3·b·b), and which of its values lie in the image (N, 3·b·b)."""
-        blocks, inside = centred_blocks(images, self.encoder.patch_size, self.config.block)
-        if self.config.norm_pixels:
-            mean, variance = block_statistics(blocks, inside)
-            blocks = (blocks - mean) / (variance + 1e-6).sqrt()
-        return blocks, inside
-
     def update_teacher(self, progress: float) -> None:
         """LC-MAE has no teacher: §3.3 uses none, nor a predictor, nor a stop-gradient."""
 
@@ -181,20 +154,8 @@ class LCMAE(nn.Module):
 
     @torch.no_grad()
     def picture(self, batch: Batch) -> Tensor | None:
-        """(rows, B, 3, H, W) in [0, 1]: originals, then what is seen and what is made of it, for each mask.
-
-        The autoencoder sees the originals; of the blocks it predicts, the patches at their centres are shown.
-        """
+        """(rows, B, 3, H, W) in [0, 1]: originals, then what is seen and what is made of it, for each mask."""
         c, encoder = self.config, self.encoder
-        if c.block:
-            centres = self.predict_blocks(batch).float()
-            if c.norm_pixels:  # by the statistics of what the encoder saw, as nothing is hidden
-                mean, variance = block_statistics(*centred_blocks(batch.images.float(), encoder.patch_size, c.block))
-                centres = centres * (variance + 1e-6).sqrt() + mean
-            r, p = (c.block - encoder.patch_size) // 2, encoder.patch_size
-            centres = centres.unflatten(2, (c.block, c.block, 3))[:, :, r : r + p, r : r + p].flatten(2)
-            rows = [batch.images.float(), unpatchify(centres, p, encoder.grid)]
-            return torch.stack([augment.denormalize(x) for x in rows]).clamp(0, 1)
         if not c.mae_weight:
             return None  # nothing was taught to be pixels
         rows = [
@@ -248,7 +209,7 @@ def cosine_matrix(x: Tensor) -> Tensor:
         return x @ x.transpose(1, 2)
 
 
-# --------------------------------------------------------------------------------------- local decoders, autoencoder
+# ---------------------------------------------------------------------------------------------------- local decoders
 
 
 class LocalDecoder(mae.Decoder):
@@ -288,33 +249,3 @@ def gaussian_weights(grid: tuple[int, int], sigma: float = 1.0, reach: int = 2) 
     apart = (place[:, None] - place).abs()  # (N, N, 2)
     weights = torch.exp(-apart.square().sum(-1) / (2 * sigma**2)) * (apart <= reach).all(-1)
     return weights / weights.sum(dim=1, keepdim=True)
-
-
-def nothing_hidden(images: Tensor, n: int) -> Mask:
-    return split(torch.arange(n, device=images.device).expand(len(images), -1), n)
-
-
-def centred_blocks(images: Tensor, p: int, b: int) -> tuple[Tensor, Tensor]:
-    """(B, 3, H, W) → the b × b pixels around each patch, (B, N, 3·b·b), values in the order row, column, channel.
-
-    Also which of them lie in the image, float (N, 3·b·b); those beyond its border are zero.
-    """
-
-    def cut(x: Tensor) -> Tensor:
-        x = F.pad(x, [(b - p) // 2] * 4).unfold(2, b, p).unfold(3, b, p)  # (B, 3, h, w, b, b)
-        return x.permute(0, 2, 3, 4, 5, 1).flatten(3).flatten(1, 2)
-
-    return cut(images), cut(torch.ones_like(images[:1], dtype=torch.float32))[0]
-
-
-def block_statistics(blocks: Tensor, inside: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and variance (B, N, 1) of each block over what lies in the image; the variance divides by n-1, as MAE's."""
-    n = inside.sum(dim=-1, keepdim=True)
-    mean = (blocks.float() * inside).sum(dim=-1, keepdim=True) / n
-    return mean, ((blocks - mean) * inside).square().sum(dim=-1, keepdim=True) / (n - 1)
-
-
-def block_loss(predicted: Tensor, target: Tensor, inside: Tensor) -> Tensor:
-    """Mean squared error over each block's values in the image, then over tokens: Eq. (1), nothing masked, b × b."""
-    error = (predicted.float() - target.float()).square() * inside
-    return (error.sum(dim=-1) / inside.sum(dim=-1)).mean()

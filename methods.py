@@ -1,5 +1,6 @@
 """The methods, by the names that `--method` takes."""
 
+import autoencoder
 import cae
 import cmae
 import cmae_loc
@@ -15,5 +16,6 @@ METHODS = {
     "cae": cae.CAE,
     "conmim": conmim.ConMIM,
     "lcmae": lcmae.LCMAE,
+    "autoencoder": autoencoder.Autoencoder,
     "dvae": dvae.DVAE,
 }

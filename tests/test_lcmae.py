@@ -1,4 +1,4 @@
-"""lcmae.py: the views, Eq. (1), (5), (6) in plain loops, each row of Tables 1 to 3, the collapse of setting (c)."""
+"""lcmae.py: the views, Eq. (1), (5), (6) in plain loops, each row of Tables 1 and 2, the collapse of setting (c)."""
 
 import copy
 import dataclasses
@@ -20,14 +20,10 @@ from lcmae import (
     Batch,
     Config,
     LocalDecoder,
-    block_loss,
-    block_statistics,
     both_views,
-    centred_blocks,
     cross_view_loss,
     gaussian_weights,
     in_view_loss,
-    nothing_hidden,
 )
 from runtime.errors import InputError
 from train import options
@@ -51,11 +47,6 @@ SWITCHES = {
     "Table 2, conv": dict(decoder="conv") | ALONE,
     "Table 2, average, all losses": dict(decoder="average", project="tokens"),
     "Table 2, conv, all losses": dict(decoder="conv"),
-    "Table 3, AE(p)": dict(block=8),
-    "Table 3, AE(3p)": dict(block=24),
-    "Table 3, AE(5p), raw": dict(block=40, norm_pixels=False),
-    "AE, even step": dict(block=10, decoder="average"),
-    "AE, conv": dict(block=24, decoder="conv"),
 }
 
 
@@ -66,10 +57,8 @@ def small(size=32, **settings):
 
 def batch_for(model, B=3, seed=0):
     torch.manual_seed(seed)
-    c, n, size = model.config, model.encoder.patches, model.encoder.image_size
+    c, size = model.config, model.encoder.image_size
     images, rng = torch.randn(B, 3, size, size), StepRandom(seed, 0, B)
-    if c.block:
-        return Batch(images, nothing_hidden(images, n), None)
     masks = [random_mask(rng, model.encoder.grid, c.mask_ratio) for _ in range(2)]
     return Batch(images, masks[0], masks[1] if c.cross_weight else None)
 
@@ -152,25 +141,6 @@ def plain_losses(model, batch):
     return losses
 
 
-def plain_autoencoder(model, batch):
-    """§4.2 (2): every token predicts the b × b pixels around its patch; those beyond the border do not count."""
-    b, (h, w), size = model.config.block, model.encoder.grid, model.encoder.image_size
-    total, reach = 0.0, (b - 8) // 2
-    for image in batch.images:
-        predicted = model.decoder.predict(plain_features(model, image, list(range(h * w))))
-        for i in range(h * w):
-            values, pairs = predicted[i].reshape(b, b, 3), []
-            for y, x in itertools.product(range(b), repeat=2):
-                row, column = i // w * 8 - reach + y, i % w * 8 - reach + x
-                if 0 <= row < size and 0 <= column < size:
-                    pairs.append((values[y, x], image[:, row, column]))
-            said, true = (torch.cat(part) for part in zip(*pairs, strict=True))
-            if model.config.norm_pixels:
-                true = (true - true.mean()) / (true.var() + 1e-6).sqrt()
-            total += ((said - true) ** 2).mean().item() / (h * w * len(batch.images))
-    return total
-
-
 @pytest.mark.parametrize("name", SWITCHES)
 @torch.no_grad()
 def test_forward_matches_the_equations_in_plain_loops(name):
@@ -178,9 +148,6 @@ def test_forward_matches_the_equations_in_plain_loops(name):
     batch = batch_for(model)
     batch = batch._replace(images=batch.images.double())
     c, out = model.config, model(batch)
-    if c.block:
-        assert out["loss"].item() == pytest.approx(plain_autoencoder(model, batch), rel=1e-5)
-        return
     expected = plain_losses(model, batch)
     weights = {"reconstruction": c.mae_weight, "cross": c.cross_weight, "in": c.in_weight}
     assert out.keys() - {"loss"} == {part for part, weight in weights.items() if weight}
@@ -234,10 +201,7 @@ def test_gradient_reaches_everything_that_is_built(name):
     model = small(**SWITCHES[name])
     model(batch_for(model))["loss"].backward()
     for parameter_name, parameter in model.named_parameters():
-        if model.config.block and parameter_name == "decoder.mask_token":  # nothing is hidden
-            assert not parameter.requires_grad
-        else:
-            assert parameter.grad is not None and parameter.grad.abs().sum() > 0, parameter_name
+        assert parameter.grad is not None and parameter.grad.abs().sum() > 0, parameter_name
 
 
 def test_only_what_a_setting_needs_is_built():
@@ -249,7 +213,7 @@ def test_only_what_a_setting_needs_is_built():
     assert not projector.bias.any() and 0.99 < projector.weight.abs().max() / math.sqrt(6 / (192 + 8)) <= 1
 
 
-WITHOUT = {n for n, s in SWITCHES.items() if s.get("block") or {**s, **ALONE} == s}
+WITHOUT = {n for n, s in SWITCHES.items() if {**s, **ALONE} == s}
 
 
 def test_each_loss_sees_both_views_with_gradient():
@@ -442,67 +406,6 @@ def test_local_decoders_reach_five_by_five_patches_and_no_class_token(kind):
         assert moved.tolist() == [False, *near]
 
 
-# ----------------------------------------------------------------------------------------------------------- Table 3
-
-
-@given(st.integers(1, 3), st.integers(0, 4), st.integers(1, 3), st.integers(1, 3), st.integers(0, 10**6))
-def test_centred_blocks_are_the_pixels_around_each_patch(p, reach, h, w, seed):
-    torch.manual_seed(seed)
-    images, b = torch.randn(2, 3, h * p, w * p), p + 2 * reach
-    blocks, inside = centred_blocks(images, p, b)
-    assert blocks.shape == (2, h * w, 3 * b * b) and inside.shape == (h * w, 3 * b * b)
-    for i, y, x, c in itertools.product(range(h * w), range(b), range(b), range(3)):
-        row, column, k = i // w * p - reach + y, i % w * p - reach + x, (y * b + x) * 3 + c
-        there = 0 <= row < h * p and 0 <= column < w * p
-        assert inside[i, k] == there
-        assert torch.equal(blocks[:, i, k], images[:, c, row, column] if there else torch.zeros(2))
-    centre = blocks.unflatten(2, (b, b, 3))[:, :, reach : reach + p, reach : reach + p].flatten(2)
-    assert torch.equal(centre, patchify(images, p))
-    assert centred_blocks(images.bfloat16(), p, b)[1].dtype == torch.float32  # what is counted with stays exact
-
-
-def test_block_statistics_count_what_lies_in_the_image():
-    images = torch.randn(2, 3, 24, 24) + 3
-    for b in (8, 20):
-        blocks, inside = centred_blocks(images, 8, b)
-        mean, variance = block_statistics(blocks, inside)
-        for n, i in itertools.product(range(2), range(9)):
-            values = blocks[n, i][inside[i] > 0]
-            torch.testing.assert_close(mean[n, i, 0], values.mean())
-            torch.testing.assert_close(variance[n, i, 0], values.var())
-
-
-def test_autoencoder_of_one_patch_is_mae_with_nothing_hidden():
-    model = small(block=8)
-    batch = batch_for(model)
-    target, inside = model.blocks(batch.images)
-    torch.testing.assert_close(target, normalize_patches(patchify(batch.images, 8)), atol=1e-5, rtol=1e-5)
-    assert inside.all()
-    plain = (model.predict_blocks(batch) - target).square().mean()
-    torch.testing.assert_close(model(batch)["loss"], plain)
-    assert model.blocks(torch.full_like(batch.images, 0.5))[0].abs().max() < 1e-3  # nothing to standardise
-
-
-def test_what_lies_beyond_the_border_is_no_target():
-    model = small(block=24)
-    batch = batch_for(model)
-    target, inside = model.blocks(batch.images)
-    predicted = torch.randn_like(target, requires_grad=True)
-    block_loss(predicted, target, inside).backward()
-    assert torch.equal(predicted.grad.abs() > 0, (inside > 0).expand_as(target))
-    assert inside.reshape(4, 4, 24, 24, 3)[0, 0, :8].sum() == 0 and inside[5].all()  # above the first; an inner patch
-    perfect = target.where(inside > 0, 7.0)
-    assert block_loss(perfect, target, inside) == 0
-
-
-def test_autoencoder_sees_every_pixel():
-    model = small(block=24)
-    batch = batch_for(model)
-    images = batch.images.clone().requires_grad_()
-    model.predict_blocks(batch._replace(images=images)).square().sum().backward()
-    assert (images.grad != 0).float().mean() > 0.99
-
-
 # ------------------------------------------------------------------------------------------------- draw and pictures
 
 
@@ -530,16 +433,13 @@ def test_draw_hides_what_the_setting_asks_for():
     images = images_for()
     one = small(**SWITCHES["Table 1f"]).draw(images, torch.arange(6), StepRandom(2, 3, 6))
     assert one.second is None and one.mask.visible.shape == (6, 4)
-    none = small(block=24).draw(images, torch.arange(6), StepRandom(2, 3, 6))
-    assert none.second is None and not none.mask.hidden.any() and none.mask.visible.shape == (6, 16)
-    assert nothing_hidden(images.to("meta"), 16).visible.is_meta  # on the device of the images
     cells = small(64, mask_cell=2, mask_ratio=0.5).draw(images, torch.arange(6), StepRandom(2, 3, 6))
     for mask in (cells.mask, cells.second):
         squares = mask.hidden.reshape(6, 4, 2, 4, 2).float().mean((2, 4))
         assert ((squares == 0) | (squares == 1)).all() and (squares.mean((1, 2)) == 0.5).all()
 
 
-@pytest.mark.parametrize("settings", [{}, ALONE, dict(block=24)])
+@pytest.mark.parametrize("settings", [{}, ALONE])
 def test_rows_of_ranks_are_those_of_one_process(settings):
     model, images = small(**settings), images_for()
     whole = model.draw(images, torch.arange(6), StepRandom(3, 4, 6))
@@ -557,24 +457,15 @@ def test_picture_shows_both_views_and_nothing_that_was_not_taught():
     rows = {name: (m := small(**s)).picture(batch_for(m)) for name, s in SWITCHES.items()}
     for name, picture in rows.items():
         settings = Config(**SMALL | SWITCHES[name])
-        if not settings.mae_weight and not settings.block:
+        if not settings.mae_weight:
             assert picture is None
             continue
-        assert len(picture) == (2 if settings.block else 5 if settings.cross_weight else 3)
+        assert len(picture) == (5 if settings.cross_weight else 3)
         assert picture.shape[1:] == (3, 3, 32, 32) and picture.min() >= 0 and picture.max() <= 1
     model = small()
     batch = batch_for(model)
     swapped = model.picture(batch._replace(mask=batch.second, second=batch.mask))
     torch.testing.assert_close(model.picture(batch)[[0, 3, 4, 1, 2]], swapped, atol=1e-5, rtol=0)
-
-
-@pytest.mark.parametrize("norm", [True, False])
-def test_picture_of_perfect_blocks_is_the_image(norm, monkeypatch):
-    model = small(block=24, norm_pixels=norm)
-    batch = batch_for(model)
-    monkeypatch.setattr(model, "predict_blocks", lambda batch: model.blocks(batch.images)[0])
-    original, made = model.picture(batch)
-    torch.testing.assert_close(made, original, atol=1e-4, rtol=0)
 
 
 # ------------------------------------------------------------------------------------------------ recipes and errors
@@ -601,21 +492,21 @@ def test_the_headers_commands_set_what_the_other_tables_say():
         flags = ("--" + line.split("(")[0]).split()
         args, config, _ = options([*method, "--recipe", "paper", *flags])
         assert args.lr == pytest.approx(6e-4) and args.batch_size == 1024 and config.decoder_depth == 8
-        assert args.model == "base" and config.mask_ratio == 0.75
+        assert args.model == "base" and getattr(config, "mask_ratio", 0.75) == 0.75
         if table == "Table A.1":
             assert (args.method, args.images, args.repeat, args.epochs) == ("mae", 1, 1_281_167, 5)
             assert args.warmup_epochs < args.epochs
             continue
         assert (args.epochs, args.warmup_epochs) == (100, 20)
-        assert config.block == (16 if table == "Table 3" else 0)
-        assert config.block or (config.mae_weight, config.cross_weight, config.in_weight) == (1, 0, 0)
+        if table == "Table 3":
+            assert args.method == "autoencoder" and config.block == args.patch_size == 16
+        else:
+            assert (config.mae_weight, config.cross_weight, config.in_weight) == (1, 0, 0)
 
 
 @pytest.mark.parametrize("settings,message", [
     (dict(decoder="mlp"), "decoder 'mlp': unknown; choose transformer, average or conv"),
     (dict(project="latents"), "project 'latents': unknown; choose pixels or tokens"),
-    (dict(block=9), "block 9: cannot be centred on a patch of 8; give 8, 10, 12"),
-    (dict(block=6), "block 6: cannot be centred"),
     (ALONE | dict(mae_weight=0.0), "weights 0, 0, 0: nothing to learn"),
     (dict(mask_ratio=1.0), "mask ratio"),
 ])  # fmt: skip

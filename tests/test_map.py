@@ -106,7 +106,7 @@ OTHER = {
     "decoder": "mlp", "crop_by": "features", "masking": "block", "contrast": "instance", "dictionary": "batch",
     "augmentation": "strong", "target": "pixels", "tokenizer": "given", "project": "tokens", "shift_range": "0-100",
     "mask_ratio": 0.6, "mask_cell": 2, "crop_scale": 0.9, "target_blur": 1.0, "target_mask_ratio": 0.5,
-    "crop_threshold": 0.3, "filter_above": 0.0, "jitter": 0.0, "gray": 1.0, "block": 16, "feature_decoder_depth": 1,
+    "crop_threshold": 0.3, "filter_above": 0.0, "jitter": 0.0, "gray": 1.0, "block": 24, "feature_decoder_depth": 1,
     "first_stride": 8, "kl_warmup": 1.0, "tau_anneal": 1.0, "momentum": 0.5,
 }  # fmt: skip
 # What it needs beside it to matter, and what it is set to in a method where another value would be wrong.

@@ -40,11 +40,12 @@ OWN = {  # each method's own knobs, to keep it as small
     "cae": "--regressor-depth 1 --decoder-depth 1 --codes 16 --hidden 8 --first-stride 4 --tokenizer-epochs 1".split(),
     "conmim": "--projector-width 16 --projector-out 8".split(),
     "lcmae": [*DECODER, *"--projector-out 16".split()],
+    "autoencoder": [*DECODER, "--block", "16"],
     "dvae": "--codes 16 --hidden 8 --first-stride 4".split(),
 }
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a compiler")
 TORCHRUN = "-m torch.distributed.run --standalone --nproc_per_node=2"
-ROWS = dict(mae=3, cmae=4, cmae_loc=4, cae=4, conmim=4, lcmae=5, dvae=2)  # of reconstruction.png
+ROWS = dict(mae=3, cmae=4, cmae_loc=4, cae=4, conmim=4, lcmae=5, autoencoder=2, dvae=2)  # of reconstruction.png
 
 
 @pytest.fixture(scope="session")

@@ -213,7 +213,7 @@ RUNS = {
     "loc-conv": f"--method cmae_loc {DECODER} --decoder conv",
     "lcmae": f"--method lcmae {DECODER}",
     "lcmae-average": f"--method lcmae {DECODER} --decoder average",
-    "autoencoder": f"--method lcmae {DECODER} --block 8",
+    "autoencoder": f"--method autoencoder {DECODER} --block 8",
     "cross": f"--method lcmae {DECODER} --mae-weight 0",
     "cae": "--method cae --codes 8 --hidden 4 --blocks 1 --first-stride 8",
     "pixels": "--method cae --target pixels --norm-pixels",
