@@ -42,7 +42,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from common import SIZES, StepRandom, ViT, normalize_patches, parameter_groups
-from inputs import augment, image_sets
+from inputs import augment, images_in_files, images_in_memory
 from methods import METHODS
 from runtime import files, process
 from runtime.command_line import Parser
@@ -289,7 +289,7 @@ def torchvision_views(args, name: str) -> Callable:
 
 
 def stages(
-    args, files: list[Path], packed: image_sets.Packed, device: torch.device
+    args, files: list[Path], packed: images_in_memory.Packed, device: torch.device
 ) -> dict[str, tuple[Callable, Callable]]:
     """Each stage of an input path on one batch: ours as a call, and torchvision's of one image."""
     from torchvision.datasets.folder import default_loader
@@ -304,7 +304,7 @@ def stages(
         return lambda: [function(picture) for picture in pictures]
 
     return {
-        "decode": (lambda: [*map(image_sets.decode, files)], lambda: [*map(default_loader, files)]),
+        "decode": (lambda: [*map(images_in_files.decode, files)], lambda: [*map(default_loader, files)]),
         "cache": (lambda: packed.images(torch.randperm(B), device), None),
         "crop": (lambda: augment.crop_resize(images, augment.crop_boxes(rng, (S, S)), S),
                  each(v2.RandomResizedCrop(S, (0.2, 1.0), interpolation=v2.InterpolationMode.BICUBIC))),
@@ -327,8 +327,8 @@ def bench_input(args, device: torch.device) -> list[dict]:
     calls, images = {}, {}  # the latter: images that a call is worth
     with tempfile.TemporaryDirectory() as directory:
         files = picture_folder(Path(directory), B, args.image_size)
-        packed = image_sets.Packed(*image_sets.pack([image_sets.decode(file) for file in files]))
-        packed = image_sets.Packed(packed.flat.to(device), packed.sizes)
+        packed = images_in_memory.Packed(*images_in_memory.pack([images_in_files.decode(file) for file in files]))
+        packed = images_in_memory.Packed(packed.flat.to(device), packed.sizes)
         for name, (ours, theirs) in stages(args, files, packed, device).items():
             calls[name], images[name] = ours, B
             if peer and theirs:

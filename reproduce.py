@@ -35,7 +35,7 @@ import torch.nn.functional as F
 import analyze
 import evaluate
 from common import patchify
-from inputs import image_sets
+from inputs import image_cache, image_sets
 from reporting.claims import (
     BASELINES,
     CLAIMS,
@@ -278,7 +278,7 @@ class Runner:
 
     def call(self, command: str, folder: Path, seed: int) -> dict:
         """Run it as a user would. The answer is the last line that a measure prints, in JSON."""
-        where = self.args.data_root or str(image_sets.cache_folder())
+        where = self.args.data_root or str(image_cache.cache_folder())
         places = {"RUN": str(folder), "SEED": str(seed), "DIR": where}
         script, *words = [places.get(word, word) for word in shlex.split(command)]
         environment = os.environ | {"OMP_NUM_THREADS": str(self.threads)}

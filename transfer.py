@@ -42,7 +42,7 @@ from torchvision.ops import MultiScaleRoIAlign, masks_to_boxes
 from tqdm import tqdm
 
 from common import ViT, epoch_order, learning_rate, pair, parameter_groups
-from inputs import augment, builtin_scenes, image_sets
+from inputs import augment, builtin_scenes, images_in_files
 from runtime import files, process, weights
 from runtime.command_line import Help, Parser
 from runtime.errors import InputError
@@ -98,7 +98,7 @@ class Segments:
         try:
             with Image.open(file) as png:
                 labels = np.array(png)
-        except Exception as error:  # as in image_sets.decode
+        except Exception as error:  # as in images_in_files.decode
             raise InputError(f"{file}: does not decode as a label map ({type(error).__name__})") from None
         if labels.dtype != np.uint8 or labels.shape != tuple(image.shape[1:]):
             what = f"{labels.dtype} values of shape {labels.shape}"
@@ -155,7 +155,7 @@ class Instances:
 
 def decode(path: Path) -> Tensor:
     try:
-        return image_sets.decode(path)
+        return images_in_files.decode(path)
     except InputError:  # whose advice is not for here
         raise InputError(f"{path}: missing, or does not decode as an image") from None
 
@@ -213,7 +213,7 @@ class Reader(torch.utils.data.Dataset):
     def batches(self, orders, workers: int) -> Iterator[list[Sample]]:
         loader = DataLoader(
             self, batch_sampler=orders, collate_fn=list, num_workers=workers, generator=torch.Generator(),
-            worker_init_fn=image_sets.leave_signals_to_parent,
+            worker_init_fn=images_in_files.leave_signals_to_parent,
         )  # fmt: skip
         for batch in loader:
             for sample in batch:

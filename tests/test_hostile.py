@@ -23,7 +23,7 @@ from test_train import OWN, SMALL, assert_same_bits, log
 import mae
 import train
 from common import StepRandom
-from inputs import augment, image_sets
+from inputs import augment, image_cache, image_sets, images_in_files
 from methods import METHODS
 from runtime import files
 from runtime.command_line import build_encoder
@@ -149,14 +149,14 @@ def test_a_pickle_payload_does_not_run(tmp_path, form):
 def cache(tmp_path_factory):
     path = tmp_path_factory.mktemp("cache") / "a.cache"
     chunk = (torch.arange(36, dtype=torch.uint8), torch.tensor([[2, 2], [4, 2]]), torch.tensor([0, 1]), ["bad.png"])
-    image_sets.write_cache(path, "key", [chunk])
+    image_cache.write_cache(path, "key", [chunk])
     return path.read_bytes()
 
 
 def damaged_or_same(path, content: bytes) -> bool:
     path.write_bytes(content)
     try:
-        pixels, labels, bad = image_sets.read_cache(path, "key")
+        pixels, labels, bad = image_cache.read_cache(path, "key")
     except ValueError:
         return True
     assert pixels.flat.tolist() == list(range(36)) and pixels.sizes.tolist() == [[2, 2], [4, 2]]
@@ -169,20 +169,20 @@ def test_each_part_of_a_cache_has_its_checksum(tmp_path, monkeypatch):
     content = np.random.default_rng(0).integers(0, 256, 2_500_000, dtype=np.uint8).tobytes()
     (tmp_path / "a").write_bytes(content)
     for part in (700_001, 1 << 20, 2_097_153, 1 << 26):
-        monkeypatch.setattr(image_sets, "PART", part)
+        monkeypatch.setattr(image_cache, "PART", part)
         for total in (1, 2_097_153, 2_400_000, 2_500_000):
             expected = [zlib.crc32(content[at : min(total, at + part)]) for at in range(0, total, part)]
-            assert image_sets.checksums(tmp_path / "a", total) == expected, (part, total)
+            assert image_cache.checksums(tmp_path / "a", total) == expected, (part, total)
 
 
 @pytest.mark.parametrize("part", [1, 7, 12, 36, 42, 84, 85])
 def test_a_cache_of_any_parts_is_read(part, tmp_path, monkeypatch):
     """36 bytes of pixels and 48 of numbers: parts that end within, with and between chunks, and one beyond them all."""
-    monkeypatch.setattr(image_sets, "PART", part)
+    monkeypatch.setattr(image_cache, "PART", part)
     first = (torch.arange(12, dtype=torch.uint8), torch.tensor([[2, 2]]), torch.tensor([0]), [])
     none = (torch.empty(0, dtype=torch.uint8), torch.empty(0, 2).long(), torch.empty(0).long(), ["bad.png"])
     second = (torch.arange(12, 36, dtype=torch.uint8), torch.tensor([[4, 2]]), torch.tensor([1]), [])
-    image_sets.write_cache(tmp_path / "a.cache", "key", [first, none, second])
+    image_cache.write_cache(tmp_path / "a.cache", "key", [first, none, second])
     assert not damaged_or_same(tmp_path / "a.cache", (tmp_path / "a.cache").read_bytes())
 
 
@@ -194,16 +194,16 @@ def test_what_the_disk_changes_while_a_cache_is_written_is_noticed(tmp_path):
             with open(part, "r+b") as file:
                 file.write(b"\7")
 
-    image_sets.write_cache(tmp_path / "a.cache", "key", chunks())
+    image_cache.write_cache(tmp_path / "a.cache", "key", chunks())
     with pytest.raises(ValueError, match="checksum differs"):
-        image_sets.read_cache(tmp_path / "a.cache", "key")
+        image_cache.read_cache(tmp_path / "a.cache", "key")
 
 
 def test_a_cache_whose_sizes_do_not_fit_its_pixels_is_refused(tmp_path):
     chunk = (torch.zeros(24, dtype=torch.uint8), torch.tensor([[2, 2]]), torch.tensor([0]), [])
-    image_sets.write_cache(tmp_path / "a.cache", "key", [chunk])
+    image_cache.write_cache(tmp_path / "a.cache", "key", [chunk])
     with pytest.raises(ValueError, match="sizes are not those of its pixels"):
-        image_sets.read_cache(tmp_path / "a.cache", "key")
+        image_cache.read_cache(tmp_path / "a.cache", "key")
 
 
 def test_every_flipped_bit_of_a_cache_is_noticed(cache, tmp_path):
@@ -241,7 +241,7 @@ def test_an_enormous_image_is_refused_by_its_header(tmp_path, side):
     path.write_bytes(png_that_claims(side, side))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(InputError, match=r"bomb\.png: does not decode as an image"):
-        image_sets.decode(path)
+        images_in_files.decode(path)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000  # kilobytes
 
 
@@ -254,7 +254,7 @@ def test_a_damaged_image_decodes_or_is_named(tmp_path_factory, kind, damage):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow's, of metadata
         try:
-            image = image_sets.decode(path)
+            image = images_in_files.decode(path)
         except InputError as error:
             assert str(error).startswith(f"{path}: does not decode") and "\n" not in str(error)
         else:

@@ -1,0 +1,140 @@
+"""Images left in their files: decoding one, and decoding many ahead of the training loop by worker processes."""
+
+import contextlib
+import os
+import signal
+import threading
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from inputs.images_in_memory import pack
+from runtime.errors import InputError
+
+CHUNK = 32  # images that a worker hands over at once: keeps shared memory small and the first batch soon there
+
+
+def decode(path: Path) -> Tensor:
+    """uint8 RGB (3, H, W) from a file of any mode. 16 bits are scaled to 8, transparency and EXIF rotation ignored.
+
+    Pillow decodes it, as torchvision has announced the end of its own decoders.
+    """
+    try:
+        with Image.open(path) as image:
+            if image.mode.startswith("I"):  # 16-bit grey, which Pillow's own conversion would clip at 255
+                grey = torch.from_numpy(np.asarray(image).astype(np.int32)).clamp(0, 65535)
+                return (grey // 257).to(torch.uint8).repeat(3, 1, 1)
+            return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+    except Exception as error:  # Pillow's plugins raise every kind there is, SyntaxError included
+        what = f"{path}: does not decode as an image ({type(error).__name__})"
+        raise InputError(f"{what}; repair or remove it, or give --skip-bad-images") from error
+
+
+class Files:
+    """The images at `paths` below `root`, for a `DataLoader` whose workers ask for one chunk of positions at a time."""
+
+    def __init__(self, root: Path, paths: list[str]):
+        self.root = root
+        self.paths = np.array(paths)  # not a list: its reference counts would be copied into every forked worker
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def first(self, n: int) -> "Files":
+        return Files(self.root, self.paths[:n])
+
+    def __getitem__(self, chunk: tuple[list[int], bool]):
+        """(positions, last) → the same, flat pixels, sizes, and {position: error}; what fails has size 0 × 0."""
+        images, errors = [], {}
+        for i in chunk[0]:
+            try:
+                images.append(decode(self.root / self.paths[i]))
+            except InputError as error:  # handed over, as a DataLoader would wrap an exception in a traceback
+                images.append(torch.empty(3, 0, 0, dtype=torch.uint8))
+                errors[i] = str(error)
+        return *chunk, *pack(images), errors
+
+    def stream(self, orders: Iterable[Tensor], workers: int, pin: bool = False) -> DataLoader:
+        """The images that the index tensors name, in that order, as chunks of `__getitem__`."""
+        return DataLoader(
+            self,
+            sampler=chunks(orders),
+            batch_size=None,
+            num_workers=workers,
+            prefetch_factor=4 if workers else None,
+            pin_memory=pin,
+            worker_init_fn=leave_signals_to_parent,
+            generator=torch.Generator(),  # the loader draws a seed that nobody uses; not from the global generator
+        )
+
+    def decoded(self, labels: Tensor, skip_bad: bool) -> Iterator[tuple[Tensor, Tensor, Tensor, list[str]]]:
+        """All images, decoded by all cores, as the chunks of `image_cache.write_cache`."""
+        workers = min(cores(), len(self) // 256)  # a few hundred images are done before a process is up
+        with tqdm(total=len(self), desc="decoding", unit=" images") as bar:
+            for chunk, _, flat, sizes, errors in self.stream([torch.arange(len(self))], workers):
+                if errors and not skip_bad:
+                    raise InputError(next(iter(errors.values())))
+                good = sizes[:, 0] > 0
+                yield flat, sizes[good], labels[chunk][good], [str(self.paths[i]) for i in errors]
+                bar.update(len(chunk))
+
+    def following(self, i: int) -> tuple[int, Tensor]:
+        """The next image after i that decodes, and its position."""
+        for j in range(i + 1, i + len(self)):
+            with contextlib.suppress(InputError):
+                return j % len(self), decode(self.root / self.paths[j % len(self)])
+        raise InputError(f"{self.root}: no image decodes; give a folder with readable images")
+
+    def decoded_bytes(self, sample: int = 128) -> float:
+        """What all the images would take as uint8 RGB, from the headers of an even sample."""
+        areas = []
+        for i in np.linspace(0, len(self) - 1, min(sample, len(self))).astype(int):
+            with contextlib.suppress(Exception), Image.open(self.root / self.paths[i]) as image:  # decoding will tell
+                areas.append(image.width * image.height)
+        return 3 * len(self) * float(np.mean(areas or 0))
+
+    def fingerprint(self) -> bytes:
+        """What changes when any file does: paths, sizes in bytes, times of change."""
+        lines = []
+        try:
+            for path in self.paths.tolist():
+                s = os.stat(f"{self.root}/{path}")  # pathlib would take three times as long
+                lines.append(f"{path}\0{s.st_size}\0{s.st_mtime_ns}\0")
+        except OSError as error:
+            raise InputError(f"{error.filename}: cannot be read ({error.strerror}); repair or remove it") from error
+        return os.fsencode("".join(lines))
+
+
+def chunks(orders: Iterable[Tensor]) -> Iterator[tuple[list[int], bool]]:
+    """Cut each index tensor into at most CHUNK positions at a time; True marks the last of an index tensor."""
+    for index in orders:
+        *most, last = index.split(CHUNK)
+        yield from ((piece.tolist(), False) for piece in most)
+        yield last.tolist(), True
+
+
+def cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+def leave_signals_to_parent(_worker: int) -> None:
+    """Ctrl-C and SIGTERM go to the whole process group, but the parent wants its workers until the step is done.
+
+    So a worker ignores both, save a SIGTERM from its parent, by which Python ends what is left at exit.
+    """
+
+    def obey(parent: int) -> None:
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+            pass
+        os._exit(0)
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # it alone tells who sent a signal; macOS has none
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=obey, args=(os.getppid(),), daemon=True).start()
