@@ -76,6 +76,8 @@ OPTIONS = {
         ("evaluate", False, bool, None, "kNN and linear accuracy at the end, beside an untrained encoder's"),
     ],
 }  # fmt: skip
+# Settings that older runs have and that are gone: the value at which they did nothing, and what to do instead.
+RETIRED = {"block": (0, "the plain autoencoder is a method of its own now: train it with --method autoencoder --block")}
 COUNTS = "epochs max_steps batch_size accumulate classes images repeat save_every log_every".split()  # of at least 1
 
 
@@ -146,7 +148,8 @@ class Help(argparse.HelpFormatter):
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):
-        raise InputError(f"{message}; see --help")
+        gone = [advice for name, (_, advice) in RETIRED.items() if f"unrecognized arguments: --{name}" in message]
+        raise InputError(f"{message}; {gone[0] if gone else 'see --help'}")
 
 
 def build_parser(name: str | None, methods: dict[str, type]) -> "Parser":

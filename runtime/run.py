@@ -14,14 +14,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from runtime import files
+from runtime.command_line import RETIRED
 from runtime.errors import InputError
 from runtime.log import Log, say
 from runtime.ranks import rank, world_size
 
 # What may differ between a run and its continuation: where and how it runs, not what it computes.
 FREE = {"out", "resume", "data_root", "download", "workers", "device", "compile", "save_every", "log_every", "evaluate"}
-# Settings that older checkpoints have and that are gone, with the value at which they did nothing.
-RETIRED = {"block": 0}  # lcmae: 0 was LC-MAE itself, other values are now the method autoencoder
 
 
 class Run:
@@ -106,9 +105,8 @@ class Run:
         checkpoint = files.load(path, "give --resume never to start over")
         if not isinstance(checkpoint, dict) or "settings" not in checkpoint:
             raise InputError(f"{path}: not a checkpoint of train.py; give another --resume")
-        theirs = checkpoint["settings"]
-        idle = {name for name, value in RETIRED.items() if name not in self.settings and theirs.get(name) == value}
-        if differs := files.differences(theirs, self.settings, FREE | idle):
+        theirs = without_retired(checkpoint["settings"], self.settings, path)
+        if differs := files.differences(theirs, self.settings, FREE):
             raise InputError(f"{path}: of another run ({differs}); give the same, another --out or --resume never")
         return checkpoint
 
@@ -121,6 +119,15 @@ class Run:
         files.save(self.directory / "checkpoint.pt", dict(step=step, settings=self.settings) | states)
         encoder = self.parts["method"].encoder
         files.save(self.directory / "encoder.pt", dict(settings=encoder.settings, state_dict=encoder.state_dict()))
+
+
+def without_retired(theirs: dict, known, path: Path) -> dict:
+    """The settings of a run without the retired ones that are not `known`; refuses a run that made use of one."""
+    for name in (RETIRED.keys() & theirs.keys()) - set(known):
+        idle, advice = RETIRED[name]
+        if theirs[name] != idle:
+            raise InputError(f"{path}: made with --{name} {theirs[name]}, which is gone; {advice} {theirs[name]}")
+    return {name: value for name, value in theirs.items() if name in known or name not in RETIRED}
 
 
 def lay_out(directory: Path):

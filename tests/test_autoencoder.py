@@ -9,12 +9,14 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from test_cmae import plain_decoder, plain_encoder
+from test_train import assert_fine, assert_refused, environment, photos, train  # noqa: F401  (fixtures)
 
 import autoencoder
 import lcmae
 import mae
 from autoencoder import Autoencoder, Batch, Config, block_loss, block_statistics, centred_blocks, nothing_hidden
 from common import StepRandom, ViT, normalize_patches, patchify
+from runtime import files
 from runtime.errors import InputError
 
 SMALL = dict(decoder_width=16, decoder_depth=2, decoder_heads=2)
@@ -227,3 +229,14 @@ def test_the_paper_recipe_is_lcmaes_at_maes_rate():
 def test_a_block_that_cannot_be_centred_is_refused(block):
     with pytest.raises(InputError, match=f"block {block}: cannot be centred on a patch of 8; give 8, 10, 12"):
         small(block=block)
+
+
+def test_an_older_lcmae_run_continues_and_one_with_a_block_says_what_to_do(train, tmp_path):  # noqa: F811
+    assert_fine(train("--max-steps", 2, method="lcmae"))
+    path = tmp_path / "run/checkpoint.pt"
+    checkpoint = files.load(path)
+    for block in (0, 8):
+        files.save(path, checkpoint | dict(settings=checkpoint["settings"] | dict(block=block)))
+        done, advice = train("--max-steps", 2, method="lcmae"), "train it with --method autoencoder --block 8"
+        assert_fine(done) if block == 0 else assert_refused(done, "checkpoint.pt: made with --block 8", advice)
+    assert_refused(train("--block", 8, method="lcmae"), "--block 8", "train it with --method autoencoder --block")
