@@ -1,0 +1,232 @@
+"""What the figures measure: each definition of a paper is one function, and needs no plot.
+
+Where the papers are unclear, and what stands here
+- LC-MAE's attention distance leaves out the class token as query and as key, and each query's weights over the patches
+  are brought back to a sum of one: an average distance in pixels, between the centres of patches.
+- LC-MAE Eq. (7) compares the attention of mask tokens to patches. Eq. (8) compares what leaves a decoder block (before
+  the norm) with the last layer of the reference (after its norm). The decoder works on masked images, the reference on
+  whole ones.
+- LC-MAE Eq. (8) takes a "normalized cosine similarity matrix", "following CutLER". Here that matrix holds the cosines
+  as they are, the diagonal included, without another normalisation or CutLER's threshold. CutLER compares the keys of
+  DINO's last attention; Eq. (8) speaks of features, and so the outputs of the last block are compared here.
+- CMAE's class distances (§4.7) do not say which distance: here 1 - cosine, of the mean of the patch tokens.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import mae
+from common import Attention, Mask, ViT, take
+from inputs import augment
+from runtime.errors import InputError
+
+# -------------------------------------------------------------------------------------------- what the models compute
+
+
+def centred(images, size: int) -> Tensor:
+    """uint8 images → their central squares, normalised: (B, 3, size, size)."""
+    return augment.normalize(augment.center_crop_resize(images, size))
+
+
+@torch.no_grad()
+def features(encoder: ViT, batches: Iterable, of: str = "images") -> Tensor:
+    """Batches of uint8 images → the means of their patch tokens (n, D), as evaluate.py has it, or of="patches":
+    (n, N, D)."""
+    parts = (encoder(centred(images, encoder.image_size))[:, 1:].float() for images in batches)
+    return torch.cat([tokens if of == "patches" else tokens.mean(dim=1) for tokens in parts])
+
+
+@torch.no_grad()
+def calls(parts, work: Callable) -> list[tuple]:
+    """(module, its arguments, its named arguments, its result) of each of the modules while `work()` runs them."""
+    found = []
+    hooks = [part.register_forward_hook(lambda *call: found.append(call), with_kwargs=True) for part in parts]
+    try:
+        work()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found
+
+
+def attention_weights(part: Attention, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    """softmax(q kᵀ / √d + bias), which `common.Attention` uses but does not return. (B, T, D) → (B, heads, T, T)"""
+    q, k, _ = part.qkv(x).unflatten(2, (3, part.heads, -1)).permute(2, 0, 3, 1, 4)
+    scores = (q @ k.transpose(2, 3)).float() * q.shape[3] ** -0.5
+    return (scores if bias is None else scores + bias).softmax(dim=3)
+
+
+@torch.no_grad()
+def attention_maps(parts, work: Callable) -> list[Tensor]:
+    """The attention weights of each `common.Attention` among `parts` while `work()` runs it: (B, heads, T, T) each."""
+    return [attention_weights(part, *arguments, **named) for part, arguments, named, _ in calls(parts, work)]
+
+
+def encoder_maps(encoder: ViT, images, blocks) -> list[Tensor]:
+    """Attention of these blocks of the encoder on whole images: (B, heads, 1 + N, 1 + N) each."""
+    x = centred(images, encoder.image_size)
+    return attention_maps([block.attn for block in blocks], lambda: encoder(x))
+
+
+def decoder_order(decoder: mae.Decoder, mask: Mask) -> Tensor:
+    """(B, 1 + N): where in the decoder's sequence class token and patches, in raster order, stand.
+
+    MAE's has the visible patches first; one with a `features` of its own works in raster order (cmae_loc.py).
+    """
+    first = type(decoder).features is mae.Decoder.features
+    places = mask.order.argsort(dim=1) if first else mask.order.sort(dim=1).values
+    return F.pad(places + 1, (1, 0))
+
+
+@torch.no_grad()
+def decode(run, images, mask: Mask) -> None:
+    run.decoder.features(run.encoder(centred(images, run.encoder.image_size), mask.visible), mask)
+
+
+def decoder_maps(run, images, mask: Mask) -> list[Tensor]:
+    """Attention of each layer of a run's decoder that attends, in raster order: (B, heads, 1 + N, 1 + N) each."""
+    parts = [block.attn for block in run.decoder.blocks if isinstance(block.attn, Attention)]
+    maps = attention_maps(parts, lambda: decode(run, images, mask))
+    order = decoder_order(run.decoder, mask)
+    rows, columns = order[:, None, :, None], order[:, None, None, :]
+    return [m.gather(2, rows.expand_as(m)).gather(3, columns.expand_as(m)) for m in maps]
+
+
+def decoder_features(run, images, mask: Mask) -> list[Tensor]:
+    """What leaves each block of a run's decoder, patches in raster order: (B, N, width) each."""
+    found, order = calls(run.decoder.blocks, lambda: decode(run, images, mask)), decoder_order(run.decoder, mask)
+    return [take(x, order[:, 1:]) for *_, x in found]
+
+
+def mask_token_maps(run, batches: Iterable) -> Iterator[list[Tensor]]:
+    """LC-MAE §4.1: for each batch of images, all under one mask, what the mask tokens attend to in each decoder layer.
+
+    (B, k, heads, n) a layer, for k mask tokens and n patches: A_l of Eq. (7).
+    """
+    mask = None
+    for images in batches:
+        mask = mask or (run.decoder and Mask(*(side[:1] for side in run.masks(images))))
+        maps = decoder_maps(run, images, Mask(*(side.expand(len(images), -1) for side in mask)))
+        yield [m[:, :, 1 + mask.masked[0], 1:].transpose(1, 2) for m in maps]
+
+
+# ---------------------------------------------------------------------------------------------------------- attention
+
+
+def attention_distance(maps: Tensor, grid: tuple[int, int], p: int) -> Tensor:
+    """LC-MAE §4.2: how far, in pixels, patches look for what they attend to. (B, heads, 1 + N, 1 + N) → (B, heads).
+
+    Σ_j a_ij d_ij / Σ_j a_ij over the patches j, averaged over the patches i; d_ij lies between their centres.
+    """
+    places = torch.arange(grid[0] * grid[1], device=maps.device)
+    place = torch.stack([places // grid[1], places % grid[1]], dim=1).float()  # (N, 2) row and column
+    apart = (place[:, None] - place).square().sum(dim=2).sqrt() * p  # (N, N)
+    among = maps[:, :, 1:, 1:]
+    return ((among * apart).sum(dim=3) / among.sum(dim=3)).mean(dim=2)
+
+
+def attention_distances(encoder: ViT, batches: Iterable) -> Tensor:
+    """The attention distance of an encoder's blocks and heads, mean over images: (layers, heads), in pixels."""
+    every = (encoder_maps(encoder, images, encoder.blocks) for images in batches)
+    found = [torch.stack([attention_distance(m, encoder.grid, encoder.patch_size) for m in maps], 1) for maps in every]
+    return torch.cat(found).mean(dim=0)
+
+
+def mass_region(attention: Tensor, mass: float) -> Tensor:
+    """CAE Figure 6: the fewest patches that hold a share `mass` of the attention. (…, N) → bool (…, N)."""
+    largest, order = attention.cpu().double().sort(dim=-1, descending=True, stable=True)
+    before = largest.cumsum(dim=-1) - largest  # what the larger ones hold already
+    keep = before < mass * largest.sum(dim=-1, keepdim=True) - 1e-12
+    return torch.zeros_like(keep).scatter(-1, order, keep)
+
+
+def decoder_similarity(batches: Iterable[list[Tensor]]) -> list[float]:
+    """S_attn, LC-MAE Eq. (7), of each layer: the mean cosine between the attention maps of two images.
+
+    Batches of (B, k, heads, n) a layer, as `mask_token_maps` gives them. Unit vectors u_i make Eq. (7)
+    (‖Σ u_i‖² - I) / (I (I - 1)), so that one vector a layer is kept, however many images there are.
+    """
+    sums, images = [], 0
+    for layers in batches:
+        here = [F.normalize(maps.flatten(1).cpu().double(), dim=1).sum(dim=0) for maps in layers]
+        sums, images = [a + b for a, b in zip(sums, here, strict=True)] if sums else here, images + len(layers[0])
+    if images < 2:
+        raise InputError(f"images {images}: cannot be compared with another; give at least 2")
+    return [((u.square().sum() - images) / (images * (images - 1))).item() for u in sums]
+
+
+def semantic_similarity(reference: Tensor, features: Tensor) -> Tensor:
+    """The terms of S_sim, LC-MAE Eq. (8): cos(W_ref, W_dec) of each image, W (n, n) the cosines between its patches.
+
+    (images, n, D) of the reference and (images, n, width) of a decoder layer, both in raster order → (images,).
+    """
+    x, y = (F.normalize(some.cpu().double(), dim=2) for some in (features, reference))
+    return F.cosine_similarity((x @ x.mT).flatten(1), (y @ y.mT).flatten(1), dim=1)
+
+
+# ----------------------------------------------------------------------------------------------------------- features
+
+
+def class_distances(features: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    """CMAE §4.7 and Figure 6, for each class: mean and standard deviation of the distances between its images (intra),
+    and of those from its centre to the other centres (inter). (n, D), (n,) → float64 (classes,) each.
+
+    Every class needs two images. The deviation divides by the number of distances.
+    """
+    groups = [features[labels == c].double() for c in labels.unique()]
+    if len(groups) < 2 or min(map(len, groups)) < 2:
+        raise InputError("class distances: need two classes with two images each; give more --images")
+    centres = torch.stack([group.mean(dim=0) for group in groups])
+    pairs = [torch.ones(len(group), len(group), dtype=torch.bool).triu(1) for group in groups]
+    inside = [cosine_distances(group)[each.to(group.device)] for group, each in zip(groups, pairs, strict=True)]
+    other = ~torch.eye(len(groups), dtype=torch.bool, device=features.device)
+    between = cosine_distances(centres)[other].view(len(groups), -1)  # (classes, classes - 1)
+    return {
+        "intra_mean": torch.stack([d.mean() for d in inside]),
+        "intra_std": torch.stack([d.std(correction=0) for d in inside]),
+        "inter_mean": between.mean(dim=1),
+        "inter_std": between.std(dim=1, correction=0),
+    }
+
+
+def cosine_distances(x: Tensor) -> Tensor:
+    """(n, D) → (n, n): 1 - cosine of every two rows."""
+    x = F.normalize(x, dim=1)
+    return 1 - x @ x.T
+
+
+def pca(x: Tensor, k: int = 2) -> tuple[Tensor, Tensor]:
+    """(n, D) → its first k principal components (n, k), and the share of variance in each (k,). Signs are fixed."""
+    u, s, v = torch.linalg.svd((x - x.mean(dim=0)).double(), full_matrices=False)
+    signs = v.gather(1, v.abs().argmax(dim=1, keepdim=True)).sign()[:, 0]  # a direction's largest entry is positive
+    return (u * s * signs)[:, :k], (s.square() / s.square().sum())[:k]
+
+
+def tsne(x: Tensor, seed: int) -> Tensor:
+    """(n, D) → (n, 2), by scikit-learn, which starts from the first two principal components."""
+    try:
+        from sklearn.manifold import TSNE
+    except ImportError:
+        raise InputError('scikit-learn: missing, and t-SNE needs it; pip install ".[plots]"') from None
+    perplexity = min(30.0, (len(x) - 1) / 3)
+    return torch.from_numpy(TSNE(perplexity=perplexity, init="pca", random_state=seed).fit_transform(x.cpu().numpy()))
+
+
+# ------------------------------------------------------------------------------------------------------------- pixels
+
+
+def to_pixels(predicted: Tensor, patches: Tensor, mask: Mask, grid: tuple[int, int], true_statistics: bool) -> Tensor:
+    """Predictions standardised patch by patch → pixels, both (B, N, P) in raster order.
+
+    Visible patches get back their own mean and variance; hidden ones those of the visible around them, or their own
+    (`true_statistics`), which no model knows.
+    """
+    variance, mean = torch.var_mean(patches, dim=2, keepdim=True)
+    if not true_statistics:
+        around = mae.visible_statistics(patches, mask, grid)  # (B, M, 1) each
+        index = mask.masked[:, :, None]
+        mean, variance = mean.scatter(1, index, around[0]), variance.scatter(1, index, around[1])
+    return predicted * (variance + 1e-6).sqrt() + mean

@@ -1,0 +1,194 @@
+"""What a figure is drawn of: runs or files of weights, the images that they are shown, and what was asked for."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor, nn
+
+import mae
+from common import Attention, Mask, StepRandom, ViT
+from inputs import image_sets
+from methods import METHODS
+from runtime import files, weights
+from runtime.command_line import build_encoder
+from runtime.errors import InputError
+
+BATCH = 32  # images at a time
+
+
+class Absent(InputError):
+    """A figure that these runs cannot have: `--figure all` goes on without it."""
+
+
+class Run:
+    """A run directory: its settings, its log, and its method with the weights of its last checkpoint.
+
+    Or a file of weights: of those there is an encoder, and nothing else.
+    """
+
+    def __init__(self, path, device):
+        self.path, self.device, self.label = Path(path), device, Path(path).resolve().name
+        self.directory = self.path.parent if self.path.is_file() else self.path
+        self.settings = SimpleNamespace(data=None, data_root=None, classes=None, skip_bad_images=False, seed=0)
+        if self.path.is_file():
+            return
+        file = self.directory / "config.json"
+        try:
+            about = json.loads(file.read_text())
+            self.settings, self.config = SimpleNamespace(**about["settings"]), about["config"]
+            self.Method = METHODS[about["method"]]
+        except (OSError, ValueError, TypeError, LookupError):
+            raise InputError(f"{file}: no configuration of a run; give a directory that train.py wrote") from None
+
+    @cached_property
+    def method(self) -> nn.Module:
+        if self.path.is_file():
+            raise Absent(f"{self.label} holds the weights of an encoder alone; give a run")
+        file = self.directory / "checkpoint.pt"
+        saved = files.load(file)
+        try:
+            method = self.Method(build_encoder(self.settings), self.Method.Config(**self.config))
+            method.load_state_dict(saved["method"])
+        except InputError:
+            raise
+        except (LookupError, TypeError, ValueError, AttributeError, RuntimeError):
+            raise InputError(f"{file}: does not fit its config.json and this version; train the run anew") from None
+        return method.to(self.device).eval()
+
+    @cached_property
+    def encoder(self) -> ViT:
+        if self.path.is_file():
+            return weights.load_encoder(self.path, self.device)
+        if not isinstance(self.method.encoder, ViT):
+            raise Absent(f"{self.label} keeps no ViT; give a run that does")
+        return self.method.encoder
+
+    @property
+    def decoder(self) -> mae.Decoder:
+        """A decoder that is given mask tokens and attends to them: MAE's, under whatever method."""
+        found = getattr(self.method, "decoder", None)
+        if not isinstance(found, mae.Decoder) or not any(isinstance(block.attn, Attention) for block in found.blocks):
+            raise Absent(f"{self.label} has no decoder whose mask tokens attend to patches; give a run of MAE's kind")
+        return found
+
+    @torch.no_grad()
+    def draw(self, images, index: Tensor | None = None, step: int = 0):
+        """What a training step would make of these images; always the same. Index -1: none of the training set."""
+        index = torch.full((len(images),), -1) if index is None else index
+        rng = StepRandom(self.settings.seed, 2**40 + step, len(images), None, self.device)
+        return self.method.draw(images, index, rng)
+
+    def masks(self, images, alike: bool = False, step: int = 0) -> Mask:
+        """Masks as in training, or the first of them for all images."""
+        mask = self.draw(images, step=step).mask
+        if not mask.masked.shape[1]:
+            raise Absent(f"{self.label} hides nothing, so that its decoder knows no mask token; give a run that masks")
+        return Mask(*(side[:1].expand_as(side) for side in mask)) if alike else mask
+
+    @property
+    def log(self) -> list[dict]:
+        if self.path.is_file():
+            raise Absent(f"{self.label} holds weights alone, and no log; give a run")
+        file = self.directory / "log.jsonl"
+        try:  # a line that is being written may end early
+            rows = [json.loads(line) for line in file.read_text().splitlines()[1:] if line.endswith("}")]
+        except (OSError, ValueError):
+            raise InputError(f"{file}: no log of a run; give a directory that train.py wrote") from None
+        if not rows:
+            raise Absent(f"{self.label} has logged no step yet; wait for one")
+        return rows
+
+
+@dataclass
+class Batches:
+    """Some images of a set, read a batch at a time whenever they are gone through, so that they may be many."""
+
+    of: image_sets.ImageSet
+    index: Tensor
+    device: torch.device
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def __iter__(self):
+        return (self.of.images(part, self.device) for part in self.index.split(BATCH))
+
+
+class Study:
+    """The runs of one command, the images that they are shown, and what was asked for."""
+
+    def __init__(self, args, device):
+        self.args, self.device, self.shown = args, device, {}
+        self.runs = [Run(path, device) for path in args.run]
+        about = self.runs[0].settings
+        self.data = args.data or about.data, args.data_root or about.data_root  # the set's name, and its folder
+        if len({run.label for run in self.runs}) < len(self.runs):
+            for run in self.runs:
+                run.label = str(run.path)
+
+    def only(self) -> Run:
+        if len(self.runs) > 1:
+            raise Absent("shows one run; give one to --run")
+        return self.runs[0]
+
+    def count(self, images: int) -> int:
+        return self.args.images or images
+
+    def open(self, split: str) -> image_sets.ImageSet:
+        about = self.runs[0].settings
+        if self.data[0] is None:
+            raise InputError(f"data: {self.runs[0].label} does not say which images to show; give --data")
+        found = image_sets.open_set(*self.data, split, skip_bad_images=bool(about.skip_bad_images))
+        return found.subset(classes=about.classes) if about.classes and not self.args.data else found
+
+    @cached_property
+    def val(self) -> image_sets.ImageSet:
+        return self.open("val")
+
+    @cached_property
+    def train(self) -> image_sets.ImageSet:
+        found, first = self.open("train"), getattr(self.runs[0].settings, "images", None)
+        return found.first(first) if first and not self.args.data else found  # a run may train on few
+
+    def take(self, split: str, index: Tensor) -> Batches:
+        """Images of "train" or "val"; `shown` keeps which, for the JSON."""
+        self.shown[split] = index.tolist()
+        return Batches(getattr(self, split), index, self.device)
+
+    def batches(self, n: int) -> Batches:
+        """n validation images, evenly spaced."""
+        return self.take("val", spaced(len(self.val), n))
+
+    def pictures(self, n: int):
+        """The same at once: uint8 (n, 3, H, W), or a list where sizes vary."""
+        return self.val.images(self.batches(n).index, self.device)
+
+    def labelled(self, n: int, classes: int) -> tuple[Batches, Tensor]:
+        """About n validation images, equally many of each of at most `classes` classes, and their labels (n,)."""
+        labels = self.val.labels.cpu()
+        chosen = labels.unique()
+        groups = [(labels == c).nonzero()[:, 0] for c in chosen[spaced(len(chosen), classes)]]
+        at = torch.cat([group[spaced(len(group), max(2, n // len(groups)))] for group in groups])
+        return self.take("val", at), labels[at]
+
+    def references(self, grid: tuple[int, int] | None = None) -> Iterator[tuple[str, ViT]]:
+        """The encoders of --reference; where a grid is given, for images so large that they have as many patches."""
+        for path in self.args.reference:
+            encoder = weights.load_encoder(path, self.device)
+            if grid and encoder.grid != grid:
+                encoder = weights.load_encoder(path, self.device, grid[0] * encoder.patch_size)
+            yield f"reference {Path(path).name}", encoder
+
+    @cached_property
+    def encoders(self) -> list[tuple[str, ViT]]:
+        return [(run.label, run.encoder) for run in self.runs] + list(self.references())
+
+
+def spaced(total: int, n: int) -> Tensor:
+    """At most n of 0 … total-1, evenly spaced."""
+    return torch.linspace(0, total - 1, min(n, total)).long()

@@ -1,0 +1,231 @@
+"""Each figure shows what it says: its own numbers, computed again from the run's parts."""
+
+import json
+import math
+
+import pytest
+import torch
+from test_analyze import first_weights, study  # noqa: F401  (the fixture `runs`)
+from test_measures import cos
+
+import cmae_loc
+import common
+import mae
+from common import ViT
+from figures import attention_plots, feature_plots, measures, training_plots
+from figures.study import spaced
+from inputs import augment
+from runtime import files, weights
+
+
+def test_decoders_in_either_order_of_tokens_give_the_same_maps_and_features(runs):
+    """cmae_loc's decoder works in raster order, MAE's with visible patches first: the same weights, the same figure."""
+    about = study(runs, "mae", "loc")
+    one, other = about.runs
+    other.method.load_state_dict(one.method.state_dict(), strict=False)  # encoder and decoder
+    assert type(other.decoder) is cmae_loc.Decoder and type(one.decoder) is mae.Decoder
+    images = about.pictures(3)
+    mask = one.masks(images)
+    for function in (measures.decoder_maps, measures.decoder_features):
+        ours, theirs = function(one, images, mask), function(other, images, mask)
+        assert len(ours) == 2
+        for a, b in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(a, b)
+    maps = measures.decoder_maps(one, images, mask)[0]
+    torch.testing.assert_close(maps.sum(dim=3), torch.ones(3, 2, 17))
+
+
+def test_a_run_has_one_colour_in_every_panel(runs, tmp_path):
+    """Also where another run lacks the part that a panel shows."""
+    about = study(runs, "mae", "cmae")
+    for run, part in zip(about.runs, ("one", "two"), strict=True):
+        run.directory = tmp_path / part
+        run.directory.mkdir()
+        rows = [{}, *({"step": s, "epoch": s, "loss": 1 / s, part: s, "lr": 0.1} for s in (1, 2))]
+        (run.directory / "log.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    figure, found = training_plots.curves(about)
+    assert list(found["cmae"]) == ["step", "epoch", "loss", "one", "lr", "two"]
+    panels = {axis.get_title(): axis.get_lines() for axis in figure.axes if axis.get_title()}
+    colours = [line.get_color() for line in panels["loss"]]
+    assert colours[0] != colours[1]
+    assert [line.get_color() for line in panels["two"] if len(line.get_xdata())] == colours[1:]
+    assert [line.get_color() for line in panels["one"] if len(line.get_xdata())] == colours[:1]
+
+
+def test_decoder_similarity_compares_mask_tokens_under_one_mask(runs):
+    about = study(runs, "mae", images=5)
+    (run,), series = about.runs, attention_plots.decoder_similarities(about)[1]["mae"]
+    images = about.pictures(5)
+    mask = run.masks(images, alike=True)
+    assert all(torch.equal(row, mask.masked[0]) for row in mask.masked) and mask.masked.shape == (5, 12)
+    for layer, maps in enumerate(measures.decoder_maps(run, images, mask)):
+        rows = [maps[i][:, [1 + int(q) for q in mask.masked[0]], 1:] for i in range(5)]
+        pairs = [cos(rows[i], rows[j]) for i in range(5) for j in range(5) if i != j]
+        assert series[layer] == pytest.approx(sum(pairs) / 20, rel=1e-5)
+    assert not any(torch.equal(row, run.masks(images).masked[0]) for row in run.masks(images).masked[1:])
+
+
+def test_semantic_similarity_of_an_encoder_of_another_grid_counts_the_same_patches(runs, tmp_path):
+    torch.manual_seed(1)
+    coarse = ViT(image_size=16, patch_size=8, width=8, depth=1, heads=2).eval()
+    files.save(tmp_path / "encoder.pt", dict(settings=coarse.settings, state_dict=coarse.state_dict()))
+    about = study(runs, "mae", reference=tmp_path / "encoder.pt", images=4)
+    series = attention_plots.semantic_similarities(about)[1]["mae"]
+    images, (run,) = about.pictures(4), about.runs
+    larger = weights.load_encoder(tmp_path / "encoder.pt", image_size=32)  # 4 x 4 patches of 8
+    with torch.no_grad():
+        theirs = larger(augment.normalize(augment.center_crop_resize(images, 32)))[:, 1:]
+        x = augment.normalize(augment.center_crop_resize(images, 16))
+        mask, outputs = run.masks(images), []
+        run.decoder.blocks[1].register_forward_hook(lambda *about: outputs.append(about[2]))
+        run.decoder.features(run.encoder(x, mask.visible), mask)
+    last = common.restore(*outputs[0][:, 1:].split([4, 12], dim=1), mask)
+    assert series[1] == pytest.approx(measures.semantic_similarity(theirs, last).mean().item(), rel=1e-5)
+
+
+def test_attention_distances_average_heads_and_images(runs):
+    about = study(runs, "mae", images=12)
+    found = attention_plots.attention_distances(about)[1]["mae"]
+    encoder, images = about.runs[0].encoder, about.pictures(12)
+    x = augment.normalize(augment.center_crop_resize(images, 16))
+    with torch.no_grad():
+        tokens = encoder.blocks[0](
+            torch.cat([(encoder.cls_token + encoder.pos_embed[:, :1]).expand(12, -1, -1), encoder.embed(x)], 1)
+        )
+        maps = measures.attention_weights(encoder.blocks[1].attn, encoder.blocks[1].norm1(tokens))
+    expected = measures.attention_distance(maps, (4, 4), 4)
+    assert found["pixels"][1] == pytest.approx(expected.mean().item(), rel=1e-5)
+    assert found["heads"][1] == pytest.approx(expected.mean(dim=0).tolist(), rel=1e-4)
+
+
+def test_decoder_attention_is_that_of_hidden_patches(runs):
+    about = study(runs, "lcmae", images=2)
+    (run,), found = about.runs, attention_plots.decoder_attention(about)[1]["attention"]
+    images = about.pictures(2)
+    mask = run.masks(images, alike=True)
+    maps = measures.decoder_maps(run, images, mask)
+    assert len(found) == 2 * 2 * 2  # places, images, layers
+    assert len({(f["row"], f["column"], f["image"], f["layer"]) for f in found}) == 8
+    for entry in found:
+        query = 4 * entry["row"] + entry["column"]
+        assert query in mask.masked[0].tolist()
+        expected = maps[entry["layer"] - 1][entry["image"], :, 1 + query].mean(dim=0)
+        patches = torch.tensor(entry["patches"]).flatten()
+        torch.testing.assert_close(patches, expected[1:], atol=1e-5, rtol=1e-4)
+        assert entry["class_token"] + patches.sum().item() == pytest.approx(1, abs=1e-4)
+
+
+@pytest.mark.parametrize("query, token", [(None, 0), ("2,1", 10)])
+def test_attention_map_asks_the_class_token_or_a_patch_of_the_last_block(runs, query, token):
+    about = study(runs, "mae", images=3, **({"query": query} if query else {}))
+    found = attention_plots.attention_map(about)[1]["mae"]
+    encoder, x = about.runs[0].encoder, augment.normalize(augment.center_crop_resize(about.pictures(3), 16))
+    with torch.no_grad():
+        maps = measures.attention_maps([encoder.blocks[1].attn], lambda: encoder(x))[0]
+    expected = sum(maps[:, head, token, 1:] for head in range(2)) / 2
+    torch.testing.assert_close(torch.tensor(found["maps"]).flatten(1), expected, atol=1e-5, rtol=1e-4)
+    assert found["share_of_patches"] == pytest.approx(measures.mass_region(expected, 0.5).double().mean(dim=1).tolist())
+
+
+@pytest.mark.parametrize("name", ["mae", "raw"])
+def test_reconstruction_is_what_training_pictures_show(runs, name):
+    """The error in the JSON is that of `picture_rows` on the same images and masks; true statistics give another."""
+    about = study(runs, name, images=4)
+    error = training_plots.reconstruction(about)[1]["squared_error_of_hidden_pixels"]
+    (run,), images = about.runs, about.pictures(4)
+    x, mask = augment.normalize(augment.center_crop_resize(images, 16)), run.draw(images).mask
+    with torch.no_grad():
+        predicted = run.method.decoder(run.encoder(x, mask.visible), mask)
+    index = mask.masked[:, :, None].expand_as(predicted)
+    patches = common.patchify(x, 4)
+    for i, own in enumerate(error):
+        if name == "mae":
+            mean, variance = mae.visible_statistics(patches, mask, (4, 4))
+            made = predicted * (variance + 1e-6).sqrt() + mean
+        else:
+            made = predicted
+        off = (common.unpatchify(patches.scatter(1, index, made), 4, (4, 4)) - x)[i] * torch.tensor(common.STD)[
+            :, None, None
+        ]
+        assert own == pytest.approx(off.square().sum().item() / (12 * 48), rel=1e-3)
+    if name == "mae":
+        honest = training_plots.reconstruction(about)[1]
+        cheating = training_plots.reconstruction(study(runs, name, images=4, statistics="true"))[1]
+        assert "TRUE" in cheating["statistics"] and "visible neighbours" in honest["statistics"]
+        assert cheating["squared_error_of_hidden_pixels"] != error
+
+
+def test_latent_reconstruction_skips_the_regressor(runs):
+    about = study(runs, "pixels", images=4)
+    before = training_plots.latent_reconstruction(about)[1]
+    for parameter in about.runs[0].method.regressor.parameters():
+        parameter.data.zero_()
+    assert training_plots.latent_reconstruction(about)[1] == before
+    about.runs[0].method.decoder[0].mlp.fc1.weight.data.mul_(3)
+    assert training_plots.latent_reconstruction(about)[1] != before
+
+
+def test_token_usage_counts(runs):
+    about = study(runs, "dvae", images=12)
+    found = training_plots.token_usage(about)[1]["dvae"]
+    tokens = about.runs[0].method.encoder.tokens(augment.center_crop_resize(about.pictures(12), 16)).flatten().tolist()
+    counts = {code: tokens.count(code) for code in set(tokens)}
+    assert found["used"] == len(counts) and found["codes"] == 8
+    shares = [counts[code] / len(tokens) for code in found["by_frequency"]]
+    assert shares == pytest.approx(found["shares"], abs=1e-6) and shares == sorted(shares, reverse=True)
+    assert found["perplexity"] == pytest.approx(math.exp(-sum(s * math.log(s) for s in shares)), rel=1e-5)
+
+
+def test_neighbours_are_the_training_images_of_largest_cosine(runs):
+    about = study(runs, "mae", images=2)
+    found = feature_plots.neighbours(about)[1]
+    encoder = about.runs[0].encoder
+
+    def vector(half, i):
+        with torch.no_grad():
+            return encoder(augment.normalize(augment.center_crop_resize(half.images(torch.tensor([i])), 16)))[
+                0, 1:
+            ].mean(dim=0)
+
+    for query, near, cosines in zip(found["queries"], found["neighbours"], found["cosines"], strict=True):
+        every = [cos(vector(about.val, query), vector(about.train, i)) for i in range(12)]
+        assert near == sorted(range(12), key=lambda i: -every[i])[:6]
+        assert cosines == pytest.approx(sorted(every, reverse=True)[:6], abs=1e-5)
+    own = about.val.labels[found["queries"]][:, None]
+    right = (about.train.labels[torch.tensor(found["neighbours"])] == own).double().mean()
+    assert found["same_class"] == pytest.approx(right.item())
+
+
+def test_views_are_cut_from_the_boxes_in_the_numbers(runs):
+    about = study(runs, "cmae", images=3)
+    found = training_plots.views(about)[1]
+    images = about.train.images(spaced(12, 3))
+    batch = about.runs[0].draw(images, spaced(12, 3))
+    (crops,), (shifts,) = found["crops"], found["shifts"]
+    for i, ((top, left, height, width), (down, right)) in enumerate(zip(crops, shifts, strict=True)):
+        box = torch.tensor([[top, left, height, width]])
+        masters = [
+            augment.crop_resize(images[i : i + 1], box, 18, hflip=torch.tensor([flip])) for flip in (False, True)
+        ]
+        views = [augment.normalize(master[:, :, :16, :16])[0] for master in masters]
+        assert any(torch.allclose(view, batch.images[i], atol=1e-4) for view in views)
+        assert 0 <= down <= 2 and 0 <= right <= 2
+
+
+def test_views_show_the_box_around_what_the_encoder_attends_to(runs):
+    about = study(runs, "loc", images=3)
+    found = training_plots.views(about)[1]
+    method, images = about.runs[0].method, about.train.images(spaced(12, 3))
+    x = augment.normalize(augment.crop_resize(images, torch.tensor([[0, 0, 20, 20]] * 3), 16))
+    with torch.no_grad():
+        maps = measures.attention_maps([method.encoder.blocks[1].attn], lambda: method.encoder(x))[0]
+    heat = maps[:, :, 0, 1:].mean(dim=1).view(3, 4, 4)
+    torch.testing.assert_close(torch.tensor(found["heat"]), heat, atol=1e-5, rtol=1e-4)
+    boxes = cmae_loc.locate(heat, (16, 16), method.config.crop_threshold)
+    torch.testing.assert_close(torch.tensor(found["boxes"]), boxes, atol=0.07, rtol=0)  # a pixel of 16
+
+
+def test_curves_are_the_log(runs):
+    found = training_plots.curves(study(runs, "mae"))[1]["mae"]  # the half-written line is left out
+    assert found == {"step": [1, 2, 3], "epoch": [0.25, 0.5, 0.75], "loss": [3, 1.5, 1], "part": [1, 0.5, 1 / 3],
+                     "lr": [0.1, 0.2, 0.1 * 3]}  # fmt: skip
