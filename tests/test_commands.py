@@ -1,4 +1,4 @@
-"""Every command that README and the headers show, but for train.py's, is run: on a small run, in a short form.
+"""Every command that the documents and the headers show, but for train.py's, is run: on a small run, in a short form.
 
 train.py's are run for every method by test_train.py, by one process and by two; here and there `test_map.py` sees to it
 that each is understood as it stands.
@@ -27,7 +27,7 @@ SHORT = {  # what is given beside a command's own words, by program and a word t
 }
 ELSEWHERE = {  # commands that are not run here, and why
     "--format": "ADE20K's layout is made, and learnt from, in test_transfer.py",
-    "--readme": "it would write README.md; test_reproduce.py has it write a copy",
+    "--readme": "it would write the documents; test_reproduce.py has it write copies",
 }
 SHOWN = {command: None for _, command in commands() if "train.py" not in command and "pytest" not in command}
 RUN = [command for command in SHOWN if not any(word in command.split() for word in ELSEWHERE)]

@@ -181,7 +181,7 @@ def test_no_knob_does_nothing(name, knob):
 
 
 def commands() -> list[tuple[str, str]]:
-    """(file, command) of all that a module's header or README indents and that begins with python or torchrun."""
+    """(file, command) of all that a module's header or a document indents and that begins with python or torchrun."""
     found = []
     for path in sorted(ROOT.glob("*.py")):
         header = ast.get_docstring(ast.parse(path.read_text()), clean=False) or ""
@@ -189,9 +189,9 @@ def commands() -> list[tuple[str, str]]:
             if line.startswith("    "):
                 parts = re.split(r"\s{2,}", line.strip())
                 found += [(path.name, part) for part in parts if re.match(r"(python|torchrun) ", part)]
-    for line in (ROOT / "README.md").read_text().splitlines():
-        if re.match(r"    (python|torchrun) \S*", line):
-            found.append(("README.md", line.strip()))
+    for path in [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]:
+        lines = [line for line in path.read_text().splitlines() if re.match(r" {4,}(python|torchrun) \S*", line)]
+        found += [(path.name, line.strip()) for line in lines]
     return found
 
 

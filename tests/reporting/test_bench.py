@@ -10,6 +10,7 @@ from torchvision.datasets.folder import default_loader
 
 import bench
 import common
+from reporting import contenders, input_speed, machine, run_speed, scale_estimate, speed_table, step_speed, timing
 from runtime.errors import InputError
 
 TINY = "--width 16 --depth 2 --heads 2 --decoder-width 8 --decoder-depth 1 --decoder-heads 1 --image-size 32"
@@ -33,21 +34,21 @@ def test_counted_flops_of_mae_are_those_of_its_products(monkeypatch, amd):
     embed = 2 * V * P * D  # its backward multiplies for the kernel alone, pixels need no gradient
     rest = 2 * (1 + V) * D * W + 2 * (N - V) * W * P
     expected = B * (3 * (forward + rest) + 2 * embed)
-    assert bench.flops(bench.stepper(parse(), "mae", B, "fp32", False, CPU)) == expected
+    assert contenders.flops(contenders.stepper(parse(), "mae", B, "fp32", False, CPU)) == expected
 
 
 @pytest.mark.parametrize("name", ["mae", "cmae", "hf", "lightly"])
 def test_a_step_trains_its_contender(name, monkeypatch):
-    if name in bench.PEERS:
-        pytest.importorskip(bench.PEERS[name])
-    seen, builder = [], bench.peer_loss if name in bench.PEERS else bench.our_loss
+    if name in contenders.PEERS:
+        pytest.importorskip(contenders.PEERS[name])
+    seen, builder = [], contenders.peer_loss if name in contenders.PEERS else contenders.our_loss
 
     def keep(*a):
         seen.append(builder(*a))
         return seen[-1]
 
-    monkeypatch.setattr(bench, builder.__name__, keep)
-    step = bench.stepper(parse(), name, 2, "fp32", False, CPU)
+    monkeypatch.setattr(contenders, builder.__name__, keep)
+    step = contenders.stepper(parse(), name, 2, "fp32", False, CPU)
     module, loss_of, _ = seen[0]
     before = loss_of(module).item()
     for _ in range(20):
@@ -60,7 +61,7 @@ def test_the_peer_has_our_sizes_target_and_share_of_masked_patches():
     # That both are then one function is test_mae::test_same_weights_and_mask_give_hugging_faces_numbers.
     pytest.importorskip("transformers")
     args = parse()
-    ours, theirs = bench.build_method(args, "mae"), bench.peer_loss(args, "hf", 2, CPU)[0]
+    ours, theirs = contenders.build_method(args, "mae"), contenders.peer_loss(args, "hf", 2, CPU)[0]
     trained = [sum(p.numel() for p in m.parameters() if p.requires_grad) for m in (ours, theirs)]
     assert trained[0] == trained[1]
     assert theirs.config.norm_pix_loss and theirs.config.mask_ratio == ours.config.mask_ratio
@@ -68,23 +69,23 @@ def test_the_peer_has_our_sizes_target_and_share_of_masked_patches():
 
 def test_contenders_take_turns_and_medians_are_reported(monkeypatch):
     now, order = [0.0], []
-    monkeypatch.setattr(bench.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
     costs = {"a": iter([9, 9, 1, 5, 2]), "b": iter([9, 9, 4, 4, 7])}  # the first two warm up
 
     def call(name):
         order.append(name)
         now[0] += next(costs[name])
 
-    found = bench.interleave({n: lambda n=n: call(n) for n in costs}, 3, CPU)
+    found = timing.interleave({n: lambda n=n: call(n) for n in costs}, 3, CPU)
     assert found == {"a": 2, "b": 4} and order[-6:] == ["a", "b"] * 3
 
 
 def test_step_rows_share_ratios_and_costs(monkeypatch):
     pytest.importorskip("transformers")
     seconds = {("hf", False): 1.5, ("cmae", False): 2.0}
-    monkeypatch.setattr(bench, "interleave", lambda calls, *_: dict.fromkeys(calls, 0.5) | seconds)
+    monkeypatch.setattr(step_speed, "interleave", lambda calls, *_: dict.fromkeys(calls, 0.5) | seconds)
     args = parse("--method mae cmae --peer hf --precision fp32 --no-memory")
-    mae, cmae, hf = bench.bench_step(args, CPU)
+    mae, cmae, hf = step_speed.bench_step(args, CPU)
     assert mae["by_hf"] == 3 and cmae["by_hf"] == 0.75 and "by_hf" not in hf and mae["images_per_second"] == 4
     assert mae["cost"] == 1 and cmae["time_by_mae"] == 4
     assert cmae["cost"] == pytest.approx(4 * mae["gflop"] / cmae["gflop"])
@@ -94,19 +95,20 @@ def test_step_rows_share_ratios_and_costs(monkeypatch):
 @pytest.mark.slow
 def test_memory_is_measured_beyond_the_imports_and_grows_with_the_batch():
     args = parse()
-    small, large = (bench.in_a_child(bench.peak_memory, args, "mae", B, "fp32", False, CPU) for B in (2, 512))
+    small, large = (timing.in_a_child(step_speed.peak_memory, args, "mae", B, "fp32", False, CPU) for B in (2, 512))
     assert large - small > 20e6  # the encoder alone keeps over 40 kB an image
 
 
 def test_input_rows_and_the_torchvision_path(tmp_path, monkeypatch):
-    files, args = bench.picture_folder(tmp_path, 4, 32), parse()
+    files, args = input_speed.picture_folder(tmp_path, 4, 32), parse()
     image = default_loader(files[0])
-    assert bench.torchvision_views(args, "mae")(image).shape == (3, 32, 32)
-    views = bench.torchvision_views(args, "cmae")(image)
+    assert input_speed.torchvision_views(args, "mae")(image).shape == (3, 32, 32)
+    views = input_speed.torchvision_views(args, "cmae")(image)
     assert [v.shape for v in views] == [(3, 32, 32)] * 2 and not torch.equal(*views)
     seconds = {True: 4.0, False: 1.0}  # of calls that go image by image, and of the others
-    monkeypatch.setattr(bench, "interleave", lambda calls, *_: {k: seconds[type(calls[k]()) is list] for k in calls})
-    *parts, mae, cmae = bench.bench_input(parse("--method mae cae --peer torchvision --cpu-time"), CPU)
+    sort = lambda calls, *_: {k: seconds[type(calls[k]()) is list] for k in calls}  # noqa: E731
+    monkeypatch.setattr(input_speed, "interleave", sort)
+    *parts, mae, cmae = input_speed.bench_input(parse("--method mae cae --peer torchvision --cpu-time"), CPU)
     assert [part["name"] for part in parts] == ["decode", "cache", "crop", "colour", "blur"]
     for part in parts:  # one batch, one image of it after the other at torchvision's; its cache has no peer
         assert part["images_per_second"] in (2, 2 / 4)
@@ -117,8 +119,8 @@ def test_input_rows_and_the_torchvision_path(tmp_path, monkeypatch):
 
 def test_scale_halves_a_gpus_share_and_all_reduces_a_ring():
     args = bench.parse(f"{TINY} --batch-size 64 --what scale --method cmae".split())
-    few, many = bench.bench_scale(args, CPU)
-    method = bench.build_method(args, "cmae")
+    few, many = scale_estimate.bench_scale(args, CPU)
+    method = contenders.build_method(args, "cmae")
     trained = sum(p.numel() for p in method.parameters() if p.requires_grad)
     assert few["all_reduce_megabytes"] == pytest.approx(2 * 7 / 8 * 4 * trained / 1e6)
     assert many["all_reduce_megabytes"] == pytest.approx(2 * 31 / 32 * 4 * trained / 1e6)
@@ -140,7 +142,7 @@ def test_activations_count_each_storage_once_and_no_weights():
             y = x * self.w  # keeps x, and w, which does not count
             return {"loss": (y * y).sum()}  # keeps y twice
 
-    assert bench.activations(parse(), Twice(), 3) == 2 * 3 * 1000 * 4
+    assert scale_estimate.activations(parse(), Twice(), 3) == 2 * 3 * 1000 * 4
 
 
 def test_command_prints_80_columns_and_writes_every_figure(monkeypatch, capsys, tmp_path):
@@ -159,6 +161,21 @@ def test_command_prints_80_columns_and_writes_every_figure(monkeypatch, capsys, 
     assert "images/s" in printed
 
 
+def test_a_machine_has_a_folder_of_its_own_and_adds_to_it(monkeypatch, tmp_path):
+    models = {"AMD EPYC 7B13 64-Core Processor": "amd-epyc-7b13-torch2",
+              "Intel(R) Xeon(R) Platinum 8481C CPU @ 2.70GHz": "intel-xeon-platinum-8481c-torch2"}  # fmt: skip
+    monkeypatch.setattr(bench, "HERE", tmp_path)
+    for model in models:
+        (tmp_path / "cpuinfo").write_text(f"processor\t: 0\nmodel name\t: {model}\n")
+        monkeypatch.setattr(machine, "Path", lambda name: tmp_path / "cpuinfo")
+        words = f"bench.py {TINY} --batch-size 2 --repeats 1 --precision fp32 --no-memory --device cpu --json"
+        monkeypatch.setattr(sys, "argv", words.split())
+        bench.main()
+    found = {file.parent.name: json.loads(file.read_text()) for file in tmp_path.rglob("step.json")}
+    assert set(found) == set(models.values())
+    assert found["intel-xeon-platinum-8481c-torch2"]["device"] == "Intel Xeon Platinum 8481C"
+
+
 def test_tables_stay_within_80_columns():
     row = dict(name="cmae_loc, compiled", batch=4096, precision="bf16", images_per_second=123456.0, gflop=12345.0,
                share=100.0, megabytes=123456.0, cost=1.234, by_hf=1.234,
@@ -169,7 +186,7 @@ def test_tables_stay_within_80_columns():
                  compute_ms=123.0, all_reduce_megabytes=1234.0, all_reduce_ms=12.3, gathered_keys_megabytes=4.1,
                  memory_gb=79.0, first_limit="all-reduce")  # fmt: skip
     for one in (row, start, scale):
-        text = bench.table([one])
+        text = speed_table.columns([one])
         assert max(map(len, text.splitlines())) <= 80 and "cmae_loc" in text
 
 
@@ -188,7 +205,7 @@ def test_wrong_settings_are_refused(words, says):
 
 
 def test_a_peer_that_is_not_installed_is_named(monkeypatch):
-    monkeypatch.setitem(bench.PEERS, "hf", "no_such_package")
+    monkeypatch.setitem(contenders.PEERS, "hf", "no_such_package")
     with pytest.raises(InputError, match="peer hf: no_such_package is not installed"):
         bench.parse(["--peer", "hf"])
 
@@ -196,9 +213,9 @@ def test_a_peer_that_is_not_installed_is_named(monkeypatch):
 @pytest.mark.slow
 def test_start_and_epoch_run_train_py(tmp_path, monkeypatch):
     args = parse("--classes 2 --what start --precision fp32 --device cpu --repeats 2")
-    (start,) = bench.bench_start(args, CPU)
+    (start,) = run_speed.bench_start(args, CPU)
     assert start["first_step_seconds"] > 0.5 and start["first_run_seconds"] > 0.5  # torch alone takes as long
     assert start["checkpoint_megabytes"] > 0 and start["resident_gib"] > 0.1
     args.batch_size = [-1]
     with pytest.raises(InputError, match=r"train\.py: failed \(batch size -1"):
-        bench.bench_epoch(args, CPU)
+        run_speed.bench_epoch(args, CPU)

@@ -1,39 +1,23 @@
 """README's generated parts say what the result files say, stale results are found, and stopped work goes on."""
 
 import json
-import math
 import re
-import shutil
 import subprocess
-import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
-import torch
-from PIL import Image
 
-import analyze
-import evaluate
 import reproduce
-from common import MEAN, STD
-from figures import measures
-from figures.study import Study
-from methods import METHODS
-from reporting import claims
-from runtime import files
-from runtime.command_line import build_encoder, settle
+from reporting import citations, claims, documents, experiments, machine, result_files, tables
 from runtime.errors import InputError
-from train import options
 
-LINES = [f"<!-- {name} -->\n<!-- /{name} -->" for name in claims.BLOCKS]
-README = "# title\n\n" + "\n\nprose\n\n".join(LINES) + "\nend\n"
+PARTS = [(name, part) for name, parts in documents.BLOCKS.items() for part in parts]
 
 
 def result(results: Path, name: str, seeds: dict, method: str = "mae", **more) -> Path:
     """A result file; `seeds` is {seed: (measured, last losses)}."""
     runs = [
-        dict(seed=seed, commit="0123456789", dirty=False, sources=claims.sources(method), machine="a laptop",
+        dict(seed=seed, commit="0123456789", dirty=False, sources=result_files.sources(method, []), machine="a laptop",
              seconds=90, loss=[{"epoch": e, **row} for e, row in enumerate(loss)], measured=measured)
         for seed, (measured, loss) in seeds.items()
     ]  # fmt: skip
@@ -57,7 +41,6 @@ def results(tmp_path):
     result(tmp_path / "results", "cpu/mae", seeds)
     seeds = {0: (top1(knn=50.0, finetune=70.0), LOSS), 1: (top1(knn=50.0, finetune=70.5), LOSS)}
     result(tmp_path / "results", "cpu/cmae_loc", seeds, "cmae_loc")
-    (tmp_path / "results/losses-cpu.svg").write_text(claims.drawing(tmp_path / "results", "cpu"))
     return tmp_path / "results"
 
 
@@ -70,9 +53,9 @@ def row(text: str, start: str) -> list[str]:
 
 
 def test_results_table_is_the_files_means_and_deviations(results):
-    block = claims.results_block(results)
+    block = tables.results_block(results)
     assert row(block, "`mae`") == [
-        "`mae`", "2", "41.0 ± 1.4", "", "", "60.5 ± 0.7", "1.50 ± 0.71", "2", "[0123456](results/cpu/mae.json)",
+        "`mae`", "2", "41.0 ± 1.4", "", "", "60.5 ± 0.7", "1.50 ± 0.71", "2", "[0123456](../results/cpu/mae.json)",
     ]  # fmt: skip
     assert block.index("`mae`") < block.index("`cmae_loc`")
     assert "10 classes of tiny-imagenet" in block and "on a laptop" in block
@@ -82,27 +65,33 @@ def test_results_table_is_the_files_means_and_deviations(results):
 def test_pixels_and_training_from_scratch_have_rows_of_their_own(results):
     measured = top1(knn=30.0, linear=39.0, finetune=55.0) | {"pixels": {"knn": 20.0, "linear": 25.0}}
     result(results, "cpu/scratch", {0: (measured, LOSS)})
-    block = claims.results_block(results)
+    block = tables.results_block(results)
     assert row(block, "pixels")[:5] == ["pixels", "1", "20.0", "25.0", ""]
     assert row(block, "untrained; supervised from scratch")[1:7] == ["1", "30.0", "39.0", "", "55.0", ""]
     assert block.index("pixels") < block.index("`mae`")
-    assert "scratch" not in claims.losses_block(results) and "scratch" not in claims.drawing(results, "cpu")
+    assert "scratch" not in tables.losses_block(results)
 
 
 def test_a_stale_result_is_marked_with_its_reason(results):
     result(results, "cpu/cae", {0: (top1(knn=1.0), LOSS)}, stale="made before the norm")
-    block = claims.results_block(results)
+    block = tables.results_block(results)
     assert "† cpu/cae: made before the norm" in block and row(block, "`cae` †")
 
 
 def test_losses_are_means_over_seeds_at_each_epoch(results):
-    block = claims.losses_block(results)
+    block = tables.losses_block(results)
     assert row(block, "loss, cpu") == ["loss, cpu", "first step", "epoch 1", "epoch 2"]
     assert row(block, "`mae`") == ["`mae`", "3.00", "2.00", "1.50"]
-    drawn = re.findall(r'points="([^"]*)".*\n<text[^>]*>(\w+)<', claims.drawing(results, "cpu"))
-    assert [name for _, name in drawn] == ["mae", "cmae_loc"]
-    # From 3 down to 1.5 over 2 epochs, in a panel of 180 x 90 that begins at (40, 20).
-    assert drawn[0][0] == "40.0,20.0 130.0,80.0 220.0,110.0"
+
+
+def test_demo_table_shows_losses_by_share_of_the_run_and_what_the_encoder_gained(tmp_path):
+    measured = top1(**{"knn-untrained": 20.0, "knn": 30.04, "linear-untrained": 40.0, "linear": 55.5})
+    loss = [{"loss": 8.0 / (1 + epoch)} for epoch in range(9)]
+    result(tmp_path, "demo/cae", {0: (measured, loss)}, "cae")
+    assert row(tables.demo_block(tmp_path), "[`--method cae`](../results/demo/cae.json)")[1:] == [
+        "8", "8.00", "2.67", "1.60", "1.14", "0.889", "20.0 → 30.0", "40.0 → 55.5", "1.5", "1", "0123456",
+    ]  # fmt: skip
+    assert "on a laptop." in tables.demo_block(tmp_path) and "not run yet" in tables.demo_block(tmp_path / "cpu")
 
 
 @pytest.mark.parametrize(
@@ -111,7 +100,7 @@ def test_losses_are_means_over_seeds_at_each_epoch(results):
      ([123.4], None, "123"), ([1.5], None, "1.50")],
 )  # fmt: skip
 def test_numbers_are_spelt_as_mean_and_deviation(numbers, digits, spelt):
-    assert claims.spell(numbers, digits) == spelt
+    assert tables.spell(numbers, digits) == spelt
 
 
 # ------------------------------------------------------------------------------------------------------------ claims
@@ -137,14 +126,14 @@ def test_the_ledger_judges_what_was_measured(results):
     result(results, "cpu/cmae_loc", seeds, "cmae_loc")
     for n, said in ((2, "not judged: fewer than three seeds"), (3, "shown")):
         result(results, "cpu/mae", {i: (top1(knn=40.0, finetune=60.0 + i), LOSS) for i in range(n)})
-        block = claims.claims_block(results)
-        (line,) = [line for line in block.splitlines() if "ten classes of Tiny-ImageNet" in line]
+        block = tables.claims_block(results)
+        (line,) = [line for line in block.splitlines() if "| MAE is below it; ten classes" in line]
         cells = [cell.strip() for cell in line.strip("|").split("|")]
         assert cells[6] == said
     assert cells[2:6] == ["62.95 < 65.84", "`finetune.top1`", "61.0 ± 1.0 → 71.0 ± 1.0", "3"]
-    assert cells[7] == "[cpu/mae](results/cpu/mae.json) < [cpu/cmae_loc](results/cpu/cmae_loc.json)"
-    (line,) = [line for line in block.splitlines() if "all of Tiny-ImageNet" in line]
-    assert "not run" in line
+    assert cells[7] == "[cpu/mae](../results/cpu/mae.json) < [cpu/cmae_loc](../results/cpu/cmae_loc.json)"
+    (line,) = [line for line in block.splitlines() if "| MAE is below it; all of Tiny" in line]
+    assert "not run" in line and "- **shown** The other CMAE, Table 1: MAE is below it; ten" in block
 
 
 @pytest.mark.parametrize("claim", claims.CLAIMS, ids=lambda claim: f"{claim.paper} {claim.where} {claim.measure}")
@@ -152,7 +141,7 @@ def test_every_claim_compares_what_its_runs_measure(claim):
     budget = "gpu" if claim.order[0].startswith("gpu/") else None
     args = reproduce.options(["--budget", "gpu"] if budget else ["--claims"])
     args.data = "tiny-imagenet"
-    works = {work.name: work for work in reproduce.plan(args)}
+    works = {work.name: work for work in experiments.plan(args)}
     for side in claims.sides(claim):
         name, measure = side.split()
         assert measure.split(".")[0] in {*works[name].commands, "loss"}
@@ -162,7 +151,7 @@ def test_every_claim_compares_what_its_runs_measure(claim):
 def test_the_gpu_row_of_the_other_cmae_places_its_crops_as_often_as_its_recipe():
     args = reproduce.options(["--budget", "gpu", "--methods", "cmae_loc"])
     args.data = "tiny-imagenet"
-    (work,) = reproduce.plan(args)
+    (work,) = experiments.plan(args)
     assert "--epochs 40 " in work.commands["train"]
     assert "--crop-warmup 8 --crop-interval 8 " in work.commands["train"]  # a fifth, as 20 of 100
 
@@ -170,7 +159,7 @@ def test_the_gpu_row_of_the_other_cmae_places_its_crops_as_often_as_its_recipe()
 def test_the_cpu_table_and_all_claims_are_three_dozen_runs_at_most():
     args = reproduce.options(["--claims"])
     args.data = "tiny-imagenet"
-    names = [work.name for work in reproduce.plan(args)]
+    names = [work.name for work in experiments.plan(args)]
     assert len(names) == len(set(names)) <= 36
     assert {f"claims/{name}" for name in claims.VARIANTS} <= set(names)
 
@@ -178,71 +167,101 @@ def test_the_cpu_table_and_all_claims_are_three_dozen_runs_at_most():
 # ------------------------------------------------------------------------------------------------------------ README
 
 
-def test_the_speeds_are_what_bench_printed_with_machine_versions_and_commit(results):
-    assert claims.speed_block(results) == "Not run yet."
+@pytest.fixture
+def root(tmp_path):
+    """A folder with documents whose generated parts are empty."""
+    for name, parts in documents.BLOCKS.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("# title\n\n" + "\n\nprose\n\n".join(map(empty, parts)) + "\nend\n")
+    return tmp_path
+
+
+def empty(part: str) -> str:
+    return f"<!-- {part} -->\n<!-- /{part} -->"
+
+
+def write(root, results):
+    for name, text in documents.generated(root, results).items():
+        (root / name).write_text(text)
+
+
+def test_the_speeds_are_what_bench_printed_machine_by_machine(results, root):
+    assert tables.speed_block(results) == "Not run yet."
     found = dict(device="a laptop", threads=2, versions=dict(torch="2.9"), git=dict(commit="0123456789", dirty=True))
     rows = [dict(name="mae", batch=64, precision="fp32", images_per_second=259.4, ms=3.0), dict(name="hf", batch=64)]
-    (results / "bench").mkdir()
-    file = results / "bench/step.json"
-    file.write_text(json.dumps(found | dict(command="python bench.py --peer hf --json step.json", rows=rows)))
-    head, *lines = claims.speed_block(results).splitlines()
-    assert head == "a laptop, 2 threads, torch 2.9, commit [0123456*](results/bench/step.json)"
+    for name in ("a", "b"):
+        (results / "bench" / name).mkdir(parents=True)
+        file = results / f"bench/{name}/step.json"
+        file.write_text(json.dumps(found | dict(command="python bench.py --peer hf --json step.json", rows=rows)))
+    head, *lines = tables.speed_block(results).split("### b")[0].strip().splitlines()
+    assert head == "### a" and lines[1] == (
+        "a laptop, 2 threads, torch 2.9, commit [0123456*](../results/bench/a/step.json)"
+    )
     table = ["what batch type images/s", "mae     64 fp32      259", "hf      64"]
-    assert lines == ["", *(f"    {line}" for line in ["python bench.py --peer hf", *table])]
-    assert claims.problems(claims.generated(README, results), results) == []  # and is taken for no training's result
+    assert lines[2:] == ["", *(f"    {line}" for line in ["python bench.py --peer hf", *table])]
+    write(root, results)
+    assert documents.problems(root, results) == []  # and is taken for no training's result
 
 
-def test_generated_parts_stand_between_their_lines_and_nothing_else_changes(results):
-    readme = claims.generated(README, results)
-    assert claims.generated(readme, results) == readme and claims.problems(readme, results) == []
-    assert re.sub(r"(?s)(<!-- (\w+) -->).*?(<!-- /\2 -->)", r"\1\n\3", readme) == README
-    for name, block in claims.BLOCKS.items():
-        assert block(results) in readme.split(f"<!-- {name} -->")[1].split(f"<!-- /{name} -->")[0]
+def test_figures_that_were_only_reported_say_so(results):
+    measured = top1(knn=31.04, linear=56.8)
+    result(results, "demo/cmae", {0: (measured, LOSS)}, "cmae")
+    (results / "bench/x").mkdir(parents=True)
+    told = dict(note="told by a friend; not remade", figures=[["a product", 363, 184]])
+    told["first_command"] = [["a friend's, bf16", 5.5, 32.6, 57.4, "no"]]
+    (results / "bench/x/reported.json").write_text(json.dumps(told))
+    assert "were told by a friend; not remade." in tables.speed_block(results)
+    assert row(tables.speed_block(results), "a product") == ["a product", "363", "184"]
+    block = tables.first_block(results)
+    assert "took 1.5 to 5.5 minutes" in block
+    assert row(block, "a laptop") == ["a laptop", "1.5", "31.0", "56.8", "yes"]
+    assert "| 5.5 | 32.6 | 57.4 | no |" in block
 
 
-@pytest.mark.parametrize("wrong", ["", README + "<!-- claims -->", README.replace("<!-- /index -->", "")])
-def test_readme_without_its_lines_is_refused(wrong, results):
-    with pytest.raises(InputError, match="needs the lines <!-- "):
-        claims.generated(wrong, results)
+def test_generated_parts_stand_between_their_lines_and_nothing_else_changes(results, root):
+    before = {name: (root / name).read_text() for name in documents.BLOCKS}
+    write(root, results)
+    written = {name: (root / name).read_text() for name in documents.BLOCKS}
+    assert documents.generated(root, results) == written and documents.problems(root, results) == []
+    for name, part in PARTS:
+        block = documents.BLOCKS[name][part](results)
+        assert block in written[name].split(f"<!-- {part} -->")[1].split(f"<!-- /{part} -->")[0]
+    shown = {name: re.sub(r"(?s)(<!-- (\w+) -->).*?(<!-- /\2 -->)", r"\1\n\3", text) for name, text in written.items()}
+    assert shown == before
 
 
-def test_a_number_changed_on_either_side_is_a_problem(results):
-    readme = claims.generated(README, results)
-    assert claims.problems(readme.replace("41.0 ±", "43.0 ±"), results) == [
-        "README.md: its part 'results' is not what reproduce.py --readme writes"
+@pytest.mark.parametrize("wrong", ["", empty("claims") + "<!-- claims -->", "<!-- claims -->"])
+def test_a_document_without_its_lines_is_refused(wrong, results, root):
+    (root / "docs/claims.md").write_text(wrong)
+    with pytest.raises(InputError, match=r"docs/claims\.md: needs the lines <!-- claims"):
+        documents.generated(root, results)
+
+
+def test_a_number_changed_on_either_side_is_a_problem(results, root):
+    write(root, results)
+    file = root / "docs/results.md"
+    file.write_text(file.read_text().replace("41.0 ±", "43.0 ±"))
+    assert documents.problems(root, results) == [
+        "docs/results.md: its part 'results' is not what reproduce.py --readme writes"
     ]
+    write(root, results)
     file = results / "cpu/mae.json"
     file.write_text(file.read_text().replace('"loss": 4.0', '"loss": 4.5'))
-    found = claims.problems(readme, results)
-    assert [line.split()[0] for line in found] == ["README.md:", "losses-cpu.svg:"] and "'losses'" in found[0]
-    (results / "losses-cpu.svg").unlink()
-    assert any(line.startswith("losses-cpu.svg") for line in claims.problems(readme, results))
+    (found,) = documents.problems(root, results)
+    assert "docs/results.md: its part 'losses'" in found
 
 
 def test_a_broken_result_is_one_line(results):
     (results / "cpu/cae.json").write_text('{"method": "cae", "runs": [')
     with pytest.raises(InputError, match=r"cae\.json: not a result"):
-        claims.results_block(results)
+        tables.results_block(results)
 
 
-def test_readme_and_results_of_this_repository_agree():
-    assert claims.problems((claims.HERE / "README.md").read_text(), claims.HERE / "results") == []
+def test_documents_and_results_of_this_repository_agree():
+    assert documents.problems(machine.HERE, machine.HERE / "results") == []
 
 
 # ------------------------------------------------------------------------------------------------------------- stale
-
-
-@pytest.fixture
-def checkout(tmp_path, monkeypatch):
-    """A folder that has only this repository's methods."""
-    place = tmp_path / "checkout"
-    place.mkdir()
-    (place / "inputs").mkdir()
-    for name in [*METHODS, "inputs/builtin_images"]:
-        shutil.copy(claims.HERE / f"{name}.py", place / f"{name}.py")
-    monkeypatch.setattr(claims, "HERE", place)
-    monkeypatch.setattr(reproduce, "HERE", place)
-    return place
 
 
 COMMENT = "\n# a remark\n"
@@ -250,28 +269,35 @@ CODE = "\nANSWER = 42\n"
 
 
 def test_a_result_older_than_its_code_is_found_unless_it_says_why(checkout, results, monkeypatch):
-    monkeypatch.setattr(claims, "BLOCKS", {})
-    assert claims.problems("", results) == []
+    monkeypatch.setattr(documents, "BLOCKS", {})
+    assert documents.problems(checkout, results) == []
     with open(checkout / "cmae_loc.py", "a") as file:
         file.write(CODE)
-    (found,) = claims.problems("", results)
+    (found,) = documents.problems(checkout, results)
     assert found.startswith("cmae_loc.json: of other code than cmae_loc.py now")
     file = results / "cpu/cmae_loc.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"stale": "only a constant was added"}))
-    assert claims.problems("", results) == []
+    assert documents.problems(checkout, results) == []
 
 
-def test_a_method_stands_on_those_that_it_imports(checkout):
-    assert set(claims.sources("mae")) == {"mae.py"} and set(claims.sources("cae")) == {"cae.py", "mae.py", "dvae.py"}
-    # Built-in images are made by code.
-    assert set(claims.sources("mae", "shapes")) == {
-        "mae.py",
-        "inputs/builtin_images.py",
-    }
-    recorded = claims.sources("cmae")
+def test_a_result_names_every_file_that_its_numbers_depend_on():
+    common = {"common.py", "inputs/augment.py", "mae.py"}
+    mae, cae = set(result_files.sources("mae", [])), set(result_files.sources("cae", []))
+    assert common <= mae and common | {"cae.py", "dvae.py"} <= cae and not mae & {"cae.py", "methods.py", "cmae.py"}
+    built_in = result_files.sources("mae", [], "shapes")
+    assert set(built_in) - mae == {"inputs/builtin_images.py"}  # they are made by code
+    commands = ["train.py --method mae", "evaluate.py --run RUN --protocol finetune", "reproduce.py --measure spread"]
+    found = set(result_files.sources("mae", commands))
+    assert found >= {"train.py", "evaluate.py", "downstream/finetuning.py", "inputs/image_sets.py"}
+    assert "reporting/measures.py" in found and not found & {"methods.py", "cmae.py", "reproduce.py"}
+    assert not any(name.startswith("tests/") for name in found)
+
+
+def test_a_changed_import_makes_a_result_old(checkout):
+    recorded = result_files.sources("cmae", [])
     with open(checkout / "mae.py", "a") as file:
         file.write(CODE)
-    assert claims.changed(recorded) == ["mae.py"]
+    assert result_files.changed(recorded) == ["mae.py"]
 
 
 def test_comments_and_docstrings_make_no_result_old_where_git_knows_the_old_code(checkout):
@@ -282,16 +308,16 @@ def test_comments_and_docstrings_make_no_result_old_where_git_knows_the_old_code
         git("init")
     except OSError:
         pytest.skip("needs git")
-    recorded, text = claims.sources("mae"), (checkout / "mae.py").read_text()
+    recorded, text = result_files.sources("mae", []), (checkout / "mae.py").read_text()
     assert git("hash-object", "-w", "mae.py").strip() == recorded["mae.py"]  # git's own name of the content
     more = text.replace('"""MAE: ', '"""MAE, measured: ').replace('"""Nothing to recompute."""', '"""Nothing."""')
     assert more != text
     (checkout / "mae.py").write_text(more + COMMENT)
-    assert claims.changed(recorded) == []
+    assert result_files.changed(recorded) == []
     (checkout / "mae.py").write_text(text.replace("mask_ratio: float = 0.75", "mask_ratio: float = 0.76"))
-    assert claims.changed(recorded) == ["mae.py"]
+    assert result_files.changed(recorded) == ["mae.py"]
     (checkout / "mae.py").unlink()
-    assert claims.changed(recorded) == ["mae.py"]
+    assert result_files.changed(recorded) == ["mae.py"]
 
 
 @pytest.mark.parametrize(
@@ -303,23 +329,23 @@ def test_comments_and_docstrings_make_no_result_old_where_git_knows_the_old_code
      ("import mae\nself.mae.loss(1)", "import mae\nself.loss(1)", False)],
 )  # fmt: skip
 def test_code_is_compared_without_the_places_that_it_imports_from(before, after, same):
-    assert (claims.code(before.encode()) == claims.code(after.encode())) == same
+    assert (result_files.code(before.encode()) == result_files.code(after.encode())) == same
 
 
 def test_a_file_that_was_renamed_is_found_by_its_old_name(checkout):
     name = "inputs/builtin_images.py"
-    recorded = {"shapes.py": claims.sources("mae", "shapes")[name]}
-    assert claims.changed(recorded) == []
+    recorded = {"shapes.py": result_files.sources("mae", [], "shapes")[name]}
+    assert result_files.changed(recorded) == []
     (checkout / name).write_text((checkout / name).read_text() + CODE)
-    assert claims.changed(recorded) == [name]
+    assert result_files.changed(recorded) == [name]
 
 
 def test_where_git_does_not_know_the_old_code_any_difference_counts(checkout):
-    recorded = claims.sources("mae")
-    assert claims.changed(recorded) == []
+    recorded = result_files.sources("mae", [])
+    assert result_files.changed(recorded) == []
     with open(checkout / "mae.py", "a") as file:
         file.write(COMMENT)
-    assert claims.changed(recorded) == ["mae.py"]
+    assert result_files.changed(recorded) == ["mae.py"]
 
 
 # ------------------------------------------------------------------------------------------------------------- index
@@ -336,7 +362,7 @@ MUST = {  # every equation of the papers that has code, and the tables that have
 
 @pytest.fixture(scope="module")
 def cited():
-    return claims.citations()
+    return citations.citations()
 
 
 @pytest.mark.parametrize("paper", MUST)
@@ -352,8 +378,8 @@ def test_every_line_of_the_index_leads_to_its_citation(cited):
         number = re.search(r"[\dA-Z.]*\d[a-e]?$", key)[0]
         for link in links:
             shown, line, file, again = re.match(r"\[(\S+):(\d+)\]\((\S+)#L(\d+)\)", link).groups()
-            assert (shown, line) == (file, again)
-            text = (claims.HERE / file).read_text().splitlines()[int(line) - 1]
+            assert (f"../{shown}", line) == (file, again)
+            text = (machine.HERE / shown).read_text().splitlines()[int(line) - 1]
             last = re.search(r"\d+", number)[0]
             spans = re.findall(r"(\d+)(?:-| to )(\d+)", text)
             assert number in text or any(int(a) <= int(last) <= int(b) for a, b in spans), (key, link)
@@ -366,7 +392,7 @@ def test_the_index_names_the_object_and_the_paper(cited):
     assert "cmae.py CMAE.forward" in names("CMAE", "Eq. 8") and "cmae.py Config.lambda_c" in names("CMAE", "Eq. 8")
     assert "common.py reconstruction_loss" in names("CMAE", "Eq. 5")  # "Eq. (5) of CMAE"
     assert "cmae_loc.py location_loss" in names("The other CMAE", "Eq. 5")
-    assert "figures/measures.py decoder_similarity" in names("LC-MAE", "Eq. 7")  # a file of no paper, which names it
+    assert "analyze.py decoder_similarity" in names("LC-MAE", "Eq. 7")  # "LC-MAE Eq. (7)", in a file of no paper
     assert "dvae.py header" in names("CAE", "§G.1")  # "CAE (arXiv 2202.03026v2, §G.1)", in another paper's file
     assert not any(link.startswith("[common.py") for link in cited["LC-MAE", "Eq. 5"])
 
@@ -378,372 +404,5 @@ def test_the_index_names_the_object_and_the_paper(cited):
      ("Fig. 5)", ["5"]), ("§3.5, 1)", ["3.5"]), ("Table 2, 5x5", ["2"])],
 )  # fmt: skip
 def test_lists_and_ranges_of_citations(text, found):
-    match = claims.CITATION.search(text)
-    assert claims.items(match[2] or match[4]) == found
-
-
-# ---------------------------------------------------------------------------------------------------------- commands
-
-
-def planned(*words, source="tiny-imagenet"):
-    args = reproduce.options([*words, "--data-root", "D"])
-    args.data = source
-    return reproduce.plan(args)
-
-
-@pytest.mark.parametrize("source", ["tiny-imagenet", "shapes"])
-@pytest.mark.parametrize("words", ["--budget cpu", "--budget gpu", "--budget gpu --model base", "--claims"])
-def test_every_command_is_one_that_a_user_can_type(words, source, monkeypatch):
-    for work in planned(*words.split(), source=source):
-        for command in work.commands.values():
-            script, *given = command.replace("SEED", "3").split()
-            if script == "train.py":
-                args, _, Method = options(given)
-                assert Method is METHODS[work.method] and args.seed == 3 and args.data == source and args.out == "RUN"
-                assert (args.data_root == "DIR") == (source == "tiny-imagenet") and not args.evaluate
-            elif script == "evaluate.py":
-                monkeypatch.setattr(sys, "argv", command.replace("SEED", "3").split())
-                args = evaluate.options()
-                args.data = source
-                evaluate.task_options(args, {"method": work.method})
-                assert args.run == "RUN" and vars(args).get("seed", 3) == 3
-            else:
-                assert reproduce.options(given).measure in reproduce.MEASURES
-
-
-def test_the_table_trains_all_methods_for_as_long_at_their_own_rates():
-    for words, recipe in (("--budget cpu", "demo"), ("--budget gpu", "tiny")):
-        works = planned(*words.split())
-        assert [work.name.split("/")[1] for work in works] == ["scratch", *claims.TABLE]
-        settings = [options(work.commands["train"].replace("SEED", "0").split()[1:])[0] for work in works[1:]]
-        assert len({(s.epochs, s.warmup_epochs, s.model, s.classes, s.images) for s in settings}) == 1
-        for s in settings:
-            theirs = METHODS[s.method].RECIPES[recipe]
-            assert s.lr == theirs.get("lr", theirs.get("base_lr", 0) * s.batch_size / 256)
-        columns = {"knn", "linear", "attentive", "finetune"}
-        assert all(columns <= work.commands.keys() for work in works)
-        assert "supervised" in works[0].commands["finetune"] and "--untrained" in works[0].commands["linear"]
-
-
-def test_the_demo_table_is_of_the_readmes_first_command_with_every_method():
-    args = reproduce.options(["--budget", "demo"])
-    works = reproduce.plan(args)
-    assert [work.name for work in works] == [f"demo/{method}" for method in claims.TABLE]
-    for work in works:
-        assert list(work.commands) == ["train"]
-        given = options(work.commands["train"].replace("SEED", "0").split()[1:])
-        assert work.method == given[0].method and given == options(["--method", work.method, "--out", "RUN"])
-
-
-def test_demo_table_shows_losses_by_share_of_the_run_and_what_the_encoder_gained(tmp_path):
-    measured = top1(**{"knn-untrained": 20.0, "knn": 30.04, "linear-untrained": 40.0, "linear": 55.5})
-    loss = [{"loss": 8.0 / (1 + epoch)} for epoch in range(9)]
-    result(tmp_path, "demo/cae", {0: (measured, loss)}, "cae")
-    assert row(claims.demo_block(tmp_path), "[`--method cae`](results/demo/cae.json)")[1:] == [
-        "8", "8.00", "2.67", "1.60", "1.14", "0.889", "20.0 → 30.0", "40.0 → 55.5", "1.5", "1", "0123456",
-    ]  # fmt: skip
-    assert "on a laptop." in claims.demo_block(tmp_path) and "not run yet" in claims.demo_block(tmp_path / "cpu")
-
-
-def test_without_tiny_imagenet_the_built_in_images_stand_in_and_it_says_so(tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("MINMIM_CACHE", str(tmp_path / "cache"))
-    assert reproduce.choose_data(str(tmp_path)) == "shapes"
-    assert capsys.readouterr().err.endswith("results go beside the runs.\n")
-    monkeypatch.setattr(reproduce.image_sets, "open_set", lambda *_: None)
-    assert reproduce.choose_data(None) == "tiny-imagenet"
-
-
-@pytest.mark.parametrize(
-    "name, flags, where",
-    [
-        ("shapes", ["cpu"], "out/results"),
-        ("shapes", ["cpu", "--results", "mine"], "mine"),
-        ("tiny-imagenet", ["cpu"], reproduce.HERE / "results"),
-        ("tiny-imagenet", ["demo"], reproduce.HERE / "results"),
-    ],
-)
-def test_results_of_built_in_images_never_replace_those_of_tiny_imagenet(monkeypatch, name, flags, where):
-    class Runner:
-        def __init__(self, args):
-            self.args = args
-
-        def all(self, works):
-            assert works and Path(self.args.results) == Path(where)
-            assert self.args.data == ("shapes" if "demo" in flags else name)  # whose file is among the sources
-
-    monkeypatch.setattr(reproduce, "Runner", Runner)
-    monkeypatch.setattr(reproduce, "choose_data", lambda root: name)
-    monkeypatch.setattr(sys, "argv", ["reproduce.py", "--out", "out", "--budget", *flags])
-    reproduce.main()
-
-
-def test_seeds_unless_given():
-    given = {words: reproduce.options(words.split()).seeds for words in ("--budget cpu", "--budget gpu", "--claims")}
-    assert given == {"--budget cpu": 1, "--budget gpu": 1, "--claims": 3}
-    assert reproduce.options("--claims --seeds 5".split()).seeds == 5
-
-
-def test_rehearsals_need_a_place_of_their_own_and_names_must_be_known():
-    with pytest.raises(InputError, match="give --results"):
-        reproduce.options(["--budget", "cpu", "--images", "64"])
-    with pytest.raises(InputError, match=r"'simclr': not among these runs; choose of scratch,mae,cmae,"):
-        planned("--budget", "cpu", "--methods", "mae,simclr")
-    with pytest.raises(InputError, match="jobs 0: must be above 0"):
-        reproduce.options(["--budget", "cpu", "--jobs", "0"])
-    for words in (
-        "--budget cpu --model base", "--claims --model small", "--readme --epochs 3", "--check --list",
-        "--budget demo --epochs 3", "--budget demo --images 64 --results x",
-    ):  # fmt: skip
-        with pytest.raises(InputError, match="does nothing here"):
-            reproduce.options(words.split())
-    assert [w.name for w in planned("--budget", "gpu", "--model", "base", "--methods", "cae,mae")] == [
-        "gpu/mae-base", "gpu/cae-base",
-    ]  # fmt: skip
-
-
-# ----------------------------------------------------------------------------------------------------------- running
-
-TRAIN = """
-import json, os, pathlib, signal, sys, time
-out = pathlib.Path(sys.argv[sys.argv.index("--out") + 1])
-assert out.is_dir()
-with open(out.parent / "calls.txt", "a") as file:
-    file.write("train " + " ".join(sys.argv[1:]) + f" threads {os.environ['OMP_NUM_THREADS']}\\n")
-if (out.parent / "slow").exists() and not (out / "half").exists():
-    def stop(*_):  # as train.py's: it takes a step's time to save, and a second signal does not wait for it
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        time.sleep(1.2)
-        (out / "half").touch()
-        sys.exit(143)
-    signal.signal(signal.SIGTERM, stop)
-    (out.parent / "began").touch()
-    time.sleep(60)
-settings = dict(epochs=4, precision="bf16", device="cpu", out=str(out), seed=int(sys.argv[-3]))
-config = dict(settings=settings, config=dict(tau=0.1), git={}, versions={})
-(out / "config.json").write_text(json.dumps(config))
-rows = [dict(step=s, epoch=s / 2, loss=10.0 - s, lr=1.0, images_per_second=1.0, seconds=s) for s in range(1, 9)]
-(out / "log.jsonl").write_text("\\n".join(json.dumps(row) for row in [config, *rows]))
-if (out.parent / "measures").exists():
-    probes = {of: {p: dict(top1=len(of + p)) for p in ("knn", "linear")} for of in ("untrained", "trained")}
-    (out / "summary.json").write_text(json.dumps(probes))
-"""
-EVALUATE = """
-import json, pathlib, sys
-run = pathlib.Path(sys.argv[sys.argv.index("--run") + 1])
-with open(run.parent / "calls.txt", "a") as file:
-    file.write("evaluate " + sys.argv[-1] + "\\n")
-if (run.parent / "broken").exists():
-    sys.exit("the probe is broken")
-print(json.dumps({"protocol": "knn", "top1": 50.0, "top5": 90.0, "n": 10, "data_root": "/private"}))
-"""
-
-
-KNN = {"knn": "evaluate.py --run RUN --protocol knn"}
-
-
-@pytest.fixture
-def bench(checkout, tmp_path):
-    """A checkout whose commands do nothing but tell that they were called, and how to run works in it."""
-    (checkout / "train.py").write_text(TRAIN)
-    (checkout / "evaluate.py").write_text(EVALUATE)
-
-    def run(*words, commands=None, seeds=1):
-        given = ["--budget", "cpu", "--out", str(tmp_path / "out"), "--results", str(tmp_path / "results")]
-        args = reproduce.options([*given, "--seeds", str(seeds), *words])
-        args.data = "shapes"
-        commands = commands or {"train": "train.py --seed SEED --out RUN"} | KNN
-        reproduce.Runner(args).all([reproduce.Work("cpu/mae", "mae", commands)])
-        file = tmp_path / "out/cpu/calls.txt"
-        called = file.read_text().splitlines() if file.exists() else []
-        file.unlink(missing_ok=True)
-        return called
-
-    run.out, run.file = tmp_path / "out/cpu", tmp_path / "results/cpu/mae.json"
-    return run
-
-
-def test_a_piece_is_done_once_and_kept_without_paths(bench):
-    called = bench(seeds=2)
-    assert sorted(line.split()[0] for line in called) == ["evaluate", "evaluate", "train", "train"]
-    found = json.loads(bench.file.read_text())
-    assert [run["seed"] for run in found["runs"]] == [0, 1] and found["config"] == {"epochs": 4, "tau": 0.1}
-    run = found["runs"][0]
-    assert run["measured"] == {"knn": {"top1": 50.0, "top5": 90.0, "n": 10}}
-    assert run["sources"] == claims.sources("mae", "shapes")
-    assert [row["epoch"] for row in run["loss"]] == [0, 1, 2, 3, 4]
-    assert [row["loss"] for row in run["loss"]] == [9.0, 8.5, 6.5, 4.5, 2.5]  # the first step, then means of two
-    assert "private" not in bench.file.read_text() and str(bench.out) not in bench.file.read_text()
-    assert bench(seeds=2) == []  # it stands
-    assert len(bench(seeds=3)) == 2 and len(json.loads(bench.file.read_text())["runs"]) == 3
-
-
-def test_what_a_run_measures_itself_is_kept(bench):
-    bench.out.mkdir(parents=True)
-    (bench.out / "measures").touch()
-    bench(commands={"train": "train.py --seed SEED --out RUN"})
-    (run,) = json.loads(bench.file.read_text())["runs"]
-    top1 = {"knn-untrained": 12, "linear-untrained": 15, "knn": 10, "linear": 13}
-    assert {name: found["top1"] for name, found in run["measured"].items()} == top1
-
-
-def test_other_commands_or_other_code_start_over(bench, checkout):
-    bench(seeds=2)
-    commands = {"train": "train.py --more --seed SEED --out RUN"} | KNN
-    (bench.out / "mae-0/checkpoint.pt").touch()
-    assert len(bench(commands=commands)) == 2 and not (bench.out / "mae-0/checkpoint.pt").exists()
-    assert [run["seed"] for run in json.loads(bench.file.read_text())["runs"]] == [0]  # the others were not like it
-    assert bench(commands=commands) == []
-    with open(checkout / "mae.py", "a") as file:
-        file.write(CODE)
-    assert len(bench(commands=commands)) == 2 and bench(commands=commands) == []
-
-
-def test_what_failed_says_why_and_what_was_done_is_not_done_again(bench):
-    bench.out.mkdir(parents=True)
-    (bench.out / "broken").touch()
-    with pytest.raises(InputError, match=r"^1 of 1 failed, the first: cpu/mae, seed 0: evaluate\.py .* is broken$"):
-        bench()
-    assert not bench.file.exists()
-    (bench.out / "broken").unlink()
-    (bench.out / "calls.txt").unlink()
-    assert bench() == ["evaluate knn"] and bench.file.exists()
-
-
-def test_when_the_minutes_are_over_training_is_asked_to_save_and_goes_on_later(bench):
-    bench.out.mkdir(parents=True)
-    (bench.out / "slow").touch()
-    called = bench("--minutes", "0.05", seeds=2)
-    assert len(called) <= 1 and not bench.file.exists()  # the second seed was left for later
-    if not (bench.out / "mae-0/half").exists():  # the machine was too slow even to begin
-        bench("--minutes", "0.5")
-    (bench.out / "slow").unlink()
-    assert (bench.out / "mae-0/half").exists()
-    assert len(bench(seeds=2)) == 4 and (bench.out / "mae-0/half").exists()  # in the same directory
-    assert len(json.loads(bench.file.read_text())["runs"]) == 2
-
-
-def test_jobs_share_the_cores(bench, monkeypatch):
-    monkeypatch.setattr(reproduce.os, "cpu_count", lambda: 8)
-    assert all(line.endswith("threads 4") for line in bench("--jobs", "2", seeds=2) if line.startswith("train"))
-    assert {run["machine"].split(", ")[1] for run in json.loads(bench.file.read_text())["runs"]} == {"4 of 8 cores"}
-
-
-def test_a_directory_of_something_else_is_left_alone(bench):
-    (bench.out / "mae-0").mkdir(parents=True)
-    (bench.out / "mae-0/thesis.txt").write_text("mine")
-    with pytest.raises(InputError, match="holds what reproduce"):
-        bench()
-    assert (bench.out / "mae-0/thesis.txt").read_text() == "mine"
-
-
-# ---------------------------------------------------------------------------------------------------------- measures
-
-
-@pytest.fixture(scope="module")
-def study(tmp_path_factory):
-    """A `Study` of a run at random weights, of any method, on noise of two classes."""
-    place, patch = tmp_path_factory.mktemp("study"), pytest.MonkeyPatch()
-    patch.setenv("MINMIM_CACHE", str(place / "cache"))
-    draw = np.random.default_rng(0)
-    for split, name, i in ((s, c, i) for s in ("train", "val") for c in ("ant", "bee") for i in range(4)):
-        (place / "data" / split / name).mkdir(parents=True, exist_ok=True)
-        Image.fromarray(draw.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(place / f"data/{split}/{name}/{i}.png")
-
-    def make(method: str, flags: str = "") -> Study:
-        words = f"--method {method} --data {place / 'data'} --recipe demo --image-size 16 --patch-size 4 --width 8"
-        args, config, Method = options(f"{words} --depth 2 --heads 2 --batch-size 8 --device cpu {flags}".split())
-        settle(args, torch.device("cpu"))
-        torch.manual_seed(1)
-        folder = place / f"{method}{len(list(place.iterdir()))}"
-        folder.mkdir()
-        about = dict(method=method, settings=vars(args), config=vars(config))
-        (folder / "config.json").write_text(json.dumps(about))
-        files.save(folder / "checkpoint.pt", dict(method=Method(build_encoder(args), config).state_dict()))
-        return Study(analyze.options(["--run", str(folder), "--figure", "all"]), torch.device("cpu"))
-
-    yield make
-    patch.undo()
-
-
-def test_spread_is_the_deviation_of_unit_vectors_over_images(study):
-    its = study("lcmae", "--mae-weight 0 --in-weight 0 --projector-out 6")
-    found = reproduce.spread(its)["deviation"]
-    run, images = its.runs[0], its.pictures(64)
-    mask = run.masks(images, alike=True)
-    with torch.no_grad():
-        _, h = run.method.decode(measures.centred(images, 16), mask)
-        v = run.method.projector(h).double()
-    total, n = 0.0, len(v)
-    for place in range(v.shape[1]):
-        unit = [[x / math.sqrt(sum(y * y for y in image)) for x in image] for image in v[:, place].tolist()]
-        for d in range(6):
-            mean = sum(image[d] for image in unit) / n
-            total += sum((image[d] - mean) ** 2 for image in unit) / n
-    assert found == pytest.approx(math.sqrt(total / v.shape[1]), rel=1e-4) and found > 0.01
-    torch.nn.init.zeros_(run.method.projector.weight)
-    torch.nn.init.ones_(run.method.projector.bias)
-    assert reproduce.spread(its)["deviation"] == pytest.approx(0, abs=1e-6)
-
-
-def test_latent_error_is_of_all_pixels_decoded_without_the_regressor(study):
-    its = study("cae", "--target pixels")
-    method = its.runs[0].method
-    torch.nn.init.zeros_(method.predict.weight)
-    torch.nn.init.constant_(method.predict.bias, 0.5)
-    x = measures.centred(its.pictures(64), 16).double()
-    assert reproduce.latents(its)["error"] == pytest.approx((x - 0.5).square().mean().item(), rel=1e-5)
-    for block in method.regressor:
-        block.mlp.fc2.bias.data += 1e3  # what is skipped cannot matter
-    assert reproduce.latents(its)["error"] == pytest.approx((x - 0.5).square().mean().item(), rel=1e-5)
-
-
-def test_positions_and_attention_are_the_figures_own_numbers(study):
-    its = study("mae", "--decoder-depth 3")
-    run, images = its.runs[0], its.pictures(32)
-    mask = run.masks(images, alike=True)
-    alike = []
-    for m in measures.decoder_maps(run, images, mask):
-        rows = m[:, :, 1 + mask.masked[0], 1:].flatten(1).double()
-        pairs = [torch.cosine_similarity(rows[i], rows[j], dim=0).item() for i in range(8) for j in range(8) if i != j]
-        alike.append(sum(pairs) / len(pairs))
-    found = reproduce.positions(its)
-    assert found == pytest.approx({"first": alike[0], "later": (alike[1] + alike[2]) / 2}, rel=1e-6)
-    with torch.no_grad():
-        for block in run.encoder.blocks:
-            block.attn.qkv.weight.zero_()  # all attend to all alike, in a grid of 4 x 4 patches of 4 pixels
-    places = [(i // 4, i % 4) for i in range(16)]
-    mean = sum(4 * math.dist(a, b) for a in places for b in places) / 256
-    assert reproduce.attention(its)["distance"] == pytest.approx(mean, rel=1e-5)
-
-
-def test_pixels_and_classes_measure_the_set_not_a_random_one(study):
-    its = study("mae")
-    found = reproduce.pixels(its)
-    assert set(found) == {"knn", "linear"} and all(0 <= x <= 100 for x in found.values())
-    x = []
-    for half in (its.train, its.val):  # 16 pixels a side: each colour is the mean of four, normalised
-        pixels = half.images(torch.arange(8), "cpu").double() / 255
-        four = [pixels[:, :, i::2, j::2] for i in (0, 1) for j in (0, 1)]
-        mean, std = (torch.tensor(values, dtype=torch.float64)[:, None, None] for values in (MEAN, STD))
-        x.append(((sum(four) / 4 - mean) / std).flatten(1).float())
-    expected = evaluate.knn(x[0], its.train.labels, x[1], its.val.labels, 2)
-    assert found["knn"] == expected["top1"]
-    distances = reproduce.classes(its)
-    images, labels = its.labelled(500, 50)
-    direct = measures.class_distances(measures.features(its.runs[0].encoder, images), labels)
-    assert distances["intra_std"] == pytest.approx(direct["intra_std"].mean().item())
-    assert distances.keys() == {"intra_mean", "intra_std", "inter_mean", "inter_std"}
-
-
-def test_a_measure_is_a_command_that_prints_one_line(study, monkeypatch, capsys):
-    folder = study("mae").runs[0].directory
-    monkeypatch.setattr(sys, "argv", ["reproduce.py", "--measure", "classes", "--run", str(folder)])
-    reproduce.main()
-    assert set(json.loads(capsys.readouterr().out)) == {"intra_mean", "intra_std", "inter_mean", "inter_std"}
-
-
-def test_a_machine_is_told_by_its_kind():
-    gpu = dict(versions=dict(gpu="NVIDIA H200"), settings=dict(device="cuda", precision="bf16"))
-    assert reproduce.machine(gpu, 4) == "NVIDIA H200, bf16"
-    cpu = dict(versions=dict(gpu="NVIDIA H200"), settings=dict(device="cpu", precision="fp32"))
-    assert re.fullmatch(r"\w+ ?\S*, 4 of \d+ cores, fp32", reproduce.machine(cpu, 4))
+    match = citations.CITATION.search(text)
+    assert citations.items(match[2] or match[4]) == found

@@ -1,0 +1,70 @@
+"""What `reproduce.py --measure` takes from a run beyond accuracies: the numbers behind the papers' claims."""
+
+import statistics
+
+import torch
+import torch.nn.functional as F
+
+import analyze
+import evaluate
+from common import patchify
+
+
+def pixels(study) -> dict:
+    """The bar below all encoders: the probes on the image as 8 x 8 average colours."""
+    size, device = study.runs[0].settings.image_size, study.device
+
+    def colours(images):
+        return F.adaptive_avg_pool2d(images, 8).flatten(1)
+
+    halves = [evaluate.of_all(colours, half.to(device), size, device) for half in (study.train, study.val)]
+    found = (*halves[0], *halves[1], len(study.train.classes))
+    return {"knn": evaluate.knn(*found)["top1"], "linear": evaluate.linear_probe(*found)["top1"]}
+
+
+def attention(study) -> dict:
+    """The encoder's attention distance in pixels, mean over images, heads and layers (LC-MAE, Figure 6)."""
+    encoder = study.runs[0].encoder
+    maps = analyze.encoder_maps(encoder, study.pictures(32), encoder.blocks)
+    distances = [analyze.attention_distance(m, encoder.grid, encoder.patch_size).mean().item() for m in maps]
+    return {"distance": statistics.mean(distances)}
+
+
+def positions(study) -> dict:
+    """How alike mask tokens attend in different images: in the decoder's first layer, and later (LC-MAE, Eq. 7)."""
+    run, images = study.runs[0], study.pictures(32)
+    mask = run.masks(images, alike=True)
+    masked = 1 + mask.masked[0]
+    alike = [analyze.decoder_similarity(m[:, :, masked, 1:].transpose(1, 2))
+             for m in analyze.decoder_maps(run, images, mask)]  # fmt: skip
+    return {"first": alike[0], "later": statistics.mean(alike[1:])}
+
+
+@torch.no_grad()
+def latents(study) -> dict:
+    """Squared error of whole images that are encoded and, the regressor skipped, decoded (CAE, Figure 4)."""
+    run = study.runs[0]
+    x = analyze.centred(study.pictures(64), run.encoder.image_size)
+    made = run.method.reconstruct(x).float()
+    return {"error": (made - patchify(x, run.encoder.patch_size)).square().mean().item()}
+
+
+def classes(study) -> dict:
+    """Distances within and between classes (CMAE, Figure 6)."""
+    images, labels = study.labelled(500, 50)
+    found = analyze.class_distances(analyze.features(study.runs[0].encoder, images).cpu(), labels)
+    return {key: of_classes.mean().item() for key, of_classes in found.items()}
+
+
+@torch.no_grad()
+def spread(study) -> dict:
+    """Deviation of v·√d over images at one place, v of length 1: 0 where v has collapsed (LC-MAE, §3.3)."""
+    run, images = study.runs[0], study.pictures(64)
+    x, mask = analyze.centred(images, run.encoder.image_size), run.masks(images, alike=True)
+    tokens, h = run.method.decode(x, mask)
+    v = run.method.projector(h if run.method.config.project == "pixels" else tokens)  # (B, M, d)
+    v = F.normalize(v.float(), dim=2) * v.shape[2] ** 0.5
+    return {"deviation": v.var(dim=0, correction=0).mean().sqrt().item()}
+
+
+MEASURES = {measure.__name__: measure for measure in (pixels, attention, positions, latents, classes, spread)}

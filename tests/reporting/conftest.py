@@ -1,0 +1,20 @@
+"""A copy of the code, for tests that change it."""
+
+import shutil
+
+import pytest
+
+from reporting import machine, result_files, runner
+
+
+@pytest.fixture
+def checkout(tmp_path, monkeypatch):
+    """A folder that has a copy of this repository's code."""
+    place = tmp_path / "checkout"
+    for folder in ("", "inputs", "runtime", "downstream", "figures", "reporting"):
+        (place / folder).mkdir()
+        for file in (machine.HERE / folder).glob("*.py"):
+            shutil.copy(file, place / folder)
+    monkeypatch.setattr(result_files, "HERE", place)
+    monkeypatch.setattr(runner, "HERE", place)
+    return place
