@@ -10,8 +10,8 @@ import evaluate
 import reproduce
 from methods import METHODS
 from reporting import experiments, machine, measures, result_files, runner
-from train import options
 from runtime.errors import InputError
+from train import options
 
 
 def planned(*words, source="tiny-imagenet"):
