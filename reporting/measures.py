@@ -5,9 +5,9 @@ import statistics
 import torch
 import torch.nn.functional as F
 
-import analyze
 import evaluate
 from common import patchify
+from figures import measures
 
 
 def pixels(study) -> dict:
@@ -25,18 +25,12 @@ def pixels(study) -> dict:
 def attention(study) -> dict:
     """The encoder's attention distance in pixels, mean over images, heads and layers (LC-MAE, Figure 6)."""
     encoder = study.runs[0].encoder
-    maps = analyze.encoder_maps(encoder, study.pictures(32), encoder.blocks)
-    distances = [analyze.attention_distance(m, encoder.grid, encoder.patch_size).mean().item() for m in maps]
-    return {"distance": statistics.mean(distances)}
+    return {"distance": measures.attention_distances(encoder, study.batches(32)).mean().item()}
 
 
 def positions(study) -> dict:
     """How alike mask tokens attend in different images: in the decoder's first layer, and later (LC-MAE, Eq. 7)."""
-    run, images = study.runs[0], study.pictures(32)
-    mask = run.masks(images, alike=True)
-    masked = 1 + mask.masked[0]
-    alike = [analyze.decoder_similarity(m[:, :, masked, 1:].transpose(1, 2))
-             for m in analyze.decoder_maps(run, images, mask)]  # fmt: skip
+    alike = measures.decoder_similarity(measures.mask_token_maps(study.runs[0], study.batches(32)))
     return {"first": alike[0], "later": statistics.mean(alike[1:])}
 
 
@@ -44,7 +38,7 @@ def positions(study) -> dict:
 def latents(study) -> dict:
     """Squared error of whole images that are encoded and, the regressor skipped, decoded (CAE, Figure 4)."""
     run = study.runs[0]
-    x = analyze.centred(study.pictures(64), run.encoder.image_size)
+    x = measures.centred(study.pictures(64), run.encoder.image_size)
     made = run.method.reconstruct(x).float()
     return {"error": (made - patchify(x, run.encoder.patch_size)).square().mean().item()}
 
@@ -52,7 +46,7 @@ def latents(study) -> dict:
 def classes(study) -> dict:
     """Distances within and between classes (CMAE, Figure 6)."""
     images, labels = study.labelled(500, 50)
-    found = analyze.class_distances(analyze.features(study.runs[0].encoder, images).cpu(), labels)
+    found = measures.class_distances(measures.features(study.runs[0].encoder, images).cpu(), labels)
     return {key: of_classes.mean().item() for key, of_classes in found.items()}
 
 
@@ -60,7 +54,7 @@ def classes(study) -> dict:
 def spread(study) -> dict:
     """Deviation of v·√d over images at one place, v of length 1: 0 where v has collapsed (LC-MAE, §3.3)."""
     run, images = study.runs[0], study.pictures(64)
-    x, mask = analyze.centred(images, run.encoder.image_size), run.masks(images, alike=True)
+    x, mask = measures.centred(images, run.encoder.image_size), run.masks(images, alike=True)
     tokens, h = run.method.decode(x, mask)
     v = run.method.projector(h if run.method.config.project == "pixels" else tokens)  # (B, M, d)
     v = F.normalize(v.float(), dim=2) * v.shape[2] ** 0.5

@@ -14,6 +14,8 @@ import analyze
 import evaluate
 import reproduce
 from common import MEAN, STD
+from figures import measures as figure_measures
+from figures.study import Study
 from reporting import measures, result_files
 from runtime import files
 from runtime.command_line import build_encoder, settle
@@ -22,7 +24,7 @@ from train import options
 
 @pytest.fixture(scope="module")
 def study(tmp_path_factory):
-    """`analyze.Study` of a run at random weights, of any method, on noise of two classes."""
+    """A `Study` of a run at random weights, of any method, on noise of two classes."""
     place, patch = tmp_path_factory.mktemp("study"), pytest.MonkeyPatch()
     patch.setenv("MINMIM_CACHE", str(place / "cache"))
     draw = np.random.default_rng(0)
@@ -30,7 +32,7 @@ def study(tmp_path_factory):
         (place / "data" / split / name).mkdir(parents=True, exist_ok=True)
         Image.fromarray(draw.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(place / f"data/{split}/{name}/{i}.png")
 
-    def make(method: str, flags: str = "") -> analyze.Study:
+    def make(method: str, flags: str = "") -> Study:
         words = f"--method {method} --data {place / 'data'} --recipe demo --image-size 16 --patch-size 4 --width 8"
         args, config, Method = options(f"{words} --depth 2 --heads 2 --batch-size 8 --device cpu {flags}".split())
         settle(args, torch.device("cpu"))
@@ -40,7 +42,7 @@ def study(tmp_path_factory):
         about = dict(method=method, settings=vars(args), config=vars(config))
         (folder / "config.json").write_text(json.dumps(about))
         files.save(folder / "checkpoint.pt", dict(method=Method(build_encoder(args), config).state_dict()))
-        return analyze.Study(analyze.options(["--run", str(folder), "--figure", "all"]), torch.device("cpu"))
+        return Study(analyze.options(["--run", str(folder), "--figure", "all"]), torch.device("cpu"))
 
     yield make
     patch.undo()
@@ -52,7 +54,7 @@ def test_spread_is_the_deviation_of_unit_vectors_over_images(study):
     run, images = its.runs[0], its.pictures(64)
     mask = run.masks(images, alike=True)
     with torch.no_grad():
-        _, h = run.method.decode(analyze.centred(images, 16), mask)
+        _, h = run.method.decode(figure_measures.centred(images, 16), mask)
         v = run.method.projector(h).double()
     total, n = 0.0, len(v)
     for place in range(v.shape[1]):
@@ -71,7 +73,7 @@ def test_latent_error_is_of_all_pixels_decoded_without_the_regressor(study):
     method = its.runs[0].method
     torch.nn.init.zeros_(method.predict.weight)
     torch.nn.init.constant_(method.predict.bias, 0.5)
-    x = analyze.centred(its.pictures(64), 16).double()
+    x = figure_measures.centred(its.pictures(64), 16).double()
     assert measures.latents(its)["error"] == pytest.approx((x - 0.5).square().mean().item(), rel=1e-5)
     for block in method.regressor:
         block.mlp.fc2.bias.data += 1e3  # what is skipped cannot matter
@@ -83,7 +85,7 @@ def test_positions_and_attention_are_the_figures_own_numbers(study):
     run, images = its.runs[0], its.pictures(32)
     mask = run.masks(images, alike=True)
     alike = []
-    for m in analyze.decoder_maps(run, images, mask):
+    for m in figure_measures.decoder_maps(run, images, mask):
         rows = m[:, :, 1 + mask.masked[0], 1:].flatten(1).double()
         pairs = [torch.cosine_similarity(rows[i], rows[j], dim=0).item() for i in range(8) for j in range(8) if i != j]
         alike.append(sum(pairs) / len(pairs))
@@ -111,7 +113,7 @@ def test_pixels_and_classes_measure_the_set_not_a_random_one(study):
     assert found["knn"] == expected["top1"]
     distances = measures.classes(its)
     images, labels = its.labelled(500, 50)
-    direct = analyze.class_distances(analyze.features(its.runs[0].encoder, images), labels)
+    direct = figure_measures.class_distances(figure_measures.features(its.runs[0].encoder, images), labels)
     assert distances["intra_std"] == pytest.approx(direct["intra_std"].mean().item())
     assert distances.keys() == {"intra_mean", "intra_std", "inter_mean", "inter_std"}
 

@@ -392,7 +392,7 @@ def test_the_index_names_the_object_and_the_paper(cited):
     assert "cmae.py CMAE.forward" in names("CMAE", "Eq. 8") and "cmae.py Config.lambda_c" in names("CMAE", "Eq. 8")
     assert "common.py reconstruction_loss" in names("CMAE", "Eq. 5")  # "Eq. (5) of CMAE"
     assert "cmae_loc.py location_loss" in names("The other CMAE", "Eq. 5")
-    assert "analyze.py decoder_similarity" in names("LC-MAE", "Eq. 7")  # "LC-MAE Eq. (7)", in a file of no paper
+    assert "figures/measures.py decoder_similarity" in names("LC-MAE", "Eq. 7")  # a file of no paper, which names it
     assert "dvae.py header" in names("CAE", "§G.1")  # "CAE (arXiv 2202.03026v2, §G.1)", in another paper's file
     assert not any(link.startswith("[common.py") for link in cited["LC-MAE", "Eq. 5"])
 
