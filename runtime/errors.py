@@ -3,3 +3,7 @@
 
 class InputError(ValueError):
     """What a user gave cannot work. The message is one line: the thing, what is wrong, what would be right."""
+
+    def __str__(self) -> str:
+        """The message, with line ends and other control characters escaped: a file's name may hold them."""
+        return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in super().__str__())

@@ -71,9 +71,7 @@ def command(main) -> None:
     except InputError as error:
         # Where all ranks fail alike, torchrun ends the others while they wait, so that the line stands once.
         time.sleep(int(os.environ.get("RANK", 0)) > 0)
-        # A file's name may hold line ends and worse; the message is one line all the same.
-        line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(error))
-        print(line, file=sys.stderr, flush=True)
+        print(error, file=sys.stderr, flush=True)
         status = 2
     except KeyboardInterrupt:
         status = 130

@@ -20,6 +20,7 @@ import json
 import math
 import re
 import sys
+import warnings
 import zipfile
 from pathlib import Path
 from pickle import UnpicklingError
@@ -118,7 +119,9 @@ def read(file: Path):
             return safetensors.torch.load_file(file)
         except (OSError, ValueError, RuntimeError, safetensors.SafetensorError):
             raise damaged from None
-    with torch.serialization.safe_globals([argparse.Namespace]):  # the options, in MAE's and timm's own checkpoints
+    # The options, in MAE's and timm's own checkpoints. torch warns of pickles that it then refuses.
+    with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         if zipfile.is_zipfile(file):
             return files.load(file)
         try:

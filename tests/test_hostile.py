@@ -25,7 +25,7 @@ import train
 from common import StepRandom
 from inputs import augment, image_cache, image_sets, images_in_files
 from methods import METHODS
-from runtime import files
+from runtime import files, weights
 from runtime.command_line import build_encoder
 from runtime.errors import InputError
 from runtime.log import Log
@@ -142,6 +142,14 @@ def test_a_pickle_payload_does_not_run(tmp_path, form):
         assert touched.exists()
 
 
+def test_a_plain_pickle_in_place_of_weights_is_one_line(tmp_path):
+    (tmp_path / "plain.pickle").write_bytes(pickle.dumps(dict(a=1)))
+    with warnings.catch_warnings(record=True) as warned, pytest.raises(InputError, match="no weights without code"):
+        warnings.simplefilter("always")
+        weights.read(tmp_path / "plain.pickle")
+    assert not warned
+
+
 # ------------------------------------------------------------------------------------------------------------- caches
 
 
@@ -243,6 +251,14 @@ def test_an_enormous_image_is_refused_by_its_header(tmp_path, side):
     with pytest.raises(InputError, match=r"bomb\.png: does not decode as an image"):
         images_in_files.decode(path)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000  # kilobytes
+
+
+def test_a_bad_image_whose_name_has_line_ends_is_one_line(tmp_path):
+    path = tmp_path / "two\nlines \u2028\x1b[31m é 犬.png"
+    path.write_bytes(b"no image")
+    with pytest.raises(InputError) as refused:
+        image_sets.decode(path)
+    assert str(refused.value).startswith(f"{tmp_path}/two\\nlines \\u2028\\x1b[31m é 犬.png: does not decode")
 
 
 @settings(max_examples=150)
@@ -439,9 +455,20 @@ def test_a_damaged_log_is_cleaned_and_the_run_goes_on(photos, tmp_path, monkeypa
     lines = path.read_bytes().splitlines()
     path.write_bytes(
         b"\n".join([*lines[:3], b'{"step": \xff\xfe\0}', b"[]", b"3}", b'{"step": "x"}', *lines[4:], b'{"s'])
+        + b'\n{"step": 4}\n{"step": 4, "loss": "low"}\n'
     )
     train_here(monkeypatch, *words)
     assert [row["step"] for row in log(tmp_path / "run")[1:]] == [1, 2, 4, 5]
+
+
+def test_a_finished_run_without_its_log_says_what_it_can(photos, tmp_path, monkeypatch, capfd):
+    words = ["--method", "mae", "--data", photos, "--out", tmp_path / "run", *OWN["mae"], "--max-steps", 1]
+    train_here(monkeypatch, *words)
+    assert "loss  " in capfd.readouterr().err
+    (tmp_path / "run" / "log.jsonl").unlink()
+    train_here(monkeypatch, *words)
+    said = capfd.readouterr().err
+    assert "pictures  " in said and "loss  " not in said and len(log(tmp_path / "run")) == 1
 
 
 def test_what_a_killed_run_left_half_written_is_removed(photos, tmp_path, monkeypatch):
@@ -476,6 +503,8 @@ def test_a_checkpoint_that_the_disk_does_not_take_is_one_line(tmp_path, numbers)
     kept = "cannot be written (File too large); what was there before is kept"
     assert str(caught.value) == f"{tmp_path / 'x.pt'}: {kept}"
     assert same(files.load(tmp_path / "x.pt"), TREE) and os.listdir(tmp_path) == ["x.pt"]
+    with largest_file(6_000), pytest.raises(InputError, match=r"y\.pt: cannot be written \(File too large\)$"):
+        files.save(tmp_path / "y.pt", dict(a=torch.zeros(numbers)))  # where there was nothing
 
 
 def test_what_is_no_fault_of_the_disk_is_no_input_error(tmp_path):

@@ -1,0 +1,194 @@
+"""Every state in which a run can be left, continued by one and by two processes; signals; what only rank 0 knows."""
+
+import os
+import signal
+
+import pytest
+import torch
+from forked import Program
+from test_train import (  # noqa: F401  (`photos` and `environment` are fixtures)
+    OWN,
+    SMALL,
+    assert_same_bits,
+    environment,
+    log,
+    photos,
+    state,
+)
+
+from runtime import files, run
+
+
+@pytest.fixture
+def start(photos, environment, tmp_path):  # noqa: F811
+    """start("--flag", …, method=…, n=2, out="run", before="…") → the program, started."""
+    begun = []
+
+    def begin(*flags, method="mae", n=1, out="run", before=""):
+        words = ["--method", method, "--data", photos, "--out", tmp_path / out, *SMALL, *OWN[method], *flags]
+        begun.append(Program("train.py", *words, n=n, env=environment, cwd=tmp_path, before=before))
+        return begun[-1]
+
+    yield begin
+    for program in begun:
+        program.kill()
+
+
+def assert_fine(program: Program) -> str:
+    assert program.wait() == [0] * len(program.processes) and "Traceback" not in program.stderr, program.stderr
+    return program.stderr
+
+
+# --------------------------------------------------------------------------------------- states in which a run is left
+
+# Each kills the process that comes to this place of a CAE run, whose d-VAE is trained first and evaluated nowhere.
+DIE = """
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+def before(owner, name, here, after=False):
+    plain = getattr(owner, name)
+    def wrapped(*words, **more):
+        if not here(*words):
+            return plain(*words, **more)
+        if after:
+            plain(*words, **more)
+        die()
+    setattr(owner, name, wrapped)
+"""
+PLACES = {
+    "before the tokenizer's first step": "before(train, 'loop', lambda args, *_: args.method == 'dvae')",
+    "in the tokenizer's first save": "before(os, 'replace', lambda _, to: str(to).endswith('dvae/checkpoint.pt'))",
+    "between tokenizer and method": "before(train, 'train_first', lambda *_: True, after=True)",
+    "before the first step": "before(train, 'loop', lambda args, *_: args.method == 'cae')",
+    "in the first save": "before(os, 'replace', lambda _, to: str(to).endswith('run/checkpoint.pt'))",
+    "before the encoder is saved": "before(os, 'replace', lambda _, to: str(to).endswith('run/encoder.pt'))",
+    "before the picture": "before(train.Pictures, 'draw', lambda self, place: place.name == 'run')",
+    "in the final evaluation": "before(train.evaluate, 'evaluate', lambda *_: True)",
+    "before the summary is written": "before(os, 'replace', lambda _, to: str(to).endswith('run/summary.json'))",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("n", [1, 2])
+def test_a_run_left_in_any_state_is_continued_and_ends_with_the_same_bits(start, tmp_path, n):
+    def results():
+        place = tmp_path / "run"
+        losses = [(row["step"], row["loss"]) for row in log(place)[1:]]
+        encoders = [files.load(folder / "encoder.pt")["state_dict"] for folder in (place, place / "dvae")]
+        return state(place), state(place / "dvae"), encoders, losses, (place / "summary.json").read_text()
+
+    flags = dict(method="cae", n=n)
+    words = ["--epochs", 2, "--max-steps", 7, "--tokenizer-epochs", 1, "--evaluate"]  # saves after steps 5 and 7
+    assert_fine(start(*words, **flags))
+    whole = results()
+    assert_fine(start(*words, **flags))  # finished
+    assert_same_bits(results(), whole)
+    for place, kill in PLACES.items():
+        os.rename(tmp_path / "run", tmp_path / f"before {place}")
+        killed = start(*words, **flags, before=DIE + kill)
+        assert -signal.SIGKILL in killed.wait(), f"{place}: {killed.stderr}"
+        assert not (tmp_path / "run/summary.json").exists(), place
+        assert_fine(start(*words, **flags))
+        assert_same_bits(results(), whole)
+
+
+def test_a_finished_run_of_two_processes_says_so_again(start, tmp_path):
+    """Only rank 0 has the log, and its first and last loss."""
+    for expected in ("2 steps of 16", "continuing"):
+        said = assert_fine(start("--max-steps", 2, n=2))
+        assert expected in said and said.count("loss      ") == said.count("pictures  ") == 1
+    (tmp_path / "run/log.jsonl").unlink()
+    assert assert_fine(start("--max-steps", 2, n=2)).count("pictures  ") == 1
+
+
+# Nothing of a tensor's size may be pickled, and all ranks must get what rank 0 has read.
+SMALL_MESSAGES = """
+import torch.distributed as dist
+from runtime import run
+plain = dist.broadcast_object_list
+def spy(objects, *words, **more):
+    run.mapped(lambda x: x.device.type == "meta" or os._exit(9), objects)
+    plain(objects, *words, **more)
+dist.broadcast_object_list = spy
+load = files.load
+def only_rank_0(*words):
+    assert os.environ["RANK"] == "0"
+    return load(*words)
+files.load = only_rank_0
+"""
+
+
+def test_a_checkpoint_goes_to_all_ranks_one_tensor_at_a_time(start, tmp_path):
+    whole = start("--epochs", 2, n=2, out="whole")
+    assert_fine(whole)
+    kill = "before(train.Pictures, 'draw', lambda *_: True)"
+    assert -signal.SIGKILL in start("--epochs", 2, n=2, before=DIE + kill).wait()
+    assert state(tmp_path / "run")["step"] == 5
+    assert "from step 5" in assert_fine(start("--epochs", 2, n=2, before=SMALL_MESSAGES))
+    assert_same_bits(state(tmp_path / "run"), state(tmp_path / "whole"))
+
+
+def test_a_refusal_by_rank_0_is_every_rank_s(start, tmp_path):
+    """The others do not wait for it, nor end in a traceback."""
+    assert_fine(start("--max-steps", 1))
+    refused = start("--max-steps", 1, "--seed", 5, n=2)
+    assert refused.wait() == [2, 2] and "Traceback" not in refused.stderr, refused.stderr
+    assert refused.lines()[-1].endswith("(seed 0 there, 5 here); give the same, another --out or --resume never")
+
+
+def test_tensors_of_any_kind_go_into_trees_of_any_shape():
+    tree = {"a": [torch.ones(2, 3), (torch.tensor(1), 5)], "b": None, 3: {"c": torch.empty(0)}}
+    assert_same_bits(run.mapped(lambda x: x + 1, tree)["a"], [torch.full((2, 3), 2.0), (torch.tensor(2), 5)])
+    assert run.mapped(lambda x: x.shape, tree)[3] == {"c": (0,)}
+
+
+# ------------------------------------------------------------------------------------------------------------- signals
+
+
+@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, -signal.SIGTERM)])
+def test_a_signal_in_the_final_evaluation_ends_it_at_once(start, tmp_path, number, status):
+    script = f"""
+plain = train.evaluate.evaluate
+def interrupted(*words, **more):
+    os.kill(os.getpid(), {int(number)})
+    return plain(*words, **more)
+train.evaluate.evaluate = interrupted
+"""
+    program = start("--max-steps", 1, "--evaluate", before=script)
+    assert program.wait() == [status] and "Traceback" not in program.stderr, program.stderr
+    assert "accuracy" not in program.stderr and state(tmp_path / "run")["step"] == 1
+    assert "accuracy" in assert_fine(start("--max-steps", 1, "--evaluate"))
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_a_signal_after_the_last_step_has_asked_for_one_is_not_lost(start, tmp_path, n):
+    """It comes, to the last rank, while the first one saves. Rank 0 too must know of it before it evaluates."""
+    script = f"""
+plain = train.Run.save
+def save(self, step):
+    plain(self, step)
+    if os.environ.get("RANK", "0") == "{n - 1}":
+        os.kill(os.getpid(), signal.SIGTERM)
+train.Run.save = save
+"""
+    program = start("--max-steps", 1, "--evaluate", n=n, before=script)
+    assert program.wait() == [128 + signal.SIGTERM] * n, program.stderr
+    assert "stopped at step 1 of 1" in program.stderr and "accuracy" not in program.stderr
+    assert "accuracy" in assert_fine(start("--max-steps", 1, "--evaluate", n=n))
+
+
+def test_handlers_do_not_outlive_the_loop(tmp_path):
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    before = [signal.getsignal(number) for number in numbers]
+    ours = run.Run.__new__(run.Run)
+    ours.signal, ours.stopped_by, ours.control = 0, 0, None
+    with ours.listening():
+        assert [signal.getsignal(number) for number in numbers] != before
+        assert not ours.asked_to_stop()
+        signal.raise_signal(signal.SIGTERM)
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL  # a second one acts at once
+        assert ours.asked_to_stop() and ours.stopped_by == signal.SIGTERM
+    assert [signal.getsignal(number) for number in numbers] == before
+    with pytest.raises(ZeroDivisionError), ours.listening():
+        _ = 1 / 0
+    assert [signal.getsignal(number) for number in numbers] == before
