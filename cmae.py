@@ -164,7 +164,7 @@ class CMAE(nn.Module):
             target = augment.color_jitter(target, *augment.draw_color_jitter(rng, 0.4, 0.4, 0.4, 0.1, probability=0.8))
             target = augment.grayscale(target, rng.chance(0.2))
         if c.target_blur:
-            sigma = rng.uniform(low=0.1, high=2.0) * size / 224  # pixels
+            sigma = augment.on_host(rng).uniform(low=0.1, high=2.0) * size / 224  # pixels
             target = augment.gaussian_blur(target, sigma, rng.chance(c.target_blur))
         mask = random_mask(rng, self.encoder.grid, c.mask_ratio, c.mask_cell)
         target_mask = None

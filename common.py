@@ -41,8 +41,9 @@ SIZES = {
 
 
 def upload(x: Tensor, device: torch.device) -> Tensor:
-    """A CPU tensor on `device`. To a GPU from pinned memory, so that the copy need not wait for its queue."""
-    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
+    """A tensor on `device`. From the CPU to a GPU by pinned memory, so that the copy need not wait for its queue."""
+    pin = device.type == "cuda" and x.device.type == "cpu"
+    return x.pin_memory().to(device, non_blocking=True) if pin else x.to(device)
 
 
 class StepRandom:

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common import MEAN, STD, StepRandom
+from common import MEAN, STD, StepRandom, upload
 
 GRAY = (0.2989, 0.587, 0.114)  # ITU-R 601 luma as torchvision rounds it
 
@@ -36,7 +36,7 @@ def change(images: Tensor, where: Tensor | None, function: Callable, *parameters
         return function(images, *parameters)
     if where.device.type != "cpu":
         return torch.where(where[:, None, None, None], function(images, *parameters), images)
-    chosen = where.nonzero()[:, 0].to(images.device, non_blocking=True)
+    chosen = upload(where.nonzero()[:, 0], images.device)
     return images.index_copy(0, chosen, function(images[chosen], *(p[chosen] for p in parameters)))
 
 
@@ -127,11 +127,11 @@ def crop_resize(images: Tensor | list[Tensor], boxes: Tensor, size: int, hflip: 
         crops = [x[None, :, t : t + h, s : s + w] for x, (t, s, h, w) in zip(images, boxes.tolist(), strict=True)]
         views = torch.cat([resize(crop, (size, size)) for crop in crops])
         return views if hflip is None else change(views, hflip, lambda x: x.flip(3))
-    corner, box = boxes.to(images.device, non_blocking=True).T.flatten().chunk(2)  # (2 · B,): down, then across
+    corner, box = upload(boxes, images.device).T.flatten().chunk(2)  # (2 · B,): down, then across
     taps = cubic_taps(corner, box, max(images.shape[2:]), size)
     rows, columns = zip(*(x.chunk(2) for x in taps), strict=True)
     if hflip is not None:
-        mirror = hflip.to(images.device, non_blocking=True)[:, None, None]
+        mirror = upload(hflip, images.device)[:, None, None]
         columns = tuple(torch.where(mirror, taps.flip(1), taps) for taps in columns)
     return separable(images, (rows[0], rows[1] / 255), columns).clamp_(0, 1)
 
@@ -169,7 +169,7 @@ def shift_crop(master: Tensor, offsets: Tensor, size: int) -> Tensor:
 
     Offsets go from 0 to H - size and W - size; two views of one master agree to the bit wherever they overlap.
     """
-    down, right = offsets.to(master.device, non_blocking=True).unbind(1)
+    down, right = upload(offsets, master.device).unbind(1)
     windows = master.unfold(2, size, 1).unfold(3, size, 1)  # (B, 3, H - size + 1, W - size + 1, size, size), a view
     return windows[torch.arange(len(master), device=master.device), :, down, right]
 
@@ -254,11 +254,10 @@ def color_jitter(
     order = order if where is None else order.masked_fill(~where.cpu()[:, None], -1)
     adjusts = adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue
     factors = torch.stack([brightness, contrast, saturation, hue])[:, :, None, None, None]
-    factors = factors.to(images.device, non_blocking=True)
-    for place in range(4):
-        for kind, adjust in enumerate(adjusts):
-            chosen = (order[:, place] == kind).nonzero()[:, 0].to(images.device, non_blocking=True)
-            images[chosen] = adjust(images[chosen], factors[kind, chosen])
+    factors = upload(factors, images.device)
+    chosen = [(order[:, place] == kind).nonzero()[:, 0] for place in range(4) for kind in range(4)]
+    for i, rows in enumerate(upload(torch.cat(chosen), images.device).split([len(rows) for rows in chosen])):
+        images[rows] = adjusts[i % 4](images[rows], factors[i % 4, rows])
     return images
 
 
@@ -271,24 +270,28 @@ def solarize(images: Tensor, threshold: float, where: Tensor | None = None) -> T
     return change(images, where, lambda x: torch.where(x >= threshold, 1 - x, x))
 
 
-def gaussian_blur(images: Tensor, sigma: Tensor, where: Tensor | None = None, kernel_size: int = 13) -> Tensor:
-    """torchvision's GaussianBlur with `sigma` (B,) in pixels; 13 taps hold three σ of σ ≤ 2. σ = 0 changes nothing.
+def gaussian_blur(images: Tensor, sigma: Tensor, where: Tensor | None = None) -> Tensor:
+    """torchvision's GaussianBlur with `sigma` (B,) in pixels, best on the CPU, where it is read. 0 changes nothing.
 
-    The border is reflected, so `kernel_size`, odd, must be less than twice the side.
+    The taps reach three σ of their own image, and no less than 6 pixels (what three σ are at the papers' 224 pixels).
+    The border is reflected, so they must reach less far than the image.
     """
-    reach = torch.arange(kernel_size, device=images.device) - kernel_size // 2
+    reach = (3 * sigma.cpu()).ceil().clamp(min=6)  # (B,)
+    furthest = int(reach.max()) if len(reach) else 0
+    step = torch.arange(-furthest, furthest + 1, device=images.device)
 
-    def taps(n: int, sigma: Tensor) -> tuple[Tensor, Tensor]:
-        pixel = (torch.arange(n, device=images.device)[:, None] + reach).abs()
+    def taps(n: int, sigma: Tensor, reach: Tensor) -> tuple[Tensor, Tensor]:
+        pixel = (torch.arange(n, device=images.device)[:, None] + step).abs()
         pixel = (n - 1) - ((n - 1) - pixel).abs()  # (n, K), reflected at both ends
-        weight = torch.exp(-0.5 * (reach / sigma.clamp(min=1e-3)[:, None]).square())  # (B, K)
+        weight = torch.exp(-0.5 * (step / sigma.clamp(min=1e-3)[:, None]).square())  # (B, K)
+        weight = weight * (step.abs() <= reach[:, None])  # whatever the other images of the batch need
         weight = weight / weight.sum(dim=1, keepdim=True)
         return pixel.expand(len(sigma), -1, -1), weight[:, None].expand(-1, n, -1)
 
-    def blur(x: Tensor, sigma: Tensor) -> Tensor:
-        return separable(x, taps(x.shape[2], sigma), taps(x.shape[3], sigma))
+    def blur(x: Tensor, *widths: Tensor) -> Tensor:
+        return separable(x, taps(x.shape[2], *widths), taps(x.shape[3], *widths))
 
-    return change(images, where, blur, sigma.to(images.device, non_blocking=True))
+    return change(images, where, blur, upload(sigma, images.device), upload(reach, images.device))
 
 
 # ------------------------------------------------------------------------------------------------------- normalisation
@@ -296,7 +299,7 @@ def gaussian_blur(images: Tensor, sigma: Tensor, where: Tensor | None = None, ke
 
 def statistics(images: Tensor) -> tuple[Tensor, Tensor]:
     constants = torch.tensor([MEAN, STD], dtype=images.dtype)[:, :, None, None]
-    return constants.to(images.device, non_blocking=True).unbind(0)
+    return upload(constants, images.device).unbind(0)
 
 
 def normalize(images: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from made_images import as_tensor, caches, make_folder, open_both, pixels, spoil, the_error
+from made_images import as_tensor, caches, make_folder, open_both, pixels, save, spoil, the_error
 from PIL import Image
 
 from inputs import image_sets, images_in_files
@@ -19,6 +19,17 @@ def test_varied_sizes_come_as_lists(tmp_path):
         assert torch.equal(image, as_tensor(pixels(0, h, w)))
     one = opened.subset(1)
     assert torch.equal(one.images(torch.tensor([0, 0])), torch.stack([as_tensor(pixels(0, 5, 7))] * 2))
+
+
+def test_images_of_equal_area_and_different_shape_keep_their_shapes(tmp_path, monkeypatch):
+    for i, (h, w) in enumerate(((4, 6), (6, 4), (4, 6), (3, 8))):
+        save(tmp_path / "one" / f"{i}.png", seed=i, h=h, w=w)
+    for opened in open_both(tmp_path, monkeypatch):  # the second is held out
+        images = opened.images(torch.tensor([2, 0, 1]))
+        for image, (i, h, w) in zip(images, [(3, 3, 8), (0, 4, 6), (2, 4, 6)], strict=True):
+            assert torch.equal(image, as_tensor(pixels(i, h, w)))
+    (held_out,) = image_sets.open_set(str(tmp_path), split="val").images(torch.tensor([0]))
+    assert held_out.shape == (3, 6, 4)
 
 
 def test_only_a_sample_is_measured_and_imagenet_always_streams(tmp_path, monkeypatch):
