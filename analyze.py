@@ -18,41 +18,33 @@ import json
 import re
 from pathlib import Path
 
-from figures import attention_plots, feature_plots, training_plots
+from figures import plots
 from figures.drawing import STYLE
 from figures.study import Absent, Study
 from runtime import files, process
-from runtime.command_line import Parser
+from runtime.command_line import Parser, add_option
 from runtime.errors import InputError
 
-FIGURES = {
-    "reconstruction": training_plots.reconstruction,
-    "curves": training_plots.curves,
-    "views": training_plots.views,
-    "attention-map": attention_plots.attention_map,
-    "attention-distance": attention_plots.attention_distances,
-    "decoder-similarity": attention_plots.decoder_similarities,
-    "semantic-similarity": attention_plots.semantic_similarities,
-    "decoder-attention": attention_plots.decoder_attention,
-    "class-distances": feature_plots.class_distances,
-    "features": feature_plots.feature_plots,
-    "latent-reconstruction": training_plots.latent_reconstruction,
-    "token-usage": training_plots.token_usage,
-    "neighbours": feature_plots.neighbours,
-}
+FIGURES = {function.__name__.replace("_", "-"): function for function in (
+    plots.reconstruction, plots.curves, plots.views, plots.attention_map, plots.attention_distance,
+    plots.decoder_similarity, plots.semantic_similarity, plots.decoder_attention, plots.class_distances, plots.features,
+    plots.latent_reconstruction, plots.token_usage, plots.neighbours,
+)}  # fmt: skip
 
-# The options of some figures: the value when nothing is given, and the figures that have a use for one.
-SOME = {
-    "keep_visible": (True, {"reconstruction"}),
-    "statistics": ("visible", {"reconstruction"}),
-    "query": (None, {"attention-map"}),
-    "mass": (0.5, {"attention-map"}),
-    "reference": ([], {"attention-map", "attention-distance", "semantic-similarity", "class-distances", "features"}),
-    "classes": (50, {"class-distances"}),
-    "projection": ("pca", {"features"}),
-    "of": ("images", {"features"}),
-    "images": (None, set(FIGURES) - {"curves"}),
-}
+WITH_REFERENCE = {"attention-map", "attention-distance", "semantic-similarity", "class-distances", "features"}
+# Options of some figures: name, the value if none is given, type or choices, metavar, the figures, help.
+OPTIONS = [
+    ("images", None, int, "N", set(FIGURES) - {"curves"}, "how many images to use; each figure has its own default"),
+    ("reference", [], str, "PATH", WITH_REFERENCE, "encoders to compare with: runs, or files of weights"),
+    ("keep-visible", True, bool, None, {"reconstruction"}, "show visible patches as they are, not as predicted [yes]"),
+    ("statistics", "visible", ["visible", "true"], None, {"reconstruction"},
+     "hidden patches get mean and variance of visible neighbours, or their true ones, which no model knows [visible]"),
+    ("query", None, str, "ROW,COLUMN", {"attention-map"}, "the patch that attends [the class token]"),
+    ("mass", 0.5, float, "SHARE", {"attention-map"}, "the share of attention inside the outline [0.5]"),
+    ("classes", 50, int, "K", {"class-distances"}, "how many classes to use [50]"),
+    ("projection", "pca", ["pca", "tsne"], None, {"features"}, "principal components or t-SNE [pca]"),
+    ("of", "images", ["images", "patches"], None, {"features"}, "one point for an image or for a patch [images]"),
+]  # fmt: skip
 
 
 def options(argv: list[str] | None = None) -> argparse.Namespace:
@@ -62,29 +54,20 @@ def options(argv: list[str] | None = None) -> argparse.Namespace:
         help="run directories; files of weights too, for figures of encoders alone, with --data")  # fmt: skip
     add("--figure", required=True, metavar="NAME", choices=[*FIGURES, "all"], help=f"all, or {', '.join(FIGURES)}")
     add("--to", metavar="FILE.png", help="the file to write [figures/NAME.png in the first run]")
-    add("--images", type=int, metavar="N", help="how many images to use; each figure has its own default")
     add("--data", metavar="SET", help="show images of this set, named as for train.py, not of the first run's set")
     add("--data-root", metavar="DIR", help="the folder of the set")
     add("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"], help="where to compute")
-    add = parser.add_argument_group("of some figures").add_argument
-    add("--keep-visible", action=argparse.BooleanOptionalAction,
-        help="reconstruction: show visible patches as they are, not as the decoder predicts them [yes]")  # fmt: skip
-    add("--statistics", choices=["visible", "true"],
-        help="reconstruction: hidden patches get mean and variance of their visible neighbours, or their true ones, "
-        "which no model knows [visible]")  # fmt: skip
-    add("--query", metavar="ROW,COLUMN", help="attention-map: the patch that attends [the class token]")
-    add("--mass", type=float, metavar="SHARE", help="attention-map: the share of attention inside the outline [0.5]")
-    add("--reference", nargs="+", metavar="PATH", help="encoders to compare with: runs, or files of weights")
-    add("--classes", type=int, metavar="K", help="class-distances: how many classes to use [50]")
-    add("--projection", choices=["pca", "tsne"], help="features: principal components or t-SNE [pca]")
-    add("--of", choices=["images", "patches"], help="features: one point an image, or one a patch [images]")
+    for name, default, kind, metavar, figures, text in OPTIONS:
+        text = text if name == "images" else f"{', '.join(sorted(figures))}: {text}"
+        add_option(parser, name, [] if default == [] else None, kind, metavar, text)
     args = parser.parse_args(argv)
-    for name, (default, figures) in SOME.items():
-        if getattr(args, name) is None:
-            setattr(args, name, default)
+    for name, default, _, _, figures, _ in OPTIONS:
+        key = name.replace("-", "_")
+        if getattr(args, key) in (None, []):
+            setattr(args, key, default)
         elif args.figure not in figures | {"all"}:
-            raise InputError(f"--{name.replace('_', '-')}: does nothing to {args.figure}; "
-                             f"leave it out, or draw {', '.join(sorted(figures))}")  # fmt: skip
+            good = ", ".join(sorted(figures))
+            raise InputError(f"--{name}: does nothing to {args.figure}; leave it out, or draw {good}")
     for name, least in (("images", 1), ("classes", 2)):
         if (given := getattr(args, name)) is not None and given < least:
             raise InputError(f"{name} {given}: must be at least {least}")
@@ -114,7 +97,7 @@ def draw(name: str, study: Study, file: Path) -> None:
     about = {"figure": name, "runs": [str(run.path) for run in study.runs]}
     if study.shown:
         about |= {"data": study.data[0], "images": study.shown}
-    if name in SOME["reference"][1]:
+    if name in WITH_REFERENCE:
         about["reference"] = study.args.reference
     files.write_text(file.with_suffix(".json"), json.dumps(about | numbers) + "\n")
 

@@ -1,5 +1,6 @@
 """What a figure is drawn of: runs or files of weights, the images that they are shown, and what was asked for."""
 
+import inspect
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from methods import METHODS
 from runtime import files, weights
 from runtime.command_line import build_encoder
 from runtime.errors import InputError
+from runtime.run import without_retired
 
 BATCH = 32  # images at a time
 
@@ -52,7 +54,8 @@ class Run:
         file = self.directory / "checkpoint.pt"
         saved = files.load(file)
         try:
-            method = self.Method(build_encoder(self.settings), self.Method.Config(**self.config))
+            config = without_retired(self.config, inspect.signature(self.Method.Config).parameters, file)
+            method = self.Method(build_encoder(self.settings), self.Method.Config(**config))
             method.load_state_dict(saved["method"])
         except InputError:
             raise
@@ -93,7 +96,7 @@ class Run:
     @property
     def log(self) -> list[dict]:
         if self.path.is_file():
-            raise Absent(f"{self.label} holds weights alone, and no log; give a run")
+            raise Absent(f"{self.label} holds the weights of an encoder alone; give a run")
         file = self.directory / "log.jsonl"
         try:  # a line that is being written may end early
             rows = [json.loads(line) for line in file.read_text().splitlines()[1:] if line.endswith("}")]
@@ -135,9 +138,6 @@ class Study:
         if len(self.runs) > 1:
             raise Absent("shows one run; give one to --run")
         return self.runs[0]
-
-    def count(self, images: int) -> int:
-        return self.args.images or images
 
     def open(self, split: str) -> image_sets.ImageSet:
         about = self.runs[0].settings

@@ -159,6 +159,8 @@ def test_several_runs_share_the_axes(runs, monkeypatch, tmp_path, capsys):
         ("mae", "attention-map --query 3", "query '3': not a patch; give its row and column, as in 3,4"),
         ("mae", "attention-map --query 4,0", "query 4,0: outside of mae's 4 x 4 patches"),
         ("mae", "features --images 0", "images 0: must be at least 1"),
+        ("mae", "class-distances --classes 1", "classes 1: must be at least 2"),
+        ("mae", "features --classes 9", "--classes: does nothing to features; leave it out, or draw class-distances"),
         ("mae", "decoder-similarity --images 1", "images 1: cannot be compared"),
         ("mae", "all --to x.png", "to x.png: must end in .png, and take one figure"),
         ("mae", "curves --to x.pdf", "to x.pdf: must end in .png"),
@@ -170,6 +172,64 @@ def test_what_cannot_be_is_one_line(runs, name, words, message, monkeypatch):
     with pytest.raises(InputError) as error:
         run_command(monkeypatch, "--run", runs / name, "--figure", *words.split())
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_weights_stand_beside_runs_and_alone(runs, monkeypatch, tmp_path):
+    """LC-MAE Figure 5 compares encoders that others have published."""
+    weights = [tmp_path / f"{name}.pt" for name in ("dino", "deit")]
+    for file, name in zip(weights, ("conmim", "cae"), strict=True):
+        file.write_bytes((runs / name / "encoder.pt").read_bytes())
+
+    def numbers(*words):
+        run_command(monkeypatch, *words, "--images", 4, "--to", tmp_path / "a.png")
+        return json.loads((tmp_path / "a.json").read_text())
+
+    figure = ("--figure", "attention-distance")
+    beside = numbers("--run", runs / "mae", *weights, *figure)
+    alone = numbers("--run", *weights, *figure, "--data", runs / "data")
+    run = numbers("--run", runs / "mae", runs / "conmim", *figure)
+    assert beside["dino.pt"] == alone["dino.pt"] == run["conmim"] != beside["deit.pt"]
+    references = numbers("--run", runs / "mae", *figure, "--reference", *weights)
+    assert references["reference deit.pt"] == beside["deit.pt"]
+    both = numbers("--run", runs / "mae", "--figure", "semantic-similarity", "--reference", *weights)
+    one = numbers("--run", runs / "mae", "--figure", "semantic-similarity", "--reference", weights[1])
+    assert both["mae, reference deit.pt"] == one["mae"] != both["mae, reference dino.pt"]
+    with pytest.raises(InputError, match=r"data: dino\.pt does not say which images to show; give --data"):
+        numbers("--run", *weights, *figure)
+    for name in ("curves", "views", "reconstruction", "decoder-similarity", "token-usage", "latent-reconstruction"):
+        with pytest.raises(InputError, match=r"dino\.pt holds the weights of an encoder alone; give a run"):
+            run_command(monkeypatch, "--run", weights[0], "--figure", name, "--data", runs / "data")
+
+
+def test_the_json_says_which_images_and_references(runs, monkeypatch, tmp_path):
+    def about(*words):
+        run_command(monkeypatch, "--run", runs / "mae", "--to", tmp_path / "a.png", "--figure", *words)
+        return json.loads((tmp_path / "a.json").read_text())
+
+    file = str(runs / "cmae" / "encoder.pt")
+    assert about("attention-map", "--images", 3)["images"] == {"val": [0, 5, 11]}
+    for figure, split in (("decoder-similarity", "val"), ("semantic-similarity", "val"), ("views", "train")):
+        more = ["--reference", file] if figure == "semantic-similarity" else []
+        found = about(figure, "--images", 2, *more)
+        assert found["images"] == {split: [0, 11]} and found["data"] == str(runs / "data")
+        assert found.get("reference") == (more[1:] or None)
+    assert about("class-distances", "--classes", 2, "--images", 4)["images"] == {"val": [0, 3, 8, 11]}
+    assert set(about("neighbours")["images"]) == {"train", "val"}
+    assert "images" not in about("curves")
+
+
+def test_a_run_with_a_setting_that_is_gone_is_drawn_if_it_did_nothing(runs, tmp_path, monkeypatch):
+    for name in ("log.jsonl", "checkpoint.pt"):
+        (tmp_path / name).write_bytes((runs / "lcmae" / name).read_bytes())
+    for block, what in ((0, None), (8, "made with --block 8, which is gone")):
+        about = json.loads((runs / "lcmae" / "config.json").read_text())
+        about["config"]["block"] = block
+        (tmp_path / "config.json").write_text(json.dumps(about))
+        if what is None:
+            run_command(monkeypatch, "--run", tmp_path, "--figure", "attention-map", "--images", 2)
+        else:
+            with pytest.raises(InputError, match=what):
+                run_command(monkeypatch, "--run", tmp_path, "--figure", "attention-map", "--images", 2)
 
 
 def test_without_matplotlib_it_is_one_line(runs, monkeypatch):

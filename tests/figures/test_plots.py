@@ -12,7 +12,7 @@ import cmae_loc
 import common
 import mae
 from common import ViT
-from figures import attention_plots, feature_plots, measures, training_plots
+from figures import measures, plots
 from figures.study import spaced
 from inputs import augment
 from runtime import files, weights
@@ -43,7 +43,7 @@ def test_a_run_has_one_colour_in_every_panel(runs, tmp_path):
         run.directory.mkdir()
         rows = [{}, *({"step": s, "epoch": s, "loss": 1 / s, part: s, "lr": 0.1} for s in (1, 2))]
         (run.directory / "log.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    figure, found = training_plots.curves(about)
+    figure, found = plots.curves(about)
     assert list(found["cmae"]) == ["step", "epoch", "loss", "one", "lr", "two"]
     panels = {axis.get_title(): axis.get_lines() for axis in figure.axes if axis.get_title()}
     colours = [line.get_color() for line in panels["loss"]]
@@ -54,7 +54,7 @@ def test_a_run_has_one_colour_in_every_panel(runs, tmp_path):
 
 def test_decoder_similarity_compares_mask_tokens_under_one_mask(runs):
     about = study(runs, "mae", images=5)
-    (run,), series = about.runs, attention_plots.decoder_similarities(about)[1]["mae"]
+    (run,), series = about.runs, plots.decoder_similarity(about)[1]["mae"]
     images = about.pictures(5)
     mask = run.masks(images, alike=True)
     assert all(torch.equal(row, mask.masked[0]) for row in mask.masked) and mask.masked.shape == (5, 12)
@@ -70,7 +70,7 @@ def test_semantic_similarity_of_an_encoder_of_another_grid_counts_the_same_patch
     coarse = ViT(image_size=16, patch_size=8, width=8, depth=1, heads=2).eval()
     files.save(tmp_path / "encoder.pt", dict(settings=coarse.settings, state_dict=coarse.state_dict()))
     about = study(runs, "mae", reference=tmp_path / "encoder.pt", images=4)
-    series = attention_plots.semantic_similarities(about)[1]["mae"]
+    series = plots.semantic_similarity(about)[1]["mae"]
     images, (run,) = about.pictures(4), about.runs
     larger = weights.load_encoder(tmp_path / "encoder.pt", image_size=32)  # 4 x 4 patches of 8
     with torch.no_grad():
@@ -83,9 +83,31 @@ def test_semantic_similarity_of_an_encoder_of_another_grid_counts_the_same_patch
     assert series[1] == pytest.approx(measures.semantic_similarity(theirs, last).mean().item(), rel=1e-5)
 
 
+def test_equations_7_and_8_take_a_batch_of_images_at_a_time(runs, monkeypatch):
+    monkeypatch.setattr("figures.study.BATCH", 4)
+    about, sizes = study(runs, "mae", images=10, reference=runs / "conmim" / "encoder.pt"), []
+    run, (_, reference) = about.runs[0], about.encoders[1]
+    watch = run.decoder.blocks[0].register_forward_hook(lambda *call: sizes.append(len(call[2])))
+    positions, semantic = plots.decoder_similarity(about)[1]["mae"], plots.semantic_similarity(about)[1]["mae"]
+    watch.remove()
+    assert sizes == [4, 4, 2] * 2
+    images, terms = about.pictures(10), [[], []]
+    mask = common.Mask(*(side[:1].expand(10, -1) for side in run.masks(images[:4])))
+    maps = [m[:, :, 1 + mask.masked[0], 1:].flatten(1) for m in measures.decoder_maps(run, images, mask)]
+    for found, layer in zip(positions, maps, strict=True):
+        pairs = [cos(layer[i], layer[j]) for i in range(10) for j in range(10) if i != j]
+        assert found == pytest.approx(sum(pairs) / 90, rel=1e-5)
+    for step, part in enumerate(images.split(4)):
+        theirs = measures.features(reference, [part], of="patches")
+        for layer, x in enumerate(measures.decoder_features(run, part, run.masks(part, step=step))):
+            terms[layer] += measures.semantic_similarity(theirs, x).tolist()
+    assert semantic == pytest.approx([sum(layer) / 10 for layer in terms], rel=1e-6)
+    assert not torch.equal(run.masks(images[:4]).masked, run.masks(images[:4], step=1).masked)
+
+
 def test_attention_distances_average_heads_and_images(runs):
     about = study(runs, "mae", images=12)
-    found = attention_plots.attention_distances(about)[1]["mae"]
+    found = plots.attention_distance(about)[1]["mae"]
     encoder, images = about.runs[0].encoder, about.pictures(12)
     x = augment.normalize(augment.center_crop_resize(images, 16))
     with torch.no_grad():
@@ -100,7 +122,7 @@ def test_attention_distances_average_heads_and_images(runs):
 
 def test_decoder_attention_is_that_of_hidden_patches(runs):
     about = study(runs, "lcmae", images=2)
-    (run,), found = about.runs, attention_plots.decoder_attention(about)[1]["attention"]
+    (run,), found = about.runs, plots.decoder_attention(about)[1]["attention"]
     images = about.pictures(2)
     mask = run.masks(images, alike=True)
     maps = measures.decoder_maps(run, images, mask)
@@ -115,10 +137,17 @@ def test_decoder_attention_is_that_of_hidden_patches(runs):
         assert entry["class_token"] + patches.sum().item() == pytest.approx(1, abs=1e-4)
 
 
+def test_layers_of_figure_4_are_the_papers():
+    assert plots.layers_of_figure_4(8) == [1, 2, 3, 5, 8]
+    assert [plots.layers_of_figure_4(depth) for depth in (1, 2, 4)] == [[1], [1, 2], [1, 2, 3, 4]]
+    assert all(plots.layers_of_figure_4(depth)[:: len(plots.layers_of_figure_4(depth)) - 1] == [1, depth]
+               for depth in range(2, 25))  # fmt: skip
+
+
 @pytest.mark.parametrize("query, token", [(None, 0), ("2,1", 10)])
 def test_attention_map_asks_the_class_token_or_a_patch_of_the_last_block(runs, query, token):
     about = study(runs, "mae", images=3, **({"query": query} if query else {}))
-    found = attention_plots.attention_map(about)[1]["mae"]
+    found = plots.attention_map(about)[1]["mae"]
     encoder, x = about.runs[0].encoder, augment.normalize(augment.center_crop_resize(about.pictures(3), 16))
     with torch.no_grad():
         maps = measures.attention_maps([encoder.blocks[1].attn], lambda: encoder(x))[0]
@@ -131,7 +160,7 @@ def test_attention_map_asks_the_class_token_or_a_patch_of_the_last_block(runs, q
 def test_reconstruction_is_what_training_pictures_show(runs, name):
     """The error in the JSON is that of `picture_rows` on the same images and masks; true statistics give another."""
     about = study(runs, name, images=4)
-    error = training_plots.reconstruction(about)[1]["squared_error_of_hidden_pixels"]
+    error = plots.reconstruction(about)[1]["squared_error_of_hidden_pixels"]
     (run,), images = about.runs, about.pictures(4)
     x, mask = augment.normalize(augment.center_crop_resize(images, 16)), run.draw(images).mask
     with torch.no_grad():
@@ -149,25 +178,37 @@ def test_reconstruction_is_what_training_pictures_show(runs, name):
         ]
         assert own == pytest.approx(off.square().sum().item() / (12 * 48), rel=1e-3)
     if name == "mae":
-        honest = training_plots.reconstruction(about)[1]
-        cheating = training_plots.reconstruction(study(runs, name, images=4, statistics="true"))[1]
+        honest = plots.reconstruction(about)[1]
+        cheating = plots.reconstruction(study(runs, name, images=4, statistics="true"))[1]
         assert "TRUE" in cheating["statistics"] and "visible neighbours" in honest["statistics"]
         assert cheating["squared_error_of_hidden_pixels"] != error
 
 
+def test_class_distances_are_of_as_many_classes_as_asked_and_compared_with_the_first_run(runs):
+    found = plots.class_distances(study(runs, "mae", "cmae", classes=2))[1]
+    assert found["classes"] == ["ant", "cow"]
+    every = plots.class_distances(study(runs, "mae", "cmae"))[1]
+    assert every["classes"] == ["ant", "bee", "cow"]
+    one, other = (every[name]["inter_mean"]["of_classes"] for name in ("mae", "cmae"))
+    assert every["cmae"]["inter_larger_than_first"] == sum(b > a for a, b in zip(one, other, strict=True))
+    assert every["mae"]["inter_larger_than_first"] == 0
+    again = plots.class_distances(study(runs, "cmae", "mae"))[1]
+    assert again["mae"]["inter_larger_than_first"] == 3 - every["cmae"]["inter_larger_than_first"]
+
+
 def test_latent_reconstruction_skips_the_regressor(runs):
     about = study(runs, "pixels", images=4)
-    before = training_plots.latent_reconstruction(about)[1]
+    before = plots.latent_reconstruction(about)[1]
     for parameter in about.runs[0].method.regressor.parameters():
         parameter.data.zero_()
-    assert training_plots.latent_reconstruction(about)[1] == before
+    assert plots.latent_reconstruction(about)[1] == before
     about.runs[0].method.decoder[0].mlp.fc1.weight.data.mul_(3)
-    assert training_plots.latent_reconstruction(about)[1] != before
+    assert plots.latent_reconstruction(about)[1] != before
 
 
 def test_token_usage_counts(runs):
     about = study(runs, "dvae", images=12)
-    found = training_plots.token_usage(about)[1]["dvae"]
+    found = plots.token_usage(about)[1]["dvae"]
     tokens = about.runs[0].method.encoder.tokens(augment.center_crop_resize(about.pictures(12), 16)).flatten().tolist()
     counts = {code: tokens.count(code) for code in set(tokens)}
     assert found["used"] == len(counts) and found["codes"] == 8
@@ -178,7 +219,7 @@ def test_token_usage_counts(runs):
 
 def test_neighbours_are_the_training_images_of_largest_cosine(runs):
     about = study(runs, "mae", images=2)
-    found = feature_plots.neighbours(about)[1]
+    found = plots.neighbours(about)[1]
     encoder = about.runs[0].encoder
 
     def vector(half, i):
@@ -198,7 +239,7 @@ def test_neighbours_are_the_training_images_of_largest_cosine(runs):
 
 def test_views_are_cut_from_the_boxes_in_the_numbers(runs):
     about = study(runs, "cmae", images=3)
-    found = training_plots.views(about)[1]
+    found = plots.views(about)[1]
     images = about.train.images(spaced(12, 3))
     batch = about.runs[0].draw(images, spaced(12, 3))
     (crops,), (shifts,) = found["crops"], found["shifts"]
@@ -214,7 +255,7 @@ def test_views_are_cut_from_the_boxes_in_the_numbers(runs):
 
 def test_views_show_the_box_around_what_the_encoder_attends_to(runs):
     about = study(runs, "loc", images=3)
-    found = training_plots.views(about)[1]
+    found = plots.views(about)[1]
     method, images = about.runs[0].method, about.train.images(spaced(12, 3))
     x = augment.normalize(augment.crop_resize(images, torch.tensor([[0, 0, 20, 20]] * 3), 16))
     with torch.no_grad():
@@ -226,6 +267,6 @@ def test_views_show_the_box_around_what_the_encoder_attends_to(runs):
 
 
 def test_curves_are_the_log(runs):
-    found = training_plots.curves(study(runs, "mae"))[1]["mae"]  # the half-written line is left out
+    found = plots.curves(study(runs, "mae"))[1]["mae"]  # the half-written line is left out
     assert found == {"step": [1, 2, 3], "epoch": [0.25, 0.5, 0.75], "loss": [3, 1.5, 1], "part": [1, 0.5, 1 / 3],
                      "lr": [0.1, 0.2, 0.1 * 3]}  # fmt: skip

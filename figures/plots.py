@@ -1,0 +1,373 @@
+"""The figures, one function each: (study) → the matplotlib figure, and the numbers that it shows.
+
+First what a run does, then where it looks, then what its encoder has learned. A run that cannot have a figure is told
+so by `Absent`: runs are asked for a decoder, a codebook or a heat map, not for the name of their method.
+"""
+
+import re
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import cmae_loc
+import dvae
+import mae
+from common import Mask, patchify, restore, unpatchify
+from figures import measures
+from figures.drawing import WIDTH, canvas, circle, frame, gallery, greyed, lines, outline, rounded, short, show
+from figures.measures import centred, to_pixels
+from figures.study import Absent, Run, Study, spaced
+from inputs import augment
+from runtime.command_line import field_comments
+from runtime.errors import InputError
+
+# ------------------------------------------------------------------------------------------------------ what it does
+
+
+def curves(study: Study):
+    """The loss, its parts and the learning rate along training."""
+    logs, leave = {run.label: run.log for run in study.runs}, {"step", "epoch", "images_per_second", "seconds"}
+    names = [key for key in dict.fromkeys(key for log in logs.values() for key in log[-1]) if key not in leave]
+    columns = min(3, len(names))
+    rows = -(-len(names) // columns)
+    figure, axes = canvas(rows, columns, height=0.6 + 2.7 * rows)
+    figure.suptitle("Training curves")
+    for axis in axes.flat[len(names) :]:
+        axis.axis("off")
+    for axis, name in zip(axes.flat, names, strict=False):
+        for label, log in logs.items():  # a run without this part draws nothing, but keeps its colour for the others
+            rows = [row for row in log if name in row]
+            axis.plot([r["epoch"] for r in rows], [r[name] for r in rows], label=label, markevery=0.2)
+        axis.set(title="learning rate" if name == "lr" else name.replace("_", " "), xlabel="epoch")
+    axes[0, 0].legend()
+    keys = ["step", "epoch", *names]
+    return figure, {label: {key: [row.get(key) for row in log] for key in keys} for label, log in logs.items()}
+
+
+def reconstruction(study: Study):
+    """What the decoder makes of what is hidden (as MAE's Figure 2); other methods draw what they do predict."""
+    run, args, images = study.only(), study.args, study.pictures(study.args.images or 8)
+    mask, rows = pixel_mask(run, images), None
+    if mask is None:
+        if not args.keep_visible or args.statistics == "true":
+            raise InputError(f"{run.label} predicts no patches of pixels; leave out --no-keep-visible and --statistics")
+        rows = run.method.picture(run.draw(images))
+        if rows is None:
+            raise Absent(f"{run.label} was taught nothing that can be seen; give a run that predicts pixels or tokens")
+        about = " ".join(run.method.picture.__doc__.split("\n\n")[0].split()).split(": ", 1)[-1]
+        rows = {f"row {i}": row for i, row in enumerate(rows, start=1)}
+        return gallery(f"Reconstruction by {run.label}", rows, f"Rows: {about}")[0], {"rows": about}
+    method, encoder, norm = run.method, run.encoder, run.method.config.norm_pixels
+    if not norm and args.statistics == "true":
+        raise InputError(f"{run.label} predicts pixels as they are; leave out --statistics")
+    p, grid, x, V = (
+        encoder.patch_size,
+        encoder.grid,
+        centred(images, encoder.image_size),
+        mask.visible.shape[1],
+    )
+    with torch.no_grad():
+        predicted = method.decoder.predict(method.decoder.features(encoder(x, mask.visible), mask)).float()
+    predicted, patches = restore(predicted[:, :V], predicted[:, V:], mask), patchify(x, p)  # (B, N, P), raster order
+    if norm:
+        predicted = to_pixels(predicted, patches, mask, grid, args.statistics == "true")
+    hidden = mask.hidden[:, :, None]
+    made = torch.where(hidden, predicted, patches) if args.keep_visible else predicted
+    made, original = (augment.denormalize(unpatchify(y, p, grid)) for y in (made, patches))
+    source = dict(true="TRUE ones, which the model cannot know", visible="those of visible neighbours")
+    caption = f"mean and variance of hidden patches: {source[args.statistics]}" if norm else "pixels as predicted"
+    kept = "visible patches kept" if args.keep_visible else "visible patches predicted too"
+    rows = {"original": original, "masked": greyed(original, mask, p, grid), f"decoded, {kept}": made}
+    error = (patchify(made - original, p).square() * hidden).sum(dim=(1, 2)) / (hidden.sum(dim=(1, 2)) * 3 * p * p)
+    numbers = {"statistics": caption, "visible": kept, "squared_error_of_hidden_pixels": rounded(error)}
+    return gallery(f"Reconstruction by {run.label}", rows, caption)[0], numbers
+
+
+def pixel_mask(run: Run, images) -> Mask | None:
+    """Masks for a method with MAE's decoder that predicts the pixels of hidden patches; None for others."""
+    decoder = getattr(run.method, "decoder", None)
+    if not isinstance(decoder, mae.Decoder) or decoder.predict is None:
+        return None
+    mask, taught = run.draw(images).mask, run.method.picture(run.draw(images)) is not None
+    pixels = decoder.predict.out_features == 3 * run.encoder.patch_size**2
+    return mask if taught and pixels and mask.masked.shape[1] else None
+
+
+def views(study: Study):
+    """What each branch sees of the training images: crops, shifts, colours, masks; ContrastiveCrop's map and box."""
+    run, method, at = study.only(), study.runs[0].method, spaced(len(study.train), study.args.images or 6)
+    images, size = study.train.images(study.take("train", at).index, study.device), run.settings.image_size
+    grid, p = (size // run.settings.patch_size,) * 2, run.settings.patch_size
+    spies = (mock.patch.object(augment, f, wraps=getattr(augment, f)) for f in ("crop_resize", "shift_crop"))
+    with next(spies) as crop, next(spies) as shift:  # remember where the views are cut from
+        batch = run.draw(images, None if study.args.data else at)
+    crops = [call.args[1].cpu() for call in crop.call_args_list]
+    crops = [c for i, c in enumerate(crops) if not any(torch.equal(c, other) for other in crops[:i])]
+    sizes = torch.as_tensor(augment.sizes(images)).expand(len(images), 2)
+    whole = augment.crop_resize(images, F.pad(sizes, (2, 0)), size)
+    rows, comments, view = {"training image, crops": whole}, field_comments(type(batch)), whole
+    for name, value in batch._asdict().items():
+        about = re.sub(r"\(B, 3, [^)]*\)|in \[0, 1\]|, normalised|;.*|None:.*", "", comments.get(name, "")).strip(" ,")
+        about = name.replace("_", " ") + (f": {about}" if about else "")
+        if isinstance(value, Mask):
+            rows[about] = greyed(view, value, p, grid)
+        elif isinstance(value, Tensor) and value.ndim == 4:
+            rows[about] = view = value if value.min() >= 0 else augment.denormalize(value)  # below 0: normalised
+    numbers = {"crops": [c.tolist() for c in crops], "shifts": [call.args[1].tolist() for call in shift.call_args_list]}
+    located = getattr(method.config, "crop_by", "none") != "none"
+    if located:
+        with torch.no_grad():
+            heat = cmae_loc.HEAT[method.config.crop_by](method.encoder, augment.normalize(whole)).unflatten(1, grid)
+        boxes = cmae_loc.locate(heat, (size, size), method.config.crop_threshold)  # top, left, bottom, right
+        rows["heat map and box"] = heat
+        numbers |= {"heat": rounded(heat), "boxes": rounded(boxes)}
+    figure, axes = gallery(f"What {run.label} is shown in one step", rows)
+    for places, line in zip(crops, ("-", "--", ":"), strict=False):
+        for axis, box in zip(axes[0], places / sizes.repeat(1, 2), strict=True):
+            frame(axis, box, size, line)
+    for axis, box in zip(axes[-1], boxes if located else (), strict=False):
+        frame(axis, (*box[:2], *(box[2:] - box[:2])), grid[0])
+    for axis, (down, right) in zip(axes[-1], numbers["shifts"][0] if numbers["shifts"] else (), strict=False):
+        axis.set_xlabel(f"shifted by {down}, {right}", fontsize=9, labelpad=1)
+    return figure, numbers
+
+
+def latent_reconstruction(study: Study):
+    """CAE Figure 4: the whole image encoded and, past the regressor, decoded; several runs one below another."""
+    images, rows, numbers = study.pictures(study.args.images or 8), {}, {}
+    for run in study.runs:
+        if not hasattr(run.method, "reconstruct"):
+            raise Absent(f"{run.label} has no regressor to leave out; give a run of CAE's kind")
+        encoder, tokenizer, x = run.encoder, run.method.tokenizer, centred(images, run.encoder.image_size)
+        original = rows.setdefault("original", augment.denormalize(x))
+        with torch.no_grad():
+            made = run.method.reconstruct(x).float()  # (B, N, codes or P)
+        if tokenizer is None:
+            if run.method.config.norm_pixels:  # nothing is hidden: each patch may have its own statistics back
+                made = to_pixels(made, patchify(x, encoder.patch_size), None, encoder.grid, true_statistics=True)
+            made = augment.denormalize(unpatchify(made, encoder.patch_size, encoder.grid)).clamp(0, 1)
+        elif tokenizer.decoder is None:
+            raise Absent(f"{run.label} predicts tokens that nothing here can draw; give a run with pixels or a dvae")
+        else:
+            tokens, made = tokenizer.tokens(token_images(images, encoder.grid)), made.argmax(dim=2)
+            numbers[f"{run.label}: tokens right"] = (made == tokens).float().mean().item()
+            rows["from its true tokens"] = tokenizer.images(tokens, encoder.grid)
+            made = tokenizer.images(made, encoder.grid)
+        rows[run.label] = made
+        error = F.interpolate(made, original.shape[2:]) - original
+        numbers[f"{run.label}: squared error"] = rounded(error.square().mean(dim=(1, 2, 3)))
+    return gallery("Encoded whole, decoded without the regressor (CAE, Figure 4)", rows)[0], numbers
+
+
+def token_images(images, grid: tuple[int, int]) -> Tensor:
+    return augment.center_crop_resize(images, dvae.STRIDE * grid[0])
+
+
+def token_usage(study: Study):
+    """Which codes a d-VAE uses, most frequent first; a codebook in full use would follow the dashed line."""
+    images, numbers = study.batches(study.args.images or 500), {}
+    figure, ((axis,),) = canvas()
+    for run in study.runs:
+        own = hasattr(run.method.encoder, "tokens")
+        tokenizer = run.method.encoder if own else getattr(run.method, "tokenizer", None)
+        if tokenizer is None:
+            raise Absent(f"{run.label} has no codebook; give a run of a d-VAE, or of a method that uses one")
+        grid, codes = run.method.grid if own else run.encoder.grid, tokenizer.settings["codes"]
+        tokens = torch.cat([tokenizer.tokens(token_images(part, grid)) for part in images])
+        count, code = tokens.flatten().bincount(minlength=codes).sort(descending=True)
+        used, perplexity, share = int((count > 0).sum()), dvae.perplexity(tokens, codes).item(), count / tokens.numel()
+        label = f"{run.label}: {used} of {codes} used, perplexity {perplexity:.0f}"
+        axis.plot(range(1, used + 1), share[:used].tolist(), label=label, markersize=3)
+        axis.axhline(1 / codes, color="0.4", linestyle="--", linewidth=1)
+        numbers[run.label] = {"codes": codes, "used": used, "perplexity": perplexity}
+        numbers[run.label] |= {"by_frequency": code[:used].tolist(), "shares": rounded(share[:used])}
+    axis.set(yscale="log", xlabel="code, by frequency", ylabel="share of all tokens")
+    axis.set_title(f"Use of the codebook over {len(images)} images (dashed: all codes alike)")
+    axis.legend()
+    return figure, numbers
+
+
+# ----------------------------------------------------------------------------------------------------- where it looks
+
+
+def attention_map(study: Study):
+    """CAE Figure 6: the last block's attention from the class token (or a patch), with the region of half its mass."""
+    images, mass, query = study.pictures(study.args.images or 8), study.args.mass, study.args.query
+    rows, regions, numbers = {"input": augment.center_crop_resize(images, study.encoders[0][1].image_size)}, [], {}
+    for label, encoder in study.encoders:
+        h, w = encoder.grid
+        if query and not (query[0] < h and query[1] < w):
+            raise InputError(f"query {query[0]},{query[1]}: outside of {label}'s {h} x {w} patches; count from 0,0")
+        (maps,) = measures.encoder_maps(encoder, images, encoder.blocks[-1:])
+        attention = maps[:, :, 1 + query[0] * w + query[1] if query else 0, 1:].mean(dim=1)  # (B, N)
+        region = measures.mass_region(attention, mass)
+        rows[label], share = attention.unflatten(1, (h, w)), region.double().mean(dim=1)
+        regions.append(region.unflatten(1, (h, w)))
+        numbers[label] = {"share_of_patches": rounded(share), "mean": share.mean().item(), "maps": rounded(rows[label])}
+    asks = f"patch {query[0]},{query[1]}" if query else "the class token"
+    title = f"Attention of {asks} in the last block, mean over heads; outlined: {mass:.0%} of its mass"
+    figure, axes = gallery(title, rows, "share of the patches inside the outline")
+    for row, kept in zip(axes[1:], regions, strict=True):
+        for axis, region in zip(row, kept, strict=True):
+            outline(axis, region, colors="white", linewidths=3)
+            outline(axis, region, colors="#1f4fff", linewidths=1.5)
+            axis.set_xlabel(f"{region.double().mean():.0%}", labelpad=1)
+            if query:
+                circle(axis, *query)
+    return figure, numbers
+
+
+def attention_distance(study: Study):
+    """LC-MAE Figures 5 and 6: mean attention distance of each layer of the encoder; dots are heads."""
+    images = study.batches(study.args.images or 32)
+    heads = {label: measures.attention_distances(encoder, images) for label, encoder in study.encoders}
+    series = {label: x.mean(dim=1).tolist() for label, x in heads.items()}
+    figure, axis = lines("Attention distance of the encoder; dots: heads", "layer", "mean distance (pixels)", series)
+    for line, x in zip(axis.get_lines(), heads.values(), strict=True):
+        layers = torch.arange(1, 1 + len(x))[:, None].expand_as(x)
+        axis.scatter(layers.tolist(), x.tolist(), s=10, color=line.get_color(), alpha=0.4)
+    return figure, {label: {"pixels": series[label], "heads": rounded(x)} for label, x in heads.items()}
+
+
+def decoder_similarity(study: Study):
+    """LC-MAE Figure 2, Eq. (7): how alike a decoder layer's attention is in different images, under one mask."""
+    images = study.batches(study.args.images or 32)
+    series = {run.label: measures.decoder_similarity(measures.mask_token_maps(run, images)) for run in study.runs}
+    title = "Attention of mask tokens: similarity between images (LC-MAE, Eq. 7)"
+    return lines(title, "decoder layer that attends", "mean cosine", series)[0], series
+
+
+def semantic_similarity(study: Study):
+    """LC-MAE Figure 3, Eq. (8): how alike patches are to each other in a decoder layer and in a reference encoder."""
+    if not study.args.reference:
+        raise Absent("needs an encoder to compare with, as DINO's; give --reference PATH")
+    images, series, one = study.batches(study.args.images or 32), {}, len(study.args.reference) == 1
+    for run in study.runs:
+        for name, reference in study.references(run.decoder and run.encoder.grid):
+            terms = []
+            for step, part in enumerate(images):
+                theirs = measures.features(reference, [part], of="patches")
+                layers = measures.decoder_features(run, part, run.masks(part, step=step))
+                terms.append(torch.stack([measures.semantic_similarity(theirs, layer) for layer in layers]))
+            series[run.label if one else f"{run.label}, {name}"] = torch.cat(terms, dim=1).mean(dim=1).tolist()
+    title = f"Similarities between patches: decoder layers and {name if one else 'references'} (LC-MAE, Eq. 8)"
+    return lines(title, "decoder layer", "mean cosine", series)[0], series
+
+
+def decoder_attention(study: Study):
+    """LC-MAE Figure 4: where the mask tokens of two places look, in up to five decoder layers, mean over heads."""
+    run, images = study.only(), study.pictures(study.args.images or 2)
+    mask, (h, w), p = run.decoder and run.masks(images, alike=True), run.encoder.grid, run.encoder.patch_size
+    maps = [m.mean(dim=1) for m in measures.decoder_maps(run, images, mask)]  # (B, 1 + N, 1 + N) each
+    layers, masked, numbers = layers_of_figure_4(len(maps)), mask.masked[0].sort().values, []
+    pictures = augment.center_crop_resize(images, run.encoder.image_size)
+    seen = greyed(pictures, mask, p, (h, w))
+    asked = [(q, i) for q in masked[[len(masked) // 3, 2 * len(masked) // 3]].tolist() for i in range(len(images))]
+    columns = 2 + len(layers)
+    figure, axes = canvas(len(asked), columns, height=0.7 + len(asked) * (0.25 + WIDTH / max(6, columns)))
+    figure.suptitle(f"Attention of a mask token (circle) in the decoder of {run.label}, mean over heads")
+    for row, (q, i) in zip(axes, asked, strict=True):
+        show(row[0], pictures[i])
+        show(row[1], seen[i])
+        circle(row[1], (q // w + 0.5) * p - 0.5, (q % w + 0.5) * p - 0.5)
+        for axis, layer in zip(row[2:], layers, strict=True):
+            cls, patches = maps[layer - 1][i, 1 + q, 0].item(), maps[layer - 1][i, 1 + q, 1:].view(h, w)
+            show(axis, patches)
+            circle(axis, q // w, q % w)
+            axis.set_xlabel(f"class token {cls:.0%}", fontsize=9, labelpad=1)
+            about = {"image": i, "row": q // w, "column": q % w, "layer": layer}
+            numbers.append(about | {"class_token": cls, "patches": rounded(patches)})
+    for axis, name in zip(axes[0], ["input", "masked", *(f"layer {layer}" for layer in layers)], strict=True):
+        axis.set_title(name)
+    return figure, {"attention": numbers}
+
+
+def layers_of_figure_4(depth: int) -> list[int]:
+    """At most five layers, counted from 1, evenly spaced by their logarithm: 1, 2, 3, 5, 8 of 8, as in the paper."""
+    return sorted({round(depth ** (i / 4)) for i in range(5)})
+
+
+# --------------------------------------------------------------------------------------------------- what it learned
+
+
+def class_distances(study: Study):
+    """CMAE §4.7, Figure 6: distances within and between classes, a dot a class, means in the legend.
+
+    For each run after the first: in how many classes its distance to other centres is larger (the paper: 811 of 1000).
+    """
+    images, labels = study.labelled(study.args.images or 500, study.args.classes)
+    names, numbers = [study.val.classes[c] for c in labels.unique()], {}
+    figure, axes = canvas(2, 2, height=6.0)
+    figure.suptitle(f"1 - cosine of the features, {len(images)} images, {len(names)} classes (CMAE, Figure 6)")
+    titles = {"intra": "between images of a class", "inter": "between class centres"}
+    panels = [(f"{which}_{what}", f"{title}: {name}") for which, title in titles.items()
+              for what, name in (("mean", "mean"), ("std", "standard deviation"))]  # fmt: skip
+    first = {}
+    for label, encoder in study.encoders:
+        found = measures.class_distances(measures.features(encoder, images).cpu(), labels)
+        numbers[label] = {key: {"mean": x.mean().item(), "of_classes": rounded(x)} for key, x in found.items()}
+        first = first or found
+        larger = numbers[label]["inter_larger_than_first"] = int((found["inter_mean"] > first["inter_mean"]).sum())
+        for axis, (key, title) in zip(axes.flat, panels, strict=True):
+            more = f", larger in {larger}" * (key == "inter_mean" and found is not first)
+            axis.plot(found[key].tolist(), linestyle="", label=f"{label}: {found[key].mean():.4f}{more}")
+            axis.set(title=title, xlabel="class", ylabel="distance")
+    for axis in axes.flat:
+        axis.set_ylim(0, max(1.4 * axis.dataLim.y1, 1e-6))
+        axis.legend(loc="upper right", ncols=2)
+    return figure, {"classes": names} | numbers
+
+
+def features(study: Study):
+    """Features in the plane, by principal components or t-SNE (CAE Figure 5): of images, or of their patches.
+
+    A patch has the colour of its image's class, as the sets here have no segmentation.
+    """
+    of, by = study.args.of, study.args.projection
+    images, labels = study.labelled(study.args.images or (500 if of == "images" else 50), 10)
+    figure, axes = canvas(1, len(study.encoders), height=1.6 + 6 / len(study.encoders) ** 0.7)
+    figure.suptitle(f"Features of {len(images)} images" + (", patch by patch" if of == "patches" else ""))
+    numbers = {"labels": labels.tolist()}
+    for axis, (label, encoder) in zip(axes[0], study.encoders, strict=True):
+        x = measures.features(encoder, images, of).cpu()
+        every, x = labels.repeat_interleave(x[..., 0].numel() // len(x)), x.flatten(0, -2)
+        names, numbers[label] = ["t-SNE 1", "t-SNE 2"], {}
+        if by == "pca":
+            points, share = measures.pca(x)
+            names = [f"component {i} ({v:.0%})" for i, v in enumerate(share, 1)]
+            numbers[label]["variance"] = rounded(share)
+        else:
+            points = measures.tsne(x, study.runs[0].settings.seed)
+        numbers[label]["points"] = rounded(points)
+        for c in labels.unique():
+            axis.plot(*points[every == c].T.numpy(), linestyle="", label=short(study.val.classes[c]), alpha=0.7,
+                      markersize=5 if of == "images" else 2.5)  # fmt: skip
+        axis.set(title=label, xlabel=names[0], ylabel=names[1])
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=5, markerscale=1.5)
+    return figure, numbers
+
+
+def neighbours(study: Study, k: int = 6):
+    """The training images closest to validation images, by the cosine of their features: what kNN votes by."""
+    run, val, train = study.only(), study.val, study.train
+    queries, bank = study.batches(study.args.images or 6), study.take("train", spaced(len(train), 1000))
+    x, y = (F.normalize(measures.features(run.encoder, some), dim=1).cpu() for some in (queries, bank))
+    cosines, at = (x @ y.T).topk(min(k, len(bank)), dim=1)  # (queries, k)
+    at, size = bank.index[at], run.encoder.image_size  # positions in the training set
+    own, theirs = val.labels.cpu()[queries.index], train.labels.cpu()[at]
+    same = theirs == own[:, None]
+    figure, axes = canvas(len(queries), 1 + at.shape[1], height=0.7 + 1.55 * len(queries))
+    right = same.double().mean().item()
+    figure.suptitle(f"Nearest of {len(bank)} training images by {run.label}; boxed: of the same class ({right:.0%})")
+    for i, row in enumerate(axes):
+        show(row[0], augment.center_crop_resize(val.images(queries.index[i : i + 1]), size)[0])
+        row[0].set_title(f"query\n{short(val.classes[own[i]])}", fontsize=9)
+        for j, axis in enumerate(row[1:]):
+            show(axis, augment.center_crop_resize(train.images(at[i, j : j + 1]), size)[0])
+            axis.set_title(f"{cosines[i, j]:.3f}\n{short(train.classes[theirs[i, j]])}", fontsize=9)
+            if same[i, j]:
+                frame(axis, (0, 0, 1, 1), size)
+    numbers = {"queries": queries.index.tolist(), "neighbours": at.tolist(), "cosines": rounded(cosines)}
+    return figure, numbers | {"same_class": right}
