@@ -309,14 +309,15 @@ def class_distances(study: Study):
         found = measures.class_distances(measures.features(encoder, images).cpu(), labels)
         numbers[label] = {key: {"mean": x.mean().item(), "of_classes": rounded(x)} for key, x in found.items()}
         first = first or found
-        larger = numbers[label]["inter_larger_than_first"] = int((found["inter_mean"] > first["inter_mean"]).sum())
+        larger = int((found["inter_mean"] > first["inter_mean"]).sum())
+        numbers[label]["inter_larger_than_first"] = larger
         for axis, (key, title) in zip(axes.flat, panels, strict=True):
-            more = f", larger in {larger}" * (key == "inter_mean" and found is not first)
+            more = f" (above {study.encoders[0][0]} in {larger})" * (key == "inter_mean" and found is not first)
             axis.plot(found[key].tolist(), linestyle="", label=f"{label}: {found[key].mean():.4f}{more}")
             axis.set(title=title, xlabel="class", ylabel="distance")
     for axis in axes.flat:
-        axis.set_ylim(0, max(1.4 * axis.dataLim.y1, 1e-6))
-        axis.legend(loc="upper right", ncols=2)
+        axis.set_ylim(0, max((1.1 + 0.14 * len(study.encoders)) * axis.dataLim.y1, 1e-6))  # the legend is above dots
+        axis.legend(loc="upper right")
     return figure, {"classes": names} | numbers
 
 

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 from test_analyze import first_weights, study  # noqa: F401  (the fixture `runs`)
-from test_measures import cos
+from test_figure_measures import cos
 
 import cmae_loc
 import common
