@@ -581,6 +581,7 @@ def test_figure_4_with_standardised_pixels_gives_each_patch_its_own_mean_and_var
     torch.testing.assert_close(rows[3], rows[0], atol=1e-4, rtol=0)
 
 
+@pytest.mark.training
 def test_a_few_steps_on_one_batch_lower_both_losses():
     model = small(layer_scale=0.0, perturbed=False, codes=6)
     batch = batch_for(model, B=8)

@@ -207,6 +207,7 @@ def test_the_gradient_of_the_penalised_objective_vanishes_at_the_fit(n, penalty)
     np.testing.assert_allclose(share.mean(axis=0), 0, atol=1e-4)
 
 
+@pytest.mark.training
 def test_separable_classes_are_all_told_apart_and_random_labels_are_guessed_by_chance():
     train, val = blobs(1000, 10, 0.1, seed=1), blobs(2000, 10, 0.1, seed=2)
     assert evaluate.linear_probe(*train, *val, 10)["top1"] == 100
@@ -215,6 +216,7 @@ def test_separable_classes_are_all_told_apart_and_random_labels_are_guessed_by_c
     assert abs(found["top1"] - 10) < 3 and abs(found["top5"] - 50) < 5
 
 
+@pytest.mark.training
 def test_the_probe_does_not_see_units_and_repeats_itself_exactly():
     train, val = blobs(400, 5, 1.5, seed=1), blobs(300, 5, 1.5, seed=2)
     found = evaluate.linear_probe(*train, *val, 5)
@@ -224,6 +226,7 @@ def test_the_probe_does_not_see_units_and_repeats_itself_exactly():
     assert moved["top1"] == pytest.approx(found["top1"], abs=0.7) and moved["penalty"] == found["penalty"]
 
 
+@pytest.mark.training
 def test_a_feature_that_never_varies_does_no_harm():
     train, val = blobs(400, 5, 0.3, seed=1), blobs(300, 5, 0.3, seed=2)
     flat = [torch.cat([x, torch.full((len(x), 1), 3.0)], dim=1) for x in (train[0], val[0])]
@@ -231,6 +234,7 @@ def test_a_feature_that_never_varies_does_no_harm():
     assert found["top1"] == pytest.approx(evaluate.linear_probe(*train, *val, 5)["top1"], abs=0.7)
 
 
+@pytest.mark.training
 def test_the_penalty_is_chosen_on_a_tenth_of_training_and_the_fit_repeated_on_all(monkeypatch):
     train, val = blobs(120, 4, 3.0, seed=1, width=40), blobs(200, 4, 3.0, seed=2, width=40)
     x = (train[0] - train[0].mean(dim=0)) / train[0].std(dim=0, correction=0)
@@ -307,6 +311,7 @@ COMMANDS = {  # what is given, and what of it the result says
 }
 
 
+@pytest.mark.training
 @pytest.mark.parametrize("name", COMMANDS)
 def test_the_last_line_is_the_result_and_the_run_keeps_it(run, monkeypatch, capsys, name):
     protocol, (words, said) = name.split("-")[0], COMMANDS[name]

@@ -244,6 +244,7 @@ def test_images_weigh_the_same_however_they_are_shared_out():
             torch.testing.assert_close(sum(half[part] for half in halves) / 2, whole)
 
 
+@pytest.mark.training
 @pytest.mark.slow
 def test_cross_alone_collapses_and_the_other_losses_prevent_it():
     """§3.3: setting (c) ends in a constant point; L_in (g) or L_MAE (e) beside it, or L_in alone (d), do not."""

@@ -359,6 +359,7 @@ def test_what_a_method_makes_is_where_its_images_are(method, flags, monkeypatch)
 PRECISIONS = {"bf16": (torch.bfloat16, 0.02, 0.9), "fp16": (torch.float16, 0.003, 0.999)}
 
 
+@pytest.mark.training
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("method", METHODS)
 def test_half_precision_gives_nearly_the_loss_and_gradient_of_float32(method, precision):
@@ -382,6 +383,7 @@ def test_half_precision_gives_nearly_the_loss_and_gradient_of_float32(method, pr
     assert not torch.equal(*gradients)  # half precision it was
 
 
+@pytest.mark.training
 @pytest.mark.parametrize(
     "method, precision", [(name, "bf16") for name in METHODS if name != "dvae"] + [("mae", "fp16"), ("cmae", "fp16")]
 )

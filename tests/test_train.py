@@ -305,6 +305,7 @@ def test_the_tokenizer_that_is_trained_first_is_kept_and_starts_over_with_its_ru
 # --------------------------------------------------------------------------------------------- numbers of processes
 
 
+@pytest.mark.training
 @pytest.mark.parametrize("method", METHODS)
 def test_one_process_and_two_end_alike(train, tmp_path, method):
     """Twenty steps; batch 64 in one process against 32 in each of two, and against two accumulated parts for MAE."""

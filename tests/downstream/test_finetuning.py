@@ -508,6 +508,7 @@ def test_an_images_part_does_not_depend_on_who_prepares_it():
 # --------------------------------------------------------------------------------------------------------- training
 
 
+@pytest.mark.training
 @pytest.mark.parametrize("protocol, blocks", PROTOCOLS)
 def test_a_small_set_is_learned_and_a_repeat_learns_the_same(protocol, blocks):
     optimizer = {"linear": "lars", "attentive": "sgd"}.get(protocol, "adamw")
@@ -568,6 +569,7 @@ def test_a_checkpoint_of_other_settings_or_of_another_encoder_is_refused(tmp_pat
         trained("linear", directory=tmp_path)
 
 
+@pytest.mark.training
 @pytest.mark.parametrize("protocol, blocks", PROTOCOLS)
 def test_parts_of_a_step_make_the_step(protocol, blocks):
     recipe = replace(RICH, lr=0.01, optimizer="sgd")
@@ -587,6 +589,7 @@ def _train_as_one_of(rank: int, ranks: int, folder: str) -> None:
     process.stop()
 
 
+@pytest.mark.training
 @pytest.mark.slow
 def test_two_processes_train_what_one_does(tmp_path):
     torch.multiprocessing.spawn(_train_as_one_of, (2, str(tmp_path)), nprocs=2)
@@ -609,6 +612,7 @@ def test_what_cannot_be_shared_or_filled_is_refused():
             trained("finetune", recipe, **options)
 
 
+@pytest.mark.training
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_lower_precision_learns_nearly_the_same(precision):
     exact, rounded = (trained("finetune", precision=p) for p in ("fp32", precision))
@@ -655,6 +659,7 @@ def test_what_the_frozen_part_gives_may_be_kept(monkeypatch, protocol, blocks):
     assert all(torch.equal(value, before[name]) for name, value in encoder.state_dict().items())  # nor is it changed
 
 
+@pytest.mark.training
 def test_seeds_give_mean_and_sample_deviation():
     found = evaluated("finetune", seed=6, seeds=3)
     each = [evaluated("finetune", seed=seed) for seed in (6, 7, 8)]

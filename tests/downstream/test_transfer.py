@@ -305,6 +305,7 @@ def chance(folder: Path) -> float:
     return transfer.segmentation_scores(transfer.confusion(torch.zeros_like(labels), labels, 5))["miou"]
 
 
+@pytest.mark.training
 @pytest.mark.slow
 def test_training_raises_miou_above_chance_and_repeats_itself(run, folder, monkeypatch, capsys):
     words = "--run", run, "--task", "segment", "--data", folder, "--device", "cpu", "--batch-size", 8
@@ -323,6 +324,7 @@ def test_detection_trains_and_measures(run, folder, monkeypatch, capsys):
     assert json.loads((run / "transfer-detect-untrained.json").read_text()) == result
 
 
+@pytest.mark.training
 @pytest.mark.slow
 def test_a_detector_learns_four_images_by_heart(folder):
     torch.manual_seed(0)

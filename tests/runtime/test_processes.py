@@ -84,6 +84,7 @@ def assert_alike(one: Path, other: Path, loss: float, weights: float):
 TWENTY = ["--max-steps", 20, "--epochs", 20, "--batch-size", 24, "--lr", 1e-4, "--drop-path", 0]
 
 
+@pytest.mark.training
 @pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_one_and_four_processes_end_alike(ranks, tmp_path, method):
@@ -95,6 +96,7 @@ def test_one_and_four_processes_end_alike(ranks, tmp_path, method):
     assert_alike(tmp_path / "1", tmp_path / "4", 3e-5, 3e-5)
 
 
+@pytest.mark.training
 @pytest.mark.slow
 @pytest.mark.parametrize("method, loss", [(m, 0.05 if m.startswith("cmae") else 0.01) for m in METHODS])
 def test_one_two_and_four_processes_end_nearly_alike_in_bf16(ranks, tmp_path, method, loss):
