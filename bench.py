@@ -12,7 +12,7 @@ does meets all alike; `--cpu-time` counts the seconds that this process computes
 OMP_NUM_THREADS=1). A step is forward, backward, AdamW and the teacher, as in train.py; what `draw` draws is drawn
 before. FLOPs are what torch's FlopCounterMode counts in that step without compiling. `share` is that over time and over
 the rate of a 2048 x 2048 torch.matmul of the same precision (8192 on a GPU) in the same repeats, in percent; above 100
-where our float32 is oneDNN's and torch.matmul MKL's (see `common.linear`). `MB` is what a process of its own holds at
+where our float32 is oneDNN's and torch.matmul MKL's (see runtime/fast.py). `MB` is what a process of its own holds at
 its peak beyond what a tiny model takes: model, optimizer, activations; on a CPU the median of three such processes.
 `cost` is a method's time over MAE's, divided by its FLOPs over MAE's.
 """

@@ -12,8 +12,6 @@ not; both hold indices into the grid read row by row, and side by side they are 
 
 import itertools
 import math
-from collections.abc import Callable
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -22,6 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from runtime.errors import InputError
+from runtime.fast import attend, linear, take, upload, written
+from runtime.randomness import StepRandom
 from runtime.ranks import gather_over_ranks, rank, sum_over_ranks, world_size
 
 # Every image set is normalised with ImageNet's channel statistics, so that an encoder fits any of them.
@@ -35,60 +35,6 @@ SIZES = {
     "base": (768, 12, 12),
     "large": (1024, 24, 16),
 }
-
-
-# ------------------------------------------------------------------------------------------------------- randomness
-
-
-def upload(x: Tensor, device: torch.device) -> Tensor:
-    """A tensor on `device`. From the CPU to a GPU by pinned memory, so that the copy need not wait for its queue."""
-    pin = device.type == "cuda" and x.device.type == "cpu"
-    return x.pin_memory().to(device, non_blocking=True) if pin else x.to(device)
-
-
-class StepRandom:
-    """All that is random in one step, a function of (seed, step) alone.
-
-    Every call draws for the whole global batch (`total` images) and returns the rows of this rank, so that what an
-    image meets does not depend on how many processes share the work. The draws are made on the CPU: the same numbers
-    on every device, and no generator state that a checkpoint would have to carry.
-    """
-
-    def __init__(self, seed: int, step: int, total: int, rows: slice | None = None, device="cpu"):
-        self.generator = np.random.default_rng((seed, step))
-        self.total, self.rows, self.device = total, rows or slice(0, total), torch.device(device)
-
-    def _mine(self, drawn) -> Tensor:
-        return upload(torch.from_numpy(np.ascontiguousarray(drawn[self.rows])), self.device)
-
-    def uniform(self, *shape: int, low: float = 0.0, high: float = 1.0) -> Tensor:
-        """float32 (B, *shape), uniform in [low, high)."""
-        return self._mine(self.generator.random((self.total, *shape), dtype=np.float32)) * (high - low) + low
-
-    def normal(self, *shape: int) -> Tensor:
-        """float32 (B, *shape), standard normal."""
-        return self._mine(self.generator.standard_normal((self.total, *shape), dtype=np.float32))
-
-    def integers(self, low: int, high: int, *shape: int) -> Tensor:
-        """int64 (B, *shape), uniform in low … high-1."""
-        return self._mine(self.generator.integers(low, high, (self.total, *shape)))
-
-    def beta(self, a: float, b: float, *shape: int) -> Tensor:
-        """float32 (B, *shape), from Beta(a, b)."""
-        return self._mine(self.generator.beta(a, b, (self.total, *shape)).astype(np.float32))
-
-    def chance(self, probability: float) -> Tensor:
-        """bool (B,), True with the given probability."""
-        return self._mine(self.generator.random(self.total) < probability)
-
-    def permutation(self, n: int) -> Tensor:
-        """int64 (B, n), one uniform permutation of 0 … n-1 per image (the order of float64 noise, as in MAE)."""
-        return self._mine(self.generator.random((self.total, n)).argsort(axis=1))
-
-
-def epoch_order(seed: int, epoch: int, n: int) -> Tensor:
-    """int64 (n,): the order in which epoch `epoch` visits the n images, a function of (seed, epoch) alone."""
-    return torch.from_numpy(np.random.default_rng((seed, epoch, 1)).permutation(n))
 
 
 # ---------------------------------------------------------------------------------------------- patches and targets
@@ -115,20 +61,11 @@ def unpatchify(patches: Tensor, p: int, grid: tuple[int, int]) -> Tensor:
     return x.permute(0, 5, 1, 3, 2, 4).reshape(len(patches), -1, h * p, w * p)
 
 
-def take(x: Tensor, index: Tensor) -> Tensor:
-    """(B, N, D) and (B, K) indices of tokens → (B, K, D). Moves whole rows, where `gather` moves single numbers."""
-    rows = index + x.shape[1] * torch.arange(len(x), device=x.device)[:, None]
-    return x.flatten(0, 1).index_select(0, rows.flatten()).unflatten(0, index.shape)
-
-
 def normalize_patches(patches: Tensor, eps: float = 1e-6) -> Tensor:
     """MAE's per-patch normalised target, t̂ = (t - mean) / √(var + eps); the variance divides by P-1, as torch's."""
     P = patches.shape[-1]
     unbiased = (P - 1) / P  # layer norm's variance divides by P; it takes an eighth of var_mean's time
-    patches = patches.float().contiguous()
-    # The same tensor; but a compiler writes it now, instead of finding each pixel's place anew for every use below.
-    patches = patches.as_strided(patches.shape, patches.stride())
-    return F.layer_norm(patches, (P,), eps=eps * unbiased).mul_(math.sqrt(unbiased))
+    return F.layer_norm(written(patches.float()), (P,), eps=eps * unbiased) * math.sqrt(unbiased)
 
 
 def reconstruction_loss(predicted: Tensor, target: Tensor) -> Tensor:
@@ -244,44 +181,9 @@ def sincos_positions(width: int, grid: tuple[int, int]) -> Tensor:
     return torch.cat([torch.zeros(1, width, dtype=torch.float64), positions])[None].float()
 
 
-CPU = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-AMD = "AuthenticAMD" in CPU and torch.backends.mkldnn.is_available()
-
-
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`F.linear`, (B, T, D) → (B, T, out), in the two ways that are faster on a CPU.
-
-    In float32 on AMD's processors as a convolution of kernel 1: the same sum, but torch leaves convolutions to oneDNN
-    and products to MKL, at half of oneDNN's speed there. Under autocast with the bias added to the product, rounded
-    once more; F.linear would write the bias everywhere first, then read it to add the product.
-    """
-    low = torch.is_autocast_enabled("cpu")
-    if x.device.type == "cpu" and low and bias is not None:
-        y = F.linear(x, weight)
-        return y.add_(bias.to(y.dtype))
-    if x.device.type == "cpu" and AMD and not low and x.dtype == torch.float32 and x.ndim == 3:
-        columns = x[:, :, None].permute(0, 3, 1, 2)  # (B, D, T, 1)
-        return F.conv2d(columns, weight[:, :, None, None], bias).permute(0, 2, 3, 1)[:, :, 0]
-    return F.linear(x, weight, bias)
-
-
 class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight, self.bias)
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
-    """softmax(q kᵀ / √d + bias) v over (B, heads, tokens, d); a bias is (B or 1, heads, queries, keys).
-
-    Short sequences on a CPU go by plain matrix products: torch's kernel takes six times as long there in bf16, and in
-    float32 it hides a NaN.
-    """
-    bias = None if bias is None else bias.to(q.dtype)
-    if q.device.type == "cpu" and q.shape[-2] * k.shape[-2] <= 256 * 256:
-        with torch.autocast("cpu", enabled=False):  # else bf16 scores go through float32 and back; softmax adds in it
-            scores = q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)
-            return (scores if bias is None else scores + bias).softmax(dim=-1) @ v
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
 
 
 def relative_places(grid: tuple[int, int]) -> Tensor:
@@ -318,27 +220,6 @@ class Attention(nn.Module):
         return self.proj(attend(q, k, v, bias).transpose(1, 2).reshape(B, T, D))
 
 
-def recompute(inner: Callable, outer: Callable, x: Tensor) -> Tensor:
-    """outer(inner(x)). In float32 on a CPU the backward pass does not keep inner(x), but computes the same bits again.
-
-    GELU's output is much of what a step keeps, and takes little time. Lower precisions have less to save.
-    """
-    y = inner(x)
-    if y.device.type != "cpu" or y.dtype != torch.float32 or torch.compiler.is_compiling():
-        return outer(y)
-    storage, x = y.untyped_storage().data_ptr(), x.detach()
-
-    def pack(saved: Tensor) -> Tensor | tuple:
-        ours = saved.untyped_storage().data_ptr() == storage
-        return (saved.size(), saved.stride()) if ours else saved
-
-    def unpack(packed: Tensor | tuple) -> Tensor:
-        return inner(x).as_strided(*packed) if isinstance(packed, tuple) else packed
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
-        return outer(y)
-
-
 class MLP(nn.Module):
     def __init__(self, width: int, hidden: int):
         super().__init__()
@@ -346,7 +227,7 @@ class MLP(nn.Module):
         self.fc2 = Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return recompute(F.gelu, self.fc2, self.fc1(x))
+        return self.fc2(F.gelu(self.fc1(x)))
 
 
 class LayerScale(nn.Module):
@@ -549,9 +430,6 @@ class BatchNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:  # (rows, D) → (rows, D)
         with torch.autocast(x.device.type, enabled=False):
             y = x if x.dtype == torch.float64 else x.float()
-            if world_size() == 1:  # the same by one kernel, in a fifth of the time
-                args = self.weight, self.bias, None, None, True, 0.0, self.eps, y.device.type == "cuda"
-                return torch.batch_norm(y, *args).to(x.dtype)
             n = len(y) * world_size()
             y = y - sum_over_ranks(y.sum(0)) / n
             variance = sum_over_ranks(y.square().sum(0)) / n

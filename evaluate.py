@@ -247,7 +247,8 @@ KEPT_LIMIT = 16 << 30  # bytes of a frozen encoder's output to hold; above, imag
 def trained(task: Task, protocol: str) -> dict:
     """What finetuning.py makes of the encoder, measured; over several seeds mean and sample standard deviation."""
     recipe = task.recipe or finetuning.recipe_for("demo", protocol, task.blocks)
-    machine = argparse.Namespace(precision=task.precision, compile=False)
+    machine = argparse.Namespace(precision=task.precision, compile=False, resume="auto" if task.resume else "never",
+                                 out=task.directory and task.directory / f"seed-{task.seed}")  # fmt: skip
     settle(machine, task.device)
     source, results = task.train_set, []
     for seed in range(task.seed, task.seed + task.seeds):

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import evaluate
-from common import StepRandom, ViT, epoch_order, learning_rate, parameter_groups
+from common import StepRandom, ViT, learning_rate, parameter_groups
 from inputs import image_sets
 from methods import METHODS
 from runtime import command_line, files, process
@@ -33,6 +33,7 @@ from runtime.command_line import build_encoder, settle
 from runtime.errors import InputError
 from runtime.log import Meter, say
 from runtime.pictures import Pictures
+from runtime.randomness import epoch_order
 from runtime.ranks import rank, world_size
 from runtime.run import Run
 from runtime.weights import untrained

@@ -41,11 +41,12 @@ from torchvision.models.segmentation.fcn import FCNHead
 from torchvision.ops import MultiScaleRoIAlign, masks_to_boxes
 from tqdm import tqdm
 
-from common import ViT, epoch_order, learning_rate, pair, parameter_groups
+from common import ViT, learning_rate, pair, parameter_groups
 from inputs import augment, builtin_scenes, images_in_files
 from runtime import files, process, weights
 from runtime.command_line import Help, Parser
 from runtime.errors import InputError
+from runtime.randomness import epoch_order
 
 try:
     from pycocotools import mask as rle

@@ -34,10 +34,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from common import StepRandom, ViT, epoch_order, initialize, learning_rate, upload
+from common import StepRandom, ViT, initialize, learning_rate, upload
 from inputs import augment
 from runtime import files
 from runtime.errors import InputError
+from runtime.randomness import epoch_order
 from runtime.ranks import rank, sum_over_ranks, world_size
 
 # ---------------------------------------------------------------------------------------------------------- recipes

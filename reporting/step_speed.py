@@ -7,7 +7,7 @@ import torch
 
 from reporting.contenders import flops, stepper
 from reporting.timing import held, in_a_child, interleave
-from runtime import process
+from runtime import fast, process
 
 
 def peak_memory(pipe, threads: int, args, name: str, B: int, precision: str, compiled: bool, device) -> None:
@@ -15,6 +15,7 @@ def peak_memory(pipe, threads: int, args, name: str, B: int, precision: str, com
     torch.set_num_threads(threads)
     if device.type == "cpu":
         process.keep_freed_memory()  # as train.py does
+        fast.prepare(device)
     tiny = dict(width=8, depth=1, heads=1, decoder_width=8, decoder_depth=1, decoder_heads=1)
     stepper(argparse.Namespace(**vars(args) | tiny), name, 2, precision, False, device)()
     before = held("VmRSS")

@@ -8,16 +8,20 @@ import argparse
 import dataclasses
 import importlib.util
 import inspect
+import json
 import re
 import shutil
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 from common import SIZES, ViT
-from runtime import process
+from runtime import fast, process
 from runtime.errors import InputError
+from runtime.ranks import rank, world_size
 
 # Group → its options: name, default, kind, metavar, help. A kind is a type, or the list of words to choose from. Of
 # bool, the metavar "switch" means a flag that can only be given, else there is a --no- form beside it.
@@ -117,17 +121,40 @@ def pretraining_options(argv: list[str], methods: dict[str, type]):
 
 
 def settle(args, device: torch.device) -> None:
-    """What the machine decides: the kind of device, the precision that is fast there, whether to compile."""
+    """What is fast on this machine, unless the run that is continued has it: precision, float32 products, compiling."""
     args.device = device.type
+    found = [fastest(device) | begun(args) if rank() == 0 else None]
+    if world_size() > 1:
+        dist.broadcast_object_list(found)
     if args.precision == "auto":
-        if args.device == "cuda":
-            args.precision = "bf16" if process.has_bf16(device) else "fp16"
-        else:  # processors without bf16 instructions emulate them, slowly
-            flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-            args.precision = "bf16" if args.device == "cpu" and re.search("avx512_bf16|amx_bf16", flags) else "fp32"
+        args.precision = found[0]["precision"]
+    args.linear = found[0]["linear"]
+    fast.use(args.linear)
     if args.compile is None:
         compiles = args.device == "cuda" and torch.cuda.get_device_capability() >= (7, 0)  # Triton's least
         args.compile = compiles and importlib.util.find_spec("triton") is not None
+
+
+def fastest(device: torch.device) -> dict:
+    """The precision that suits the device, and how a CPU computes float32 products."""
+    if device.type == "cpu":
+        return fast.measured()
+    half = "bf16" if process.has_bf16(device) else "fp16"
+    return dict(precision=half if device.type == "cuda" else "fp32", linear=None)
+
+
+def begun(args) -> dict:
+    """Precision and products of the run that `--resume` continues, from its checkpoint or, before one, config.json."""
+    if args.resume == "never" or not args.out:
+        return {}
+    folder = Path(args.out)
+    paths = [folder / "checkpoint.pt", folder / "config.json"] if args.resume == "auto" else [Path(args.resume)]
+    for path in filter(Path.exists, paths):
+        with suppress(Exception):  # whoever reads the whole file says what is wrong with it
+            is_text = path.suffix == ".json"
+            read = json.loads(path.read_text()) if is_text else torch.load(path, "cpu", weights_only=True, mmap=True)
+            return {key: read["settings"][key] for key in ("precision", "linear") if read["settings"].get(key)}
+    return {}
 
 
 class Help(argparse.HelpFormatter):

@@ -9,6 +9,7 @@ import time
 import torch
 import torch.distributed as dist
 
+from runtime import fast
 from runtime.errors import InputError
 
 
@@ -46,6 +47,7 @@ def start(device: str = "auto") -> torch.device:
     chosen = torch.device(device, local) if device == "cuda" else torch.device(device)
     if device == "cpu":
         keep_freed_memory()
+        fast.prepare(chosen)
     if ranks > 1:
         on_gpu = chosen.type == "cuda"
         # torchrun --max-restarts hands out the store of the attempt before, with addresses of processes that are gone.

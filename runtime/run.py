@@ -20,7 +20,8 @@ from runtime.log import Log, say
 from runtime.ranks import rank, world_size
 
 # What may differ between a run and its continuation: where and how it runs, not what it computes.
-FREE = {"out", "resume", "data_root", "download", "workers", "device", "compile", "save_every", "log_every", "evaluate"}
+FREE = {"out", "resume", "data_root", "download", "workers", "device", "compile", "linear"}
+FREE |= {"save_every", "log_every", "evaluate"}
 
 
 class Run:

@@ -24,31 +24,28 @@ from common import (
     StepRandom,
     ViT,
     _blocks,
-    attend,
     block_mask,
     cosine,
     drop_path,
     ema_update,
-    epoch_order,
     info_nce,
     initialize,
     learning_rate,
-    linear,
     normalize_patches,
     parameter_groups,
     patchify,
     random_mask,
-    recompute,
     reconstruction_loss,
     relative_places,
     restore,
     sincos_positions,
-    take,
     unpatchify,
     visible_count,
 )
-from runtime import ranks
+from runtime import fast, ranks
 from runtime.errors import InputError
+from runtime.fast import attend, linear, take
+from runtime.randomness import epoch_order
 from runtime.ranks import gather_over_ranks, rank, sum_over_ranks, world_size
 
 grids = st.tuples(st.integers(1, 9), st.integers(1, 9)).filter(lambda g: g[0] * g[1] >= 2)
@@ -378,19 +375,19 @@ def test_attend_matches_scaled_dot_product(heads, queries, keys):
     torch.testing.assert_close(attend(q, k, v), expected, atol=1e-5, rtol=1e-4)
 
 
-def test_attend_leaves_all_to_torchs_kernel_but_short_sequences(monkeypatch):
+def test_attend_leaves_all_to_torchs_kernel_but_short_sequences_in_half_precision(monkeypatch):
     taken, kernel = [], F.scaled_dot_product_attention
     monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *a, **k: taken.append(a) or kernel(*a, **k))
     for queries, keys, dtype, to_kernel in (
-        (4, 4, torch.float32, False), (4, 4, torch.float64, False), (4, 4, torch.bfloat16, False),
+        (4, 4, torch.float32, True), (4, 4, torch.float64, True), (4, 4, torch.bfloat16, False),
         (256, 256, torch.bfloat16, False), (256, 257, torch.bfloat16, True),
     ):  # fmt: skip
         taken.clear()
         q, k = torch.randn(1, 1, queries, 8, dtype=dtype), torch.randn(1, 1, keys, 8, dtype=dtype)
         torch.testing.assert_close(attend(q, k, k), kernel(q, k, k), atol=0.05, rtol=0.05)
         assert (len(taken) == 1) == to_kernel
-    x = torch.randn(1, 1, 4, 8)
-    with torch.autocast("cpu", torch.bfloat16):
+    x = torch.randn(1, 1, 4, 8).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):  # the scores are in bf16 under autocast too
         inside = attend(x, x, x)
     assert torch.equal(inside, attend(x, x, x))
 
@@ -499,40 +496,6 @@ def test_block_is_pre_norm_with_layer_scale():
     torch.testing.assert_close(block(x), y + 0.3 * block.mlp(block.norm2(y)))
     assert isinstance(block.ls1, LayerScale) and isinstance(Block(8, 2).ls1, torch.nn.Identity)
     assert MLP(8, 32).fc1.weight.shape == (32, 8) and block.norm1.eps == 1e-6
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@given(st.integers(1, 3), st.integers(1, 9), st.integers(1, 3), st.integers(1, 4))
-def test_what_is_computed_again_gives_the_same_bits(dtype, batch, tokens, width, wider):
-    mlp = MLP(8 * width, 8 * wider)
-    x = torch.randn(batch, tokens, 8 * width, requires_grad=True)
-    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
-        ours, plain = mlp(x), mlp.fc2(F.gelu(mlp.fc1(x)))
-    assert ours.dtype == dtype and torch.equal(ours, plain)
-    learned = [x, *mlp.parameters()]
-    for a, b in zip(*(torch.autograd.grad(y.float().square().sum(), learned) for y in (ours, plain)), strict=True):
-        assert torch.equal(a, b)
-
-
-def test_what_is_computed_again_is_not_kept():
-    calls = []
-    weight, x = torch.randn(5, 5, requires_grad=True), torch.randn(3, 5, requires_grad=True)
-
-    def double(x):
-        calls.append(torch.is_grad_enabled())
-        return x * 2
-
-    y = recompute(double, lambda y: (y @ weight).sin() + y.new_ones(3, 5) * weight[0], x)
-    assert calls == [True]
-    y.sum().backward()  # the product's input is asked for once, the sine's own and the weights are as they were
-    assert calls == [True, False]
-    cosine_of = (2 * x @ weight).cos()
-    torch.testing.assert_close(weight.grad, (2 * x).T @ cosine_of + F.pad(torch.full((1, 5), 3.0), (0, 0, 0, 4)))
-    torch.testing.assert_close(x.grad, 2 * cosine_of @ weight.T)
-    for elsewhere in (dict(device="meta"), dict(dtype=torch.bfloat16)):  # where it is kept
-        calls.clear()
-        recompute(double, torch.sin, torch.randn(2, requires_grad=True, **elsewhere)).sum().backward()
-        assert calls == [True]
 
 
 def test_drop_path_drops_whole_images_and_keeps_the_mean():
@@ -925,10 +888,10 @@ def test_take_and_patchify_and_their_gradients_equal_indexing_by_hand():
         assert patches[b, n, (row * 2 + column) * 3 + c] == value
 
 
-@pytest.mark.parametrize("amd", [True, False])
+@pytest.mark.parametrize("convolution", [True, False])
 @pytest.mark.parametrize("bias", [True, False])
-def test_linear_equals_a_float64_loop_with_its_gradients(bias, amd, monkeypatch):
-    monkeypatch.setattr(common, "AMD", amd)
+def test_linear_equals_a_float64_loop_with_its_gradients(bias, convolution, monkeypatch):
+    monkeypatch.setattr(fast, "as_convolution", convolution)
     torch.manual_seed(0)
     layer = common.Linear(7, 6, bias=bias)
     inputs = torch.randn(2, 5, 7, requires_grad=True)
@@ -976,13 +939,13 @@ def test_linear_in_bf16_equals_a_float64_loop_with_its_gradients(bias, shape):
         assert torch.equal(layer.bias.grad.double(), G.sum(dim=0))
 
 
-def test_linear_is_a_convolution_in_float32_on_amd_alone(monkeypatch):
+def test_linear_is_a_convolution_in_float32_alone_where_that_was_chosen(monkeypatch):
     taken, conv2d = [], F.conv2d
     monkeypatch.setattr(F, "conv2d", lambda *a: taken.append(a) or conv2d(*a))
     layer, x = common.Linear(4, 3), torch.randn(2, 5, 4)
-    monkeypatch.setattr(common, "AMD", False)
+    monkeypatch.setattr(fast, "as_convolution", False)
     plain = layer(x)
-    monkeypatch.setattr(common, "AMD", True)
+    monkeypatch.setattr(fast, "as_convolution", True)
     with torch.autocast("cpu", torch.bfloat16):
         assert layer(x).dtype == linear(x, layer.weight).dtype == torch.bfloat16
     assert linear(x.double(), layer.weight.double()).dtype == torch.float64

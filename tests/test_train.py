@@ -547,7 +547,7 @@ def test_a_gpu_is_asked_what_it_can_do(monkeypatch, capability, triton, precisio
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", bf16)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: (name == "triton" and triton) or None)
-    args = types.SimpleNamespace(precision="auto", compile=None)
+    args = types.SimpleNamespace(precision="auto", compile=None, resume="never")
     settle(args, torch.device("cuda"))
     assert (args.device, args.precision, args.compile) == ("cuda", precision, compiles)
 

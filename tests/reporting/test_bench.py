@@ -9,8 +9,8 @@ import torch
 from torchvision.datasets.folder import default_loader
 
 import bench
-import common
 from reporting import contenders, input_speed, machine, run_speed, scale_estimate, speed_table, step_speed, timing
+from runtime import fast
 from runtime.errors import InputError
 
 TINY = "--width 16 --depth 2 --heads 2 --decoder-width 8 --decoder-depth 1 --decoder-heads 1 --image-size 32"
@@ -26,9 +26,9 @@ def vit_flops(tokens, width, depth, hidden=4):
     return depth * 2 * (tokens * width * width * (4 + 2 * hidden) + 2 * tokens * tokens * width)
 
 
-@pytest.mark.parametrize("amd", [True, False])
-def test_counted_flops_of_mae_are_those_of_its_products(monkeypatch, amd):
-    monkeypatch.setattr(common, "AMD", amd)  # a convolution's are counted like a product's
+@pytest.mark.parametrize("convolution", [True, False])
+def test_counted_flops_of_mae_are_those_of_its_products(monkeypatch, convolution):
+    monkeypatch.setattr(fast, "as_convolution", convolution)  # a convolution's are counted like a product's
     B, N, V, D, W, P = 2, 16, 4, 16, 8, 192
     forward = vit_flops(1 + V, D, 2) + vit_flops(1 + N, W, 1)
     embed = 2 * V * P * D  # its backward multiplies for the kernel alone, pixels need no gradient

@@ -288,6 +288,41 @@ mae.MAE.forward = spoiled
     assert state(tmp_path / "run")["step"] == 5
 
 
+# -------------------------------------------------------------------------------------- what each machine finds fastest
+
+# A stand-in for the measurement: rank 0 finds {0} and {1} the fastest, the other ranks the contrary.
+FINDS = """
+from runtime import fast
+ways = dict(precision=["fp32", "bf16"], linear=["product", "convolution"])
+mine = dict(precision="{0}", linear="{1}")
+first = os.environ.get("RANK", "0") == "0"
+fast.measured = lambda: {{key: next(w for w in both if (w == mine[key]) == first) for key, both in ways.items()}}
+"""
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_a_run_goes_on_in_the_precision_that_the_machine_it_began_on_chose(ranks, tmp_path, n):
+    """Under auto rank 0 chooses for all; the run that is continued decides, whatever the next machine would choose."""
+    here, there = FINDS.format("bf16", "convolution"), FINDS.format("fp32", "product")
+    flags = ["--precision", "auto", "--epochs", 40]
+    assert_fine(ranks(*flags, n=n, out="whole", before=here))
+    run = ranks(*flags, n=n, before=here)
+    wait_for_lines(run, tmp_path / "run", 7)
+    run.send_signal(signal.SIGTERM)
+    assert run.wait() == [128 + signal.SIGTERM] * n and "cpu in bf16, into" in run.stderr, run.stderr
+    refused = ranks("--epochs", 40, "--precision", "fp32", n=n, before=there)
+    assert refused.wait()[0] == 2 and "precision 'bf16' there, 'fp32' here" in refused.stderr
+    again = ranks(*flags, n=n, before=there)
+    assert_fine(again)
+    assert "cpu in bf16, into" in again.stderr and "continuing" in again.stderr
+    assert_same_bits(state(tmp_path / "run"), state(tmp_path / "whole"))
+    settings = json.loads((tmp_path / "run" / "config.json").read_text())["settings"]
+    assert (settings["precision"], settings["linear"]) == ("bf16", "convolution")
+    anew = ranks("--precision", "auto", "--epochs", 1, "--resume", "never", n=n, before=there)
+    assert_fine(anew)
+    assert "cpu in fp32, into" in anew.stderr
+
+
 # ------------------------------------------------------------------------------------------------- places to write to
 
 

@@ -1,0 +1,52 @@
+"""All that is random in a run: functions of (seed, step) and of (seed, epoch), and of nothing else."""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from runtime.fast import upload
+
+
+class StepRandom:
+    """All that is random in one step, a function of (seed, step) alone.
+
+    Every call draws for the whole global batch (`total` images) and returns the rows of this rank, so that what an
+    image meets does not depend on how many processes share the work. The draws are made on the CPU: the same numbers
+    on every device, and no generator state that a checkpoint would have to carry.
+    """
+
+    def __init__(self, seed: int, step: int, total: int, rows: slice | None = None, device="cpu"):
+        self.generator = np.random.default_rng((seed, step))
+        self.total, self.rows, self.device = total, rows or slice(0, total), torch.device(device)
+
+    def _mine(self, drawn) -> Tensor:
+        return upload(torch.from_numpy(np.ascontiguousarray(drawn[self.rows])), self.device)
+
+    def uniform(self, *shape: int, low: float = 0.0, high: float = 1.0) -> Tensor:
+        """float32 (B, *shape), uniform in [low, high)."""
+        return self._mine(self.generator.random((self.total, *shape), dtype=np.float32)) * (high - low) + low
+
+    def normal(self, *shape: int) -> Tensor:
+        """float32 (B, *shape), standard normal."""
+        return self._mine(self.generator.standard_normal((self.total, *shape), dtype=np.float32))
+
+    def integers(self, low: int, high: int, *shape: int) -> Tensor:
+        """int64 (B, *shape), uniform in low … high-1."""
+        return self._mine(self.generator.integers(low, high, (self.total, *shape)))
+
+    def beta(self, a: float, b: float, *shape: int) -> Tensor:
+        """float32 (B, *shape), from Beta(a, b)."""
+        return self._mine(self.generator.beta(a, b, (self.total, *shape)).astype(np.float32))
+
+    def chance(self, probability: float) -> Tensor:
+        """bool (B,), True with the given probability."""
+        return self._mine(self.generator.random(self.total) < probability)
+
+    def permutation(self, n: int) -> Tensor:
+        """int64 (B, n), one uniform permutation of 0 … n-1 per image (the order of float64 noise, as in MAE)."""
+        return self._mine(self.generator.random((self.total, n)).argsort(axis=1))
+
+
+def epoch_order(seed: int, epoch: int, n: int) -> Tensor:
+    """int64 (n,): the order in which epoch `epoch` visits the n images, a function of (seed, epoch) alone."""
+    return torch.from_numpy(np.random.default_rng((seed, epoch, 1)).permutation(n))

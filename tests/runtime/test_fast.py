@@ -1,0 +1,77 @@
+"""runtime/fast.py: the choice by measurement; that each fast way equals its plain expression is in test_common.py."""
+
+import time
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from runtime import fast
+
+
+@pytest.fixture
+def times(monkeypatch):
+    """times(product=…, convolution=…, bf16=…) → what is then measured to be the fastest."""
+
+    def choose(**seconds):
+        monkeypatch.setattr(fast, "seconds", lambda: seconds)
+        return fast.measured.__wrapped__()
+
+    return choose
+
+
+def test_the_faster_precision_is_taken_and_a_convolution_where_it_is_clearly_faster(times):
+    assert times(product=2.0, convolution=1.0, bf16=0.5) == dict(precision="bf16", linear="convolution")
+    assert times(product=2.0, convolution=1.0, bf16=1.5) == dict(precision="fp32", linear="convolution")
+    assert times(product=1.0, convolution=0.9, bf16=1.5) == dict(precision="fp32", linear="product")
+    assert times(product=1.0, convolution=0.9, bf16=0.95) == dict(precision="bf16", linear="product")
+    assert times(product=1.0) == dict(precision="fp32", linear="product")  # a torch without oneDNN
+
+
+def test_each_way_is_measured_as_it_would_run(monkeypatch):
+    """The convolution as one, bf16 under autocast; thread count and way are afterwards what they were."""
+    taken, linear, conv2d = [], F.linear, F.conv2d
+    monkeypatch.setattr(F, "linear", lambda *a: taken.append(torch.is_autocast_enabled("cpu")) or linear(*a))
+    monkeypatch.setattr(F, "conv2d", lambda *a: taken.append("convolution") or conv2d(*a))
+    monkeypatch.setattr(fast, "multiplies_bf16", lambda: True)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+    monkeypatch.setattr(fast, "as_convolution", True)
+    threads = torch.get_num_threads()
+    found = fast.seconds(rounds=2)
+    assert taken == [False, "convolution", True] * 2 and list(found) == ["product", "convolution", "bf16"]
+    assert all(0 < t < 60 for t in found.values())
+    assert fast.as_convolution and torch.get_num_threads() == threads
+
+
+def test_a_torch_without_onednn_has_one_way(monkeypatch):
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    monkeypatch.setattr(torch.ops, "mkldnn", None)
+    assert list(fast.seconds(rounds=1)) == ["product"]
+
+
+def test_a_machine_is_measured_once_and_a_gpu_not_at_all(monkeypatch):
+    calls = []
+    monkeypatch.setattr(fast, "seconds", lambda: calls.append(time.time()) or dict(product=2.0, convolution=1.0))
+    monkeypatch.setattr(fast, "as_convolution", False)
+    fast.measured.cache_clear()
+    try:
+        fast.prepare(torch.device("meta"))
+        assert not calls and not fast.as_convolution
+        for _ in range(2):
+            fast.prepare(torch.device("cpu"))
+        assert len(calls) == 1 and fast.as_convolution
+    finally:
+        fast.measured.cache_clear()
+
+
+def test_what_is_written_down_is_the_same_tensor():
+    x = torch.randn(3, 4, requires_grad=True)
+    y = fast.written(x.T)
+    assert y.is_contiguous() and torch.equal(y, x.T)
+    (y * torch.arange(12.0).view(4, 3)).sum().backward()
+    assert torch.equal(x.grad, torch.arange(12.0).view(4, 3).T)
+
+
+def test_uploading_to_the_cpu_is_no_copy():
+    x = torch.randn(3)
+    assert fast.upload(x, torch.device("cpu")) is x
