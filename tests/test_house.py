@@ -17,14 +17,14 @@ FILES = {
     for folder in (".", *FOLDERS)
     for path in sorted((ROOT / folder).glob("*.py"))
 }
-GROUND = ("runtime.errors", "runtime.ranks", "runtime.files", "runtime.process", "runtime.fast")
+GROUND = ("runtime.errors", "runtime.ranks", "runtime.files", "runtime.process", "runtime.fast", "runtime.randomness")
 BUILDS_ON = {name: {"mae"} for name in METHODS}  # as its paper does
 BUILDS_ON |= {"cae": {"mae", "dvae"}, "dvae": {"runtime.files"}}  # a tokenizer; DALL-E's weights
 
 # What a file of each layer may import of ours; a folder's name stands for all of its files.
 MAY = {
     "ground": {*GROUND},
-    "common": {"runtime.errors", "runtime.ranks", "runtime.fast"},
+    "common": {"runtime.errors", "runtime.ranks", "runtime.fast", "runtime.randomness"},
     "inputs": {"inputs", "common", *GROUND},
     "runtime": {"runtime", "common"},
     "method": {"common", "inputs.augment"},
