@@ -24,19 +24,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-import evaluate
 from common import StepRandom, ViT, learning_rate, parameter_groups
+from downstream.protocols import evaluate
 from inputs import image_sets
 from methods import METHODS
 from runtime import command_line, files, process
 from runtime.command_line import build_encoder, settle
+from runtime.encoder_import import untrained
 from runtime.errors import InputError
 from runtime.log import Meter, say
 from runtime.pictures import Pictures
 from runtime.randomness import epoch_order
 from runtime.ranks import rank, world_size
 from runtime.run import Run
-from runtime.weights import untrained
 
 
 def main() -> None:
@@ -251,9 +251,7 @@ def summary(args, encoder: nn.Module, run: Run, device: torch.device) -> None:
         return
     sets = [open_set(args, split).to(device) for split in ("train", "val")]
     encoders = {"untrained": untrained(encoder, args.seed), "trained": encoder.eval()}
-    results = {
-        name: evaluate.evaluate(e, *sets, protocols=("knn", "linear"), device=device) for name, e in encoders.items()
-    }
+    results = {name: evaluate(e, *sets, protocols=("knn", "linear"), device=device) for name, e in encoders.items()}
     say(f"accuracy on {len(sets[1]):,} validation images   kNN       linear")
     for name, result in results.items():
         say(f"  {name + ' encoder':38}{result['knn']['top1']:5.1f} %   {result['linear']['top1']:5.1f} %")

@@ -15,7 +15,7 @@ import mae
 from common import Attention, Mask, StepRandom, ViT
 from inputs import image_sets
 from methods import METHODS
-from runtime import files, weights
+from runtime import encoder_import, files
 from runtime.command_line import build_encoder
 from runtime.errors import InputError
 from runtime.run import without_retired
@@ -66,7 +66,7 @@ class Run:
     @cached_property
     def encoder(self) -> ViT:
         if self.path.is_file():
-            return weights.load_encoder(self.path, self.device)
+            return encoder_import.load_encoder(self.path, self.device)
         if not isinstance(self.method.encoder, ViT):
             raise Absent(f"{self.label} keeps no ViT; give a run that does")
         return self.method.encoder
@@ -179,9 +179,9 @@ class Study:
     def references(self, grid: tuple[int, int] | None = None) -> Iterator[tuple[str, ViT]]:
         """The encoders of --reference; where a grid is given, for images so large that they have as many patches."""
         for path in self.args.reference:
-            encoder = weights.load_encoder(path, self.device)
+            encoder = encoder_import.load_encoder(path, self.device)
             if grid and encoder.grid != grid:
-                encoder = weights.load_encoder(path, self.device, grid[0] * encoder.patch_size)
+                encoder = encoder_import.load_encoder(path, self.device, grid[0] * encoder.patch_size)
             yield f"reference {Path(path).name}", encoder
 
     @cached_property

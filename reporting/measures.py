@@ -5,8 +5,10 @@ import statistics
 import torch
 import torch.nn.functional as F
 
-import evaluate
 from common import patchify
+from downstream.features import of_all
+from downstream.knn import knn
+from downstream.linear_probe import linear_probe
 from figures import measures
 
 
@@ -17,9 +19,9 @@ def pixels(study) -> dict:
     def colours(images):
         return F.adaptive_avg_pool2d(images, 8).flatten(1)
 
-    halves = [evaluate.of_all(colours, half.to(device), size, device) for half in (study.train, study.val)]
+    halves = [of_all(colours, half.to(device), size, device) for half in (study.train, study.val)]
     found = (*halves[0], *halves[1], len(study.train.classes))
-    return {"knn": evaluate.knn(*found)["top1"], "linear": evaluate.linear_probe(*found)["top1"]}
+    return {"knn": knn(*found)["top1"], "linear": linear_probe(*found)["top1"]}
 
 
 def attention(study) -> dict:

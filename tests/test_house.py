@@ -33,7 +33,7 @@ MAY = {
 for folder in FOLDERS[2:]:  # downstream, figures, reporting
     MAY[folder] = {*FOLDERS, "common", "methods", *METHODS}
 MAY["command"] = {*FOLDERS, "common", "methods"}
-CALLS = {"train": {"evaluate"}, "reproduce": {"analyze"}, "reporting.measures": {"evaluate"}}  # they call what it does
+CALLS = {"reproduce": {"analyze"}}  # it calls what it does
 
 
 def layer(name: str) -> str:

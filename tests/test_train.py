@@ -180,7 +180,6 @@ def test_summary_compares_with_an_untrained_encoder(train, tmp_path):
 
 def test_epochs_of_a_few_repeated_images_show_each_as_often(photos, environment, tmp_path, monkeypatch):
     """48 images an epoch: 16 times each of the first three, in an order of its own, and no other; not in evaluation."""
-    import evaluate
     import mae
     from train import main
 
@@ -201,7 +200,7 @@ def test_epochs_of_a_few_repeated_images_show_each_as_often(photos, environment,
         evaluated.append([len(s) for s in sets])
         return {protocol: dict(top1=0.0) for protocol in protocols}
 
-    monkeypatch.setattr(evaluate, "evaluate", judge)
+    monkeypatch.setattr("train.evaluate", judge)
     flags = ["--images", "3", "--repeat", "16", "--epochs", "2", "--evaluate"]
     argv = ["train.py", "--method", "mae", "--data", str(photos), "--out", str(tmp_path / "run"), *SMALL, *flags]
     monkeypatch.setattr(sys, "argv", argv)

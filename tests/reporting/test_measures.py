@@ -11,9 +11,9 @@ import torch
 from PIL import Image
 
 import analyze
-import evaluate
 import reproduce
 from common import MEAN, STD
+from downstream.knn import knn
 from figures import measures as figure_measures
 from figures.study import Study
 from reporting import measures, result_files
@@ -109,7 +109,7 @@ def test_pixels_and_classes_measure_the_set_not_a_random_one(study):
         four = [pixels[:, :, i::2, j::2] for i in (0, 1) for j in (0, 1)]
         mean, std = (torch.tensor(values, dtype=torch.float64)[:, None, None] for values in (MEAN, STD))
         x.append(((sum(four) / 4 - mean) / std).flatten(1).float())
-    expected = evaluate.knn(x[0], its.train.labels, x[1], its.val.labels, 2)
+    expected = knn(x[0], its.train.labels, x[1], its.val.labels, 2)
     assert found["knn"] == expected["top1"]
     distances = measures.classes(its)
     images, labels = its.labelled(500, 50)

@@ -1,4 +1,4 @@
-"""Encoders in and out: the same features in timm and transformers, both ways; every other file refused in one line."""
+"""Encoders from files: the features of timm and transformers for the same weights; other files refused in one line."""
 
 import argparse
 import json
@@ -11,11 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import evaluate
 from common import ViT
-from runtime import weights
+from runtime import encoder_import
+from runtime.encoder_import import interpolate, load_encoder, resize
 from runtime.errors import InputError
-from runtime.weights import export, interpolate, load_encoder, resize, write_export
 
 SMALL = dict(image_size=16, patch_size=8, width=8, depth=2, heads=2)
 
@@ -84,9 +83,6 @@ def hf_features(model, images=None) -> Tensor:
         return encoder(images, **more).last_hidden_state
 
 
-# -------------------------------------------------------------------------------------------------------------- runs
-
-
 def test_a_run_is_read_from_its_directory_and_from_its_file(tmp_path):
     encoder = random_vit(layer_scale=0.1, positions="relative", stem="conv")
     torch.save(dict(settings=encoder.settings, state_dict=encoder.state_dict()), tmp_path / "encoder.pt")
@@ -101,9 +97,6 @@ def test_a_run_says_itself_how_many_heads_it_has(tmp_path):
     torch.save(dict(settings=encoder.settings, state_dict=encoder.state_dict()), tmp_path / "encoder.pt")
     with pytest.raises(InputError, match="leave out --heads 4"):
         load_encoder(tmp_path, heads=4)
-
-
-# ------------------------------------------------------------------------------------------- MAE's and timm's names
 
 
 def mae_names(depth: int) -> list[str]:
@@ -169,7 +162,7 @@ def test_known_widths_tell_the_heads(tmp_path, width, heads):
 
 def test_the_heads_of_published_models():
     published = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}  # DeiT, ViT; large and huge have 16 both
-    assert published.items() <= weights.HEADS.items()
+    assert published.items() <= encoder_import.HEADS.items()
 
 
 @pytest.mark.parametrize("settings", [{}, dict(num_classes=3), dict(init_values=0.1)], ids=str)
@@ -213,8 +206,6 @@ def test_many_names_are_counted(tmp_path):
     with pytest.raises(InputError, match=r"q_norm.bias, blocks.0.attn.k_norm.weight and 5 more; give"):
         load_encoder(tmp_path / "timm.pth", heads=2)
 
-
-# ------------------------------------------------------------------------------------------------ Hugging Face's names
 
 HF_MODELS = {
     "ViTMAEForPreTraining": "decoder",
@@ -320,9 +311,6 @@ def test_what_is_wrong_in_a_transformers_directory_is_said_in_one_line(tmp_path,
     assert words in str(error.value) and "\n" not in str(error.value)
 
 
-# ------------------------------------------------------------------------------------------------------ other files
-
-
 def cut(file: Path) -> None:
     whole = file.read_bytes()
     file.write_bytes(whole[: len(whole) // 2])
@@ -405,9 +393,6 @@ def test_no_file_can_run_code(tmp_path, zipped):
     assert not (tmp_path / "sprung").exists()
 
 
-# ---------------------------------------------------------------------------------------------------------- positions
-
-
 @pytest.mark.parametrize("new", [(4, 4), (1, 1), (3, 5)])
 def test_positions_are_interpolated_as_timm_does_without_antialiasing(new):
     timm = pytest.importorskip("timm")
@@ -474,144 +459,3 @@ def test_a_resized_import_keeps_its_epsilon(tmp_path):
     torch.save(hf_state(4), tmp_path / "weights.pt")
     encoder = load_encoder(tmp_path / "weights.pt", image_size=32, heads=2)
     assert {part.eps for part in encoder.modules() if isinstance(part, nn.LayerNorm)} == {1e-12}
-
-
-# --------------------------------------------------------------------------------------------------------------- out
-
-
-def run_lines(lines: str, images: Tensor) -> Tensor:
-    place = dict(images=images)
-    with torch.no_grad():
-        exec(lines, place)
-    return place["tokens"]
-
-
-@pytest.mark.parametrize("settings", [{}, dict(image_size=(16, 32), heads=4), dict(layer_scale=0.1)], ids=str)
-def test_timm_takes_our_weights_and_gives_our_features(tmp_path, settings):
-    pytest.importorskip("timm")
-    encoder = random_vit(**settings, drop_path=0.5)
-    images = pictures(16, 32 if "image_size" in settings else 16)
-    lines = write_export(encoder, "timm", tmp_path / "timm.pt")
-    same(run_lines(lines, images), features(encoder, images))
-    if "image_size" not in settings:  # whose grid a state dict does not tell
-        assert torch.equal(features(load_encoder(tmp_path / "timm.pt", heads=2)), features(encoder))
-
-
-@pytest.mark.parametrize("settings", [{}, dict(image_size=(16, 32), heads=4)], ids=str)
-def test_transformers_takes_our_weights_and_gives_our_features(tmp_path, settings):
-    transformers = pytest.importorskip("transformers")
-    encoder = random_vit(**settings)
-    for x in (encoder.cls_token, encoder.pos_embed, encoder.patch_embed.proj.weight, encoder.patch_embed.proj.bias):
-        x.data *= 0.01  # so that another epsilon would show
-    images = pictures(16, 32 if "image_size" in settings else 16)
-    lines = write_export(encoder, "hf", tmp_path / "hf")
-    same(run_lines(lines, images), features(encoder, images))
-    _, told = transformers.ViTModel.from_pretrained(tmp_path / "hf", add_pooling_layer=False, output_loading_info=True)
-    assert not any(told.values()), told
-    assert torch.equal(features(load_encoder(tmp_path / "hf"), images), features(encoder, images))
-
-
-def test_the_state_dict_for_transformers_has_the_names_written_out():
-    found, wanted = export(random_vit(), "hf"), hf_state(4)
-    assert found.keys() == wanted.keys() and all(torch.equal(found[name], wanted[name]) for name in wanted)
-    assert export(random_vit(), "timm").keys() == set(mae_names(2))
-
-
-def test_hugging_faces_weights_reach_timm_with_their_epsilon(tmp_path):
-    pytest.importorskip("timm")
-    model = hf_model("ViTModel", scale=0.01)
-    model.save_pretrained(tmp_path)
-    lines = write_export(load_encoder(tmp_path), "timm", tmp_path / "timm.pt")
-    same(run_lines(lines, pictures()), hf_features(model))
-
-
-def test_an_export_is_a_copy():
-    encoder = random_vit()
-    for kind in weights.TARGETS:
-        for x in export(encoder, kind).values():
-            x.zero_()
-    assert all(x.any() for x in encoder.state_dict().values())
-
-
-@pytest.mark.parametrize(
-    "kind, settings, words",
-    [
-        ("timm", dict(stem="conv"), "conv stem, which timm's VisionTransformer has not"),
-        ("hf", dict(stem="conv"), "conv stem, which transformers' ViTModel has not"),
-        ("timm", dict(positions="relative"), "relative positions, which timm's"),
-        ("hf", dict(positions="relative"), "relative positions, which transformers'"),
-        ("hf", dict(layer_scale=0.1), "layer scale, which transformers'"),
-    ],
-)
-def test_what_the_target_has_not_is_refused_before_anything_is_written(tmp_path, kind, settings, words):
-    with pytest.raises(InputError, match=words) as error:
-        write_export(random_vit(**settings), kind, tmp_path / "out")
-    assert "\n" not in str(error.value) and os.listdir(tmp_path) == []
-
-
-@pytest.mark.parametrize("kind", weights.TARGETS)
-def test_where_nothing_can_be_written_is_said_in_one_line(tmp_path, kind):
-    (tmp_path / "file").write_text("kept")
-    for to in (tmp_path / "no" / "where", *[tmp_path / "file"] * (kind == "hf")):
-        with pytest.raises(InputError, match="cannot be") as error:
-            write_export(random_vit(), kind, to)
-        assert "\n" not in str(error.value)
-    assert (tmp_path / "file").read_text() == "kept" and os.listdir(tmp_path) == ["file"]
-
-
-# ----------------------------------------------------------------------------------------------------------- command
-
-
-@pytest.fixture
-def run(tmp_path):
-    directory = tmp_path / "run"
-    directory.mkdir()
-    encoder = random_vit()
-    torch.save(dict(settings=encoder.settings, state_dict=encoder.state_dict()), directory / "encoder.pt")
-    return directory
-
-
-def call(monkeypatch, *words) -> None:
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", "--device", "cpu", *map(str, words)])
-    evaluate.main()
-
-
-@pytest.mark.parametrize("kind", weights.TARGETS)
-def test_the_command_exports_beside_the_encoder_or_where_it_is_told(run, tmp_path, monkeypatch, capsys, kind):
-    pytest.importorskip("timm")
-    pytest.importorskip("transformers")
-    wanted = features(random_vit())
-    for path, to in ((run, ()), (run / "encoder.pt", ("--to", tmp_path / "there"))):
-        call(monkeypatch, "--run", path, "--export", kind, *to)
-        lines = capsys.readouterr().out
-        assert repr(str(to[1] if to else run / weights.TARGETS[kind])) in lines
-        same(run_lines(lines, pictures()), wanted)
-
-
-def test_the_command_measures_others_weights(run, tmp_path, monkeypatch, capsys):
-    """A transformers directory has a config.json of its own, which is no run's."""
-    call(monkeypatch, "--run", run, "--export", "hf")
-    call(monkeypatch, "--run", run, "--export", "timm")
-    capsys.readouterr()
-    seen = []
-    monkeypatch.setattr(evaluate, "evaluate", lambda encoder, *_, **__: seen.append(encoder) or {"knn": {}})
-    monkeypatch.setattr(evaluate.image_sets, "open_set", lambda *_, **__: evaluate.image_sets)
-    monkeypatch.setattr(evaluate.image_sets, "to", lambda device: None, raising=False)
-    for words in ((run / "hf",), (run / "timm.pt", "--heads", 2)):
-        call(monkeypatch, "--run", *words, "--protocol", "knn", "--data", "shapes")
-    for encoder in seen:
-        assert torch.equal(features(encoder), features(random_vit()))
-    assert len(seen) == 2
-
-
-@pytest.mark.parametrize("words", ["", "--protocol knn --export timm", "--export onnx"])
-def test_either_measure_or_export(run, monkeypatch, capsys, words):
-    with pytest.raises((SystemExit, InputError)) as ended:
-        call(monkeypatch, "--run", run, *words.split())
-    said = f"{ended.value}\n{capsys.readouterr().err}"
-    assert "--export" in said and getattr(ended.value, "code", 2) == 2
-
-
-def test_a_place_without_an_export_is_refused(run, monkeypatch):
-    with pytest.raises(InputError, match=r"--to there: .* give --export too"):
-        call(monkeypatch, "--run", run, "--protocol", "knn", "--to", "there")

@@ -1,0 +1,195 @@
+"""The loop that trains a classifier on labelled images, for every probe and for partial and full fine-tuning.
+
+What is random in a step comes from (seed, step) and the batch is the global one, so neither a restart nor the number
+of processes changes the result. Drop path is the exception, as in pretraining: its draws depend on that number.
+"""
+
+import json
+import math
+import time
+import zlib
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from common import learning_rate
+from downstream.augmentations import augmented
+from downstream.classifier import Classifier, trainable_parameters
+from downstream.optimizers import optimizer_for, take_step
+from downstream.recipes import Recipe
+from runtime import files
+from runtime.errors import InputError
+from runtime.fast import upload
+from runtime.randomness import StepRandom, epoch_order
+from runtime.ranks import rank, sum_over_ranks, world_size
+
+SAVE_EVERY = 30.0  # seconds between checkpoints, which are written at the ends of epochs
+BAR = "{desc} {percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}, {remaining} left]"
+
+
+def train(
+    classifier: Classifier, source, classes: int, recipe: Recipe, device, seed: int = 0, directory: Path | None = None,
+    precision: str = "fp32", accumulate: int = 1, resume: bool = True,
+) -> None:  # fmt: skip
+    """Train in place on `source`, an ImageSet or what was `Kept` of one; ends in evaluation mode.
+
+    With a `directory`, checkpoint.pt and log.jsonl lie there, and the same call continues. `accumulate` divides a step
+    into parts to save memory. Batch norm still sees the whole batch, as only the frozen layers before it work in parts.
+    """
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+    autocast = partial(torch.autocast, device.type, dtype, enabled=dtype is not None)
+    check_batch(recipe, len(source), accumulate)
+    per_epoch, share = len(source) // recipe.batch_size, recipe.batch_size // world_size()
+    steps, warmup = recipe.epochs * per_epoch, round(recipe.warmup_epochs * per_epoch)
+    optimizer = optimizer_for(classifier, recipe, device)
+    scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+    settings = dict(
+        asdict(recipe), kind=classifier.kind, blocks=classifier.blocks, classes=classes, images=len(source), seed=seed,
+        precision=precision, accumulate=accumulate, encoder=checksum(classifier.encoder),
+    )  # fmt: skip
+    run = Progress(directory, settings, classifier, dict(optimizer=optimizer, scaler=scaler), resume)
+
+    def losses(parts) -> Iterator[Tensor]:
+        for x, targets in parts:
+            with autocast():
+                scores = classifier(x)
+            yield F.cross_entropy(scores, targets, label_smoothing=recipe.smoothing) * len(x) / share
+
+    classifier.train()
+    begin, total = time.perf_counter(), torch.zeros((), device=device)
+    what = f"{classifier.kind} {classifier.blocks}/{classifier.depth}"
+    with tqdm(total=steps, initial=run.step, desc=what, bar_format=BAR, leave=False, disable=rank() > 0) as bar:
+        todo = range(run.step, steps)
+        prepared = prepared_steps(classifier, source, classes, recipe, device, seed, accumulate, autocast, todo)
+        for step, parts in zip(todo, prepared, strict=True):
+            rate = learning_rate(step, steps, warmup, recipe.peak, recipe.min_lr)
+            torch.manual_seed(seed + (step * world_size() + rank()) * 1_000_003)  # only drop path draws from it
+            total += take_step(optimizer, losses(parts), rate, scaler)
+            bar.update()
+            epoch, rest = divmod(step + 1, per_epoch)
+            if rest == 0:
+                loss = (sum_over_ranks(total) / world_size() / per_epoch).item()
+                speed = per_epoch * recipe.batch_size / (time.perf_counter() - begin)
+                if not math.isfinite(loss):
+                    raise InputError(f"loss: not finite in epoch {epoch}; try a lower --lr")
+                row = dict(step=step + 1, epoch=epoch, loss=loss, lr=rate, images_per_second=round(speed, 1))
+                run.end_epoch(row, last=step + 1 == steps)
+                bar.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} images/s", refresh=False)
+                begin, total = time.perf_counter(), torch.zeros((), device=device)
+    classifier.eval()
+
+
+@dataclass
+class Kept:
+    """What `Classifier.frozen` gave for all images of a set, in their order: x (n, …) and labels (n,)."""
+
+    x: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def batches(self, orders, device):
+        yield from ((self.x[upload(order, device)], order) for order in orders)
+
+
+def check_batch(recipe: Recipe, images: int, accumulate: int) -> None:
+    share, rest = divmod(recipe.batch_size, world_size() * accumulate)
+    mixes = bool(recipe.mixup or recipe.cutmix)
+    if rest or not share or (mixes and share % 2):
+        parts = f"{world_size()} processes x {accumulate} parts" + ", each an even number of images to mix" * mixes
+        raise InputError(f"batch size {recipe.batch_size}: cannot be shared by {parts}")
+    if images < recipe.batch_size:
+        raise InputError(f"batch size {recipe.batch_size}: larger than the {images} images; give --batch-size")
+
+
+def prepared_steps(
+    classifier: Classifier, source, classes: int, recipe: Recipe, device, seed: int, accumulate: int, autocast, steps
+) -> Iterator[Iterable[tuple[Tensor, Tensor]]]:
+    """This rank's parts of the batch of each of `steps`: the input of the layers that learn, and targets (B, classes).
+
+    Where only a head learns, the parts are put together for its batch norm.
+    """
+    ranks, per_epoch, labels = world_size(), len(source) // recipe.batch_size, source.labels.to(device)
+    share = recipe.batch_size // (ranks * accumulate)
+    rows = [slice(k * share, (k + 1) * share) for k in range(rank(), ranks * accumulate, ranks)]  # of the global batch
+
+    def orders():
+        for step in steps:
+            epoch, place = divmod(step, per_epoch)
+            order = epoch_order(seed, epoch, len(source))[place * recipe.batch_size :]
+            yield from (order[part] for part in rows)
+
+    def prepare(step: int, part: slice, x, index: Tensor) -> tuple[Tensor, Tensor]:
+        y = labels[upload(index, device)]
+        if isinstance(source, Kept):
+            return x, F.one_hot(y, classes).float()
+        rng = StepRandom(seed, step, recipe.batch_size, part, device)
+        x, y = augmented(x, y, classes, recipe, classifier.encoder.image_size, rng, probe=classifier.blocks == 0)
+        with autocast():
+            return classifier.frozen(x), y
+
+    batches = source.batches(orders(), device)
+    for step in steps:
+        parts = (prepare(step, part, *next(batches)) for part in rows)
+        if classifier.blocks == 0:
+            parts = [tuple(torch.cat(tensors) for tensors in zip(*parts, strict=True))]
+        yield parts
+
+
+def checksum(module: nn.Module) -> int:
+    value = 0
+    for tensor in module.state_dict().values():
+        value = zlib.crc32(tensor.detach().cpu().contiguous().numpy(), value)
+    return value
+
+
+class Progress:
+    """checkpoint.pt and log.jsonl of one training, which rank 0 alone reads and writes; without a directory, nothing.
+
+    The log is part of the checkpoint, so the two never disagree.
+    """
+
+    def __init__(self, directory: Path | None, settings: dict, classifier: Classifier, states: dict, resume: bool):
+        self.directory, self.settings, self.classifier, self.states = directory, settings, classifier, states
+        self.step, self.rows, self.saved = 0, [], time.monotonic()
+        found = [self.read() if directory and resume and rank() == 0 else None]
+        if directory and world_size() > 1:
+            dist.broadcast_object_list(found)
+        if found[0] is not None:
+            self.step, self.rows = found[0]["step"], found[0]["log"]
+            classifier.load_state_dict(found[0]["classifier"], strict=False)  # what is frozen is not in it
+            for name, holder in states.items():
+                holder.load_state_dict(found[0][name])
+
+    def read(self) -> dict | None:
+        path = self.directory / "checkpoint.pt"
+        if not path.exists():
+            return None
+        saved = files.load(path)
+        if not isinstance(saved, dict) or "settings" not in saved:
+            raise InputError(f"{path}: not a checkpoint of evaluate.py; give --resume never to start over")
+        if differs := files.differences(saved["settings"], self.settings):
+            raise InputError(f"{path}: with other settings ({differs}); give --resume never to start over")
+        return saved
+
+    def end_epoch(self, row: dict, last: bool) -> None:
+        self.rows.append(row)
+        if self.directory is None or rank() > 0 or not (last or time.monotonic() - self.saved >= SAVE_EVERY):
+            return
+        self.directory.mkdir(parents=True, exist_ok=True)
+        learns, state = trainable_parameters(self.classifier), self.classifier.state_dict()
+        learned = {name: value for name, value in state.items() if name in learns or name.startswith("head.")}
+        states = {name: holder.state_dict() for name, holder in self.states.items()}
+        tree = dict(step=row["step"], settings=self.settings, log=self.rows, classifier=learned) | states
+        files.save(self.directory / "checkpoint.pt", tree)
+        lines = [json.dumps(line) for line in (self.settings, *self.rows)]
+        files.write_text(self.directory / "log.jsonl", "\n".join(lines) + "\n")
+        self.saved = time.monotonic()

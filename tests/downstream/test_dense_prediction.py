@@ -1,0 +1,196 @@
+"""Segmentation and detection: scores against loops, labels on their pixels, the grid's orientation."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from common import ViT
+from downstream import dense_prediction, detection, segmentation
+from inputs import builtin_scenes
+from runtime.errors import InputError
+
+rle = pytest.importorskip("pycocotools.mask")
+
+
+def small_vit(size: int = 32, p: int = 8, width: int = 16) -> ViT:
+    torch.manual_seed(0)
+    return ViT(size, p, width, depth=2, heads=2)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("data") / "scenes"
+    builtin_scenes.write(folder, 24, seed=1)
+    return folder
+
+
+@given(st.integers(2, 5), st.integers(1, 40), st.integers(0, 2**32 - 1))
+def test_segmentation_scores_are_the_definitions(classes, n, seed):
+    rng = np.random.default_rng(seed)
+    labels = rng.choice([*range(classes), segmentation.IGNORE], n)
+    labels[0] = 0  # one at least
+    predicted = rng.integers(0, classes, n)
+    ious, hits, known = [], 0, 0
+    for c in range(classes):
+        both = sum(p == c and t == c for p, t in zip(predicted, labels, strict=True))
+        either = sum((p == c or t == c) and t != segmentation.IGNORE for p, t in zip(predicted, labels, strict=True))
+        if either:
+            ious.append(both / either)
+    for p, t in zip(predicted, labels, strict=True):
+        known += t != segmentation.IGNORE
+        hits += p == t
+    matrix = segmentation.confusion(torch.from_numpy(predicted), torch.from_numpy(labels), classes)
+    scores = segmentation.segmentation_scores(matrix)
+    assert scores["miou"] == pytest.approx(100 * sum(ious) / len(ious))
+    assert scores["pixel_accuracy"] == pytest.approx(100 * hits / known)
+
+
+def truth_as_found(images: detection.Instances, size: int, move: int = 0):
+    """For each image, what a perfect detector would say in a square of `size`, its masks moved to the right."""
+    reader = dense_prediction.Reader(images, size)
+    for i in range(len(images)):
+        sample = reader[0, i]
+        masks = torch.nn.functional.interpolate(sample.planes[None], sample.fitted, mode="nearest-exact")[0].roll(
+            move, 2
+        )
+        goal = detection.target(masks, sample.kinds)
+        found = dict(boxes=goal["boxes"], labels=goal["labels"], scores=torch.ones(len(goal["labels"])))
+        yield found | dict(masks=goal["masks"][:, None].float()), sample
+
+
+@pytest.mark.parametrize("size", [64, 128])
+def test_perfect_detections_score_100_and_moved_ones_less(folder, size):
+    images = detection.Instances(folder, "val")
+    results = [r for found, s in truth_as_found(images, size) for r in detection.detections(images, found, s)]
+    scores = detection.detection_scores(images.coco, results)
+    assert scores == pytest.approx(dict(box_ap=100, box_ap50=100, mask_ap=100, mask_ap50=100))
+    moved = [r for found, s in truth_as_found(images, size, size // 32) for r in detection.detections(images, found, s)]
+    for kind in ("box", "mask"):
+        assert detection.detection_scores(images.coco, moved)[f"{kind}_ap"] < 90
+    wrong = [dict(r, category_id=1 + r["category_id"] % 4) for r in results]
+    assert detection.detection_scores(images.coco, wrong)["mask_ap"] < 50
+    assert detection.detection_scores(images.coco, []) == dict(box_ap=0, box_ap50=0, mask_ap=0, mask_ap50=0)
+
+
+@pytest.mark.parametrize("H, W", [(40, 64), (64, 40), (100, 30), (16, 16)])
+def test_an_image_is_fitted_into_the_square_and_labels_stay_on_its_pixels(H, W):
+    """Labels are drawn into the image itself, so that wherever it goes, they must be found again."""
+    generator = torch.Generator().manual_seed(H)
+    coarse = torch.randint(0, 2, (1, 1, 4, 4), generator=generator)
+    labels = torch.nn.functional.interpolate(coarse.float(), (H, W), mode="nearest-exact")[0].byte()
+    image = (labels * 255).repeat(3, 1, 1)
+    square, planes, fitted = dense_prediction.fit(image, labels, 255, 64, None)
+    assert square.shape == (3, 64, 64) and planes is labels
+    assert fitted == (round(H * 64 / max(H, W)), round(W * 64 / max(H, W)))
+    assert not square[:, fitted[0] :].any() and not square[:, :, fitted[1] :].any()
+    views = set()
+    for seed in range(20):
+        square, planes, (h, w) = dense_prediction.fit(image, labels, 255, 64, np.random.default_rng(seed), (0.5, 2))
+        assert square.shape == (3, 64, 64) and planes.shape == (1, 64, 64)
+        assert (planes[:, :h, :w] != 255).all() and (planes == 255).sum() == 64 * 64 - h * w
+        bright = square[0, :h, :w] > 0
+        assert (bright == (planes[0, :h, :w] == 1)).float().mean() > 0.85  # they differ at edges
+        views.add((h, w, planes.sum().item()))
+    assert len(views) > 10
+
+
+def test_ade_labels_are_reduced_by_one_and_0_is_no_class(tmp_path):
+    for part, values in (("training", [0, 1, 2, 150]), ("validation", [0, 1, 2, 151])):
+        for kind in ("images", "annotations"):
+            (tmp_path / kind / part).mkdir(parents=True)
+        Image.new("RGB", (2, 2)).save(tmp_path / "images" / part / "a.jpg")
+        Image.fromarray(np.uint8(values).reshape(2, 2)).save(tmp_path / "annotations" / part / "a.png")
+    train, val = (segmentation.Segments(tmp_path, split, "ade") for split in ("train", "val"))
+    assert train.classes == 150 and train.read(0)[1].tolist() == [[[255, 0], [1, 149]]]
+    with pytest.raises(InputError, match="label 150"):
+        val.read(0)
+
+
+def test_targets_are_the_masks_that_show_with_boxes_up_to_their_last_pixels_ends():
+    masks = torch.zeros(3, 8, 8, dtype=torch.uint8)
+    masks[0, 2:4, 1:6], masks[2, 7, 7] = 1, 1
+    goal = detection.target(masks, torch.tensor([4, 5, 6]))
+    assert goal["labels"].tolist() == [4, 6] and torch.equal(goal["masks"], masks[[0, 2]])
+    assert goal["boxes"].tolist() == [[1, 2, 6, 4], [7, 7, 8, 8]]
+
+
+def test_crowds_are_left_out_and_images_without_objects_serve_tests_only(folder, tmp_path):
+    for split in ("train", "val"):
+        about = json.loads((folder / "annotations" / f"instances_{split}.json").read_text())
+        for a in about["annotations"]:
+            a["iscrowd"] = int(a["image_id"] == 0)
+            a["category_id"] *= 10  # COCO's have gaps
+        about["categories"] = [dict(id=10 * k, name=str(k)) for k in range(1, 5)]
+        (tmp_path / "annotations").mkdir(exist_ok=True)
+        (tmp_path / f"annotations/instances_{split}2017.json").write_text(json.dumps(about))
+    (tmp_path / "JPEGImages").symlink_to(folder / "JPEGImages")
+    train, val = (detection.Instances(tmp_path, split) for split in ("train", "val"))
+    assert len(train) == 23 and 0 not in train.ids and len(val) == 6
+    assert len(val.read(0)[1]) == 0 and train.categories == [10, 20, 30, 40]
+    assert set(torch.cat([train.read(i)[2] for i in range(23)]).tolist()) == {1, 2, 3, 4}
+
+
+def test_a_bright_patch_lights_up_its_own_cell():
+    encoder = small_vit()
+    for block in encoder.blocks:  # no attention: a cell then depends on its own patch alone
+        torch.nn.init.zeros_(block.attn.proj.weight)
+    features = dense_prediction.Features(encoder)
+    dark, bright = torch.zeros(1, 3, 32, 32), torch.zeros(1, 3, 32, 32)
+    bright[:, :, 8:16, 24:32] = 1  # row 1, column 3
+    changed = (features(bright) - features(dark)).abs().sum(dim=1)[0]
+    assert features(dark).shape == (1, 16, 4, 4)
+    assert changed[1, 3] > 0 and changed.count_nonzero() == 1
+
+
+def test_freezing_trains_the_heads_only_and_drops_no_paths():
+    torch.manual_seed(0)
+    features = dense_prediction.Features(ViT(32, 8, 16, 2, 2, drop_path=0.9), freeze=True)
+    frozen = segmentation.Segmenter(features, 3).train()
+    assert not frozen.backbone.encoder.training and frozen.head.training
+    assert not any(p.requires_grad for p in frozen.backbone.parameters())
+    assert all(p.requires_grad for p in frozen.head.parameters())
+    assert segmentation.Segmenter(dense_prediction.Features(small_vit()), 3).train().backbone.encoder.training
+
+
+@pytest.mark.parametrize("p, size", [(8, 64), (16, 128)])
+def test_the_pyramid_has_its_strides_and_each_level_sees_its_own_place(p, size):
+    encoder = small_vit(size, p)
+    for block in encoder.blocks:
+        torch.nn.init.zeros_(block.attn.proj.weight)
+    pyramid = detection.Pyramid(dense_prediction.Features(encoder), 8)
+    bright = torch.zeros(1, 3, size, size)
+    bright[:, :, 4 * p : 5 * p, 6 * p : 7 * p] = 1
+    with torch.no_grad():
+        dark, lit = pyramid(torch.zeros_like(bright)), pyramid(bright)
+    assert list(dark) == ["0", "1", "2", "3", "pool"]
+    for (name, a), stride in zip(dark.items(), (p // 4, p // 2, p, 2 * p, 4 * p), strict=True):
+        assert a.shape == (1, 8, size // stride, size // stride), name
+        rows, columns = (lit[name] - a).abs().sum(dim=1)[0].nonzero().T
+        if name != "pool":  # the patch's own cells, and one around them from the convolution
+            for found, start in ((rows, 4 * p), (columns, 6 * p)):
+                first, last = start // stride, max(start // stride, (start + p) // stride - 1)
+                assert (found.min(), found.max()) == (max(0, first - 1), min(size // stride - 1, last + 1)), name
+    torch.testing.assert_close(dark["pool"], dark["3"][:, :, ::2, ::2])
+
+
+def test_anchors_stand_on_the_maps_strides():
+    detector = detection.Detector(dense_prediction.Features(small_vit(64)), 4).eval()
+    images = torch.zeros(2, 3, 64, 64)
+    maps = list(detector.rcnn.backbone(images).values())
+    generate, found = detector.rcnn.rpn.anchor_generator, detector.rcnn.transform(list(images))[0]
+    assert found.tensors.shape == images.shape and torch.equal(found.tensors, images)  # neither scaled nor shifted
+    anchors = generate(found, maps)[0]
+    centres, first = (anchors[:, :2] + anchors[:, 2:]) / 2, 0
+    for level, stride in zip(maps, (2, 4, 8, 16, 32), strict=True):
+        mine = slice(first, first + 3 * level.shape[2] * level.shape[3])
+        assert centres[mine].unique().tolist() == list(range(0, 64, stride))
+        sides = (anchors[mine, 2:] - anchors[mine, :2]).prod(dim=1).sqrt()
+        assert ((sides / (8 * stride) - 1).abs() < 0.1).all()
+        first = mine.stop
+    assert first == len(anchors)

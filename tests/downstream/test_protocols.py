@@ -1,0 +1,102 @@
+"""The protocols that train, as evaluate.py runs them."""
+
+import copy
+import subprocess
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from small import CALM, CPU, PROTOCOLS, RICH, Images, classifier_of, same, small_vit
+
+import evaluate
+from downstream import protocols, recipes
+from downstream.recipes import Recipe, recipe_for
+from runtime.encoder_import import untrained
+
+
+def evaluated(protocol: str, recipe: Recipe = CALM, encoder=None, **options) -> dict:
+    sets = Images(), Images(20, seed=9)
+    return protocols.evaluate(encoder or small_vit(), *sets, [protocol], CPU, recipe=recipe, **options)[protocol]
+
+
+@pytest.mark.parametrize("protocol, blocks", PROTOCOLS)
+def test_what_the_frozen_part_gives_may_be_kept(monkeypatch, protocol, blocks):
+    encoder = small_vit()
+    before = copy.deepcopy(encoder.state_dict())
+    kept, of_all = [], protocols.of_all
+
+    def spy(function, *others):
+        kept.append(getattr(function, "__name__", "") == "frozen")
+        return of_all(function, *others)
+
+    monkeypatch.setattr(protocols, "of_all", spy)
+    found = evaluated(protocol, blocks=blocks, encoder=encoder, paper=True)
+    assert sum(kept) == (protocol != "finetune")
+    monkeypatch.setattr(protocols, "KEPT_LIMIT", 0)
+    assert evaluated(protocol, blocks=blocks, encoder=encoder, paper=True) == found
+    evaluated(protocol, RICH, blocks=blocks, encoder=encoder, paper=True)  # what is augmented is never kept
+    assert sum(kept) == (protocol != "finetune")
+    assert all(torch.equal(value, before[name]) for name, value in encoder.state_dict().items())  # nor is it changed
+
+
+@pytest.mark.training
+def test_seeds_give_mean_and_sample_deviation():
+    found = evaluated("finetune", seed=6, seeds=3)
+    each = [evaluated("finetune", seed=seed) for seed in (6, 7, 8)]
+    assert [result | {"precision": found["precision"]} for result in found["each"]] == each and found["n"] == 20
+    for key in ("top1", "top5"):
+        values = [result[key] for result in each]
+        assert found[key] == pytest.approx(sum(values) / 3)
+        assert found[key + "_std"] == pytest.approx(np.std(values, ddof=1))
+    assert len({result["top1"] for result in each}) > 1
+
+
+def test_supervised_starts_from_random_weights_of_its_seed(monkeypatch):
+    starts = []
+    monkeypatch.setattr(protocols, "train", lambda classifier, *_: starts.append(classifier.encoder))
+    encoder = small_vit()
+    for protocol, seed in (("supervised", 1), ("supervised", 2), ("finetune", 1)):
+        evaluated(protocol, seed=seed, encoder=encoder)
+    one, two, three = starts
+    assert same(one, untrained(encoder, 1)) and not same(one, two)
+    assert same(three, encoder) and three is not encoder
+
+
+def test_heads_differ_by_seed_and_not_by_torchs_state():
+    one = classifier_of("linear", seed=1)
+    torch.manual_seed(77)
+    state = torch.get_rng_state()
+    assert same(one, classifier_of("linear", seed=1, encoder=one.encoder))
+    torch.manual_seed(77)
+    classifier_of("linear", seed=2, encoder=one.encoder)
+    assert torch.equal(state, torch.get_rng_state())
+    assert not torch.equal(one.head.out.weight, classifier_of("linear", seed=2).head.out.weight)
+    assert 0 < one.head.out.weight.abs().max() <= 0.02 and not one.head.out.bias.any()
+
+
+def test_every_field_has_its_words_and_arrives_by_its_option(monkeypatch):
+    comments = evaluate.field_comments(Recipe)
+    assert set(comments) == set(asdict(Recipe()))
+    given = dict(
+        epochs=7, warmup_epochs=2.0, batch_size=6, base_lr=0.1, lr=0.2, min_lr=0.01, optimizer="sgd", weight_decay=0.3,
+        layer_decay=0.4, drop_path=0.2, mixup=0.5, cutmix=0.6, smoothing=0.2, erase=0.1, randaugment=4, crop_scale=0.5,
+        features="cls", norm="pretrained", head_std=0.3,
+    )  # fmt: skip
+    words = [word for name, value in given.items() for word in (recipes.flag(name), str(value))]
+    monkeypatch.setattr("sys.argv", ["evaluate.py", "--run", "x", "--protocol", "finetune", "--data", "shapes", *words])
+    options, report = evaluate.task_options(evaluate.options(), {})
+    assert options["recipe"] == Recipe(**given) and report["recipe"] == "demo" and report["lr"] == 0.2
+    words = "--run x --protocol attentive --data imagenet --attend-cls".split()
+    monkeypatch.setattr("sys.argv", ["evaluate.py", *words])
+    options, report = evaluate.task_options(evaluate.options(), dict(method="cae"))
+    assert options["recipe"] == replace(recipe_for("cae", "attentive"), attend_cls=True) and report["recipe"] == "cae"
+
+
+def test_a_start_does_not_wait_for_the_compiler():
+    """torchvision and torch.optim bring it along, two seconds; a kNN probe and --help want neither."""
+    code = "import sys, evaluate, train; assert not {'torchvision', 'torch._dynamo'} & sys.modules.keys()"
+    done = subprocess.run([sys.executable, "-c", code], cwd=Path(evaluate.__file__).parent, stderr=subprocess.PIPE)
+    assert done.returncode == 0, done.stderr
