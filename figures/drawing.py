@@ -45,8 +45,8 @@ def show(axis, picture: Tensor) -> None:
     axis.grid(False)
 
 
-def gallery(title: str, rows: dict[str, Tensor], caption: str = ""):
-    """Rows of pictures (n, 3, H, W) or maps (n, h, w), each named at its left; returns the figure and its axes."""
+def gallery(title: str, rows: dict[str, Tensor | list], caption: str = ""):
+    """Rows of n pictures (3, H, W) or maps (h, w), each named at its left; returns the figure and its axes."""
     n = len(next(iter(rows.values())))
     figure, axes = canvas(len(rows), n, height=0.8 + len(rows) * (WIDTH - 1.5) / max(n, 4))
     figure.suptitle(title)
@@ -68,11 +68,12 @@ def frame(axis, box, size: int, style: str = "-") -> None:
         axis.add_patch(Rectangle((left - 0.5, top - 0.5), width, height, fill=False, clip_on=False, **how))
 
 
-def outline(axis, region: Tensor, fine: int = 16, **how) -> None:
+def outline(axis, region: Tensor, fine: int = 16) -> None:
     """The border of a region bool (h, w) of a map's cells."""
     cells = region.cpu().float().repeat_interleave(fine, 0).repeat_interleave(fine, 1)
     y, x = (((torch.arange(side + 2) - 0.5) / fine - 0.5).tolist() for side in cells.shape)
-    axis.contour(x, y, F.pad(cells, (1, 1, 1, 1)).numpy(), levels=[0.5], **how)
+    for color, width in (("white", 3), ("#1f4fff", 1.5)):
+        axis.contour(x, y, F.pad(cells, (1, 1, 1, 1)).numpy(), levels=[0.5], colors=color, linewidths=width)
 
 
 def circle(axis, row: float, column: float) -> None:

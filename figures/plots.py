@@ -16,7 +16,7 @@ import dvae
 import mae
 from common import Mask, patchify, restore, unpatchify
 from figures import measures
-from figures.drawing import WIDTH, canvas, circle, frame, gallery, greyed, lines, outline, rounded, short, show
+from figures.drawing import canvas, circle, frame, gallery, greyed, lines, outline, rounded, short
 from figures.measures import centred, to_pixels
 from figures.study import Absent, Run, Study, spaced
 from inputs import augment
@@ -211,8 +211,7 @@ def attention_map(study: Study):
     figure, axes = gallery(title, rows, "share of the patches inside the outline")
     for row, kept in zip(axes[1:], regions, strict=True):
         for axis, region in zip(row, kept, strict=True):
-            outline(axis, region, colors="white", linewidths=3)
-            outline(axis, region, colors="#1f4fff", linewidths=1.5)
+            outline(axis, region)
             axis.set_xlabel(f"{region.double().mean():.0%}", labelpad=1)
             if query:
                 circle(axis, *query)
@@ -261,26 +260,25 @@ def decoder_attention(study: Study):
     run, images = study.only(), study.pictures(study.args.images or 2)
     mask, (h, w), p = run.decoder and run.masks(images, alike=True), run.encoder.grid, run.encoder.patch_size
     maps = [m.mean(dim=1) for m in measures.decoder_maps(run, images, mask)]  # (B, 1 + N, 1 + N) each
-    layers, masked, numbers = layers_of_figure_4(len(maps)), mask.masked[0].sort().values, []
+    layers, masked, rows, numbers = layers_of_figure_4(len(maps)), mask.masked[0].sort().values, {}, []
     pictures = augment.center_crop_resize(images, run.encoder.image_size)
     seen = greyed(pictures, mask, p, (h, w))
-    asked = [(q, i) for q in masked[[len(masked) // 3, 2 * len(masked) // 3]].tolist() for i in range(len(images))]
-    columns = 2 + len(layers)
-    figure, axes = canvas(len(asked), columns, height=0.7 + len(asked) * (0.25 + WIDTH / max(6, columns)))
-    figure.suptitle(f"Attention of a mask token (circle) in the decoder of {run.label}, mean over heads")
-    for row, (q, i) in zip(axes, asked, strict=True):
-        show(row[0], pictures[i])
-        show(row[1], seen[i])
-        circle(row[1], (q // w + 0.5) * p - 0.5, (q % w + 0.5) * p - 0.5)
-        for axis, layer in zip(row[2:], layers, strict=True):
-            cls, patches = maps[layer - 1][i, 1 + q, 0].item(), maps[layer - 1][i, 1 + q, 1:].view(h, w)
-            show(axis, patches)
-            circle(axis, q // w, q % w)
-            axis.set_xlabel(f"class token {cls:.0%}", fontsize=9, labelpad=1)
-            about = {"image": i, "row": q // w, "column": q % w, "layer": layer}
-            numbers.append(about | {"class_token": cls, "patches": rounded(patches)})
+    for q in masked[[len(masked) // 3, 2 * len(masked) // 3]].tolist():
+        for i in range(len(images)):
+            looks = [maps[layer - 1][i, 1 + q] for layer in layers]  # (1 + N,) each
+            rows[f"image {i}, patch {q // w},{q % w}"] = [pictures[i], seen[i], *(x[1:].view(h, w) for x in looks)]
+            about = {"image": i, "row": q // w, "column": q % w}
+            numbers += [about | {"layer": layer, "class_token": x[0].item(), "patches": rounded(x[1:].view(h, w))}
+                        for layer, x in zip(layers, looks, strict=True)]  # fmt: skip
+    title = f"Attention of a mask token (circle) in the decoder of {run.label}, mean over heads"
+    figure, axes = gallery(title, rows, "below each map: the share of the attention that the class token gets")
     for axis, name in zip(axes[0], ["input", "masked", *(f"layer {layer}" for layer in layers)], strict=True):
         axis.set_title(name)
+    for axis, look in zip(axes[:, 2:].flat, numbers, strict=True):
+        circle(axis, look["row"], look["column"])
+        axis.set_xlabel(f"{look['class_token']:.0%}", fontsize=9, labelpad=1)
+    for axis, look in zip(axes[:, 1], numbers[:: len(layers)], strict=True):
+        circle(axis, *((look[side] + 0.5) * p - 0.5 for side in ("row", "column")))
     return figure, {"attention": numbers}
 
 
@@ -359,14 +357,14 @@ def neighbours(study: Study, k: int = 6):
     at, size = bank.index[at], run.encoder.image_size  # positions in the training set
     own, theirs = val.labels.cpu()[queries.index], train.labels.cpu()[at]
     same = theirs == own[:, None]
-    figure, axes = canvas(len(queries), 1 + at.shape[1], height=0.7 + 1.55 * len(queries))
-    right = same.double().mean().item()
-    figure.suptitle(f"Nearest of {len(bank)} training images by {run.label}; boxed: of the same class ({right:.0%})")
-    for i, row in enumerate(axes):
-        show(row[0], augment.center_crop_resize(val.images(queries.index[i : i + 1]), size)[0])
-        row[0].set_title(f"query\n{short(val.classes[own[i]])}", fontsize=9)
-        for j, axis in enumerate(row[1:]):
-            show(axis, augment.center_crop_resize(train.images(at[i, j : j + 1]), size)[0])
+    right, rows = same.double().mean().item(), {}
+    for i, query in enumerate(queries.index):
+        pictures = [val.images(query[None]), *(train.images(one[None]) for one in at[i])]
+        rows[f"{short(val.classes[own[i]])} {query}"] = [augment.center_crop_resize(x, size)[0] for x in pictures]
+    title = f"Nearest of {len(bank)} training images by {run.label}; boxed: of the same class ({right:.0%})"
+    figure, axes = gallery(title, rows)
+    for i, row in enumerate(axes[:, 1:]):
+        for j, axis in enumerate(row):
             axis.set_title(f"{cosines[i, j]:.3f}\n{short(train.classes[theirs[i, j]])}", fontsize=9)
             if same[i, j]:
                 frame(axis, (0, 0, 1, 1), size)
