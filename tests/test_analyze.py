@@ -125,6 +125,8 @@ def test_all_draws_what_can_be_and_says_why_not_the_rest(runs, monkeypatch, caps
         assert rest == str(runs / "mae" / "figures" / f"{figure}.png")
         picture, about = Image.open(rest), json.loads(Path(rest).with_suffix(".json").read_text())
         assert picture.width == 900 and len(set(picture.convert("L").resize((90, 90)).tobytes())) > 20
+        shown = {"curves": set(), "views": {"train"}, "neighbours": {"train", "val"}}.get(figure, {"val"})
+        assert set(about.get("images", ())) == shown, "images of another figure"
         assert about["figure"] == figure and about["runs"] == [str(runs / "mae")] and len(about) > 2
 
 
@@ -193,6 +195,7 @@ def test_weights_stand_beside_runs_and_alone(runs, monkeypatch, tmp_path):
     assert references["reference deit.pt"] == beside["deit.pt"]
     both = numbers("--run", runs / "mae", "--figure", "semantic-similarity", "--reference", *weights)
     one = numbers("--run", runs / "mae", "--figure", "semantic-similarity", "--reference", weights[1])
+    assert both["reference"] == [str(file) for file in weights]
     assert both["mae, reference deit.pt"] == one["mae"] != both["mae, reference dino.pt"]
     with pytest.raises(InputError, match=r"data: dino\.pt does not say which images to show; give --data"):
         numbers("--run", *weights, *figure)
