@@ -28,13 +28,12 @@ import torch
 
 from common import SIZES
 from methods import METHODS
-from reporting.contenders import PEERS
 from reporting.input_speed import bench_input
-from reporting.machine import HERE, device_name, folder
+from reporting.machine import HERE, folder, processor
 from reporting.run_speed import bench_epoch, bench_start
 from reporting.scale_estimate import bench_scale
 from reporting.speed_table import columns
-from reporting.step_speed import bench_step
+from reporting.step_speed import PEERS, bench_step
 from runtime import files, process
 from runtime.command_line import Parser
 from runtime.errors import InputError
@@ -68,7 +67,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--data", default="shapes", metavar="SET", help="of --what epoch and start")
     add("--data-root", metavar="DIR", help="where it lies")
     add("--classes", type=int, metavar="K", help="its first K classes")
-    add("--json", nargs="?", const="results", metavar="FILE", help="write every figure [into results/bench]")
+    add("--json", nargs="?", const="", metavar="FILE", help="write every figure [into results/bench]")
     args = parser.parse_args(argv)
     for name in ("repeats", "image_size", "patch_size"):
         if vars(args)[name] < 1:
@@ -87,10 +86,9 @@ def about(device: torch.device) -> dict:
     for package in PEERS.values():
         if importlib.util.find_spec(package):
             found[package] = importlib.metadata.version(package)
+    name = torch.cuda.get_device_name() if device.type == "cuda" else processor()
     words = " ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
-    return dict(
-        device=device_name(device), threads=torch.get_num_threads(), versions=found, git=git_state(), command=words
-    )
+    return dict(device=name, threads=torch.get_num_threads(), versions=found, git=git_state(), command=words)
 
 
 def main() -> None:
@@ -101,10 +99,8 @@ def main() -> None:
     facts = about(device)
     print(f"{facts['device']}, {facts['threads']} threads, torch {torch.__version__}\n{facts['command']}")
     print(columns(rows))
-    if args.json:
-        file = (
-            HERE / "results/bench" / folder(facts) / f"{args.what}.json" if args.json == "results" else Path(args.json)
-        )
+    if args.json is not None:
+        file = Path(args.json or HERE / "results/bench" / folder(facts) / f"{args.what}.json")
         file.parent.mkdir(parents=True, exist_ok=True)
         files.write_text(file, json.dumps(facts | dict(rows=rows), indent=1) + "\n")
 

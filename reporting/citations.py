@@ -9,11 +9,8 @@ from reporting.machine import HERE
 from reporting.tables import table
 
 ITEM = r"\(?(?:[A-Z]\.?)?\d+(?:\.\d+)*[a-e]?(?!\w)\)?"
-
 LIST = rf"{ITEM}(?:(?:, | and |-| to ){ITEM})*"
-
 CITATION = re.compile(rf"(Eqs?\.|Tables?|Fig(?:ure|ures|\.|s\.)|Algorithm) ?({LIST})|(§)({ITEM})")
-
 PLACES = ["", "inputs/", "runtime/", "downstream/", "figures/", "reporting/measures"]  # other than tests and claims
 KINDS = {"E": "Eq. ", "T": "Table ", "F": "Figure ", "A": "Algorithm ", "§": "§"}  # by first letter
 

@@ -32,54 +32,57 @@ class Claim:
     statement: str
     reported: str  # by the paper, in the order of `order`; of CMAE and ConMIM: ImageNet, fine-tuned
     measure: str  # "linear.top1", as `value` knows it
-    order: tuple[str, ...]  # results, from what the paper finds lowest to what it finds highest
+    runs: str  # result files, from the one that the paper finds lowest to the one that it finds highest
 
-
-def claim(paper: str, where: str, statement: str, reported: str, measure: str, *order: str) -> Claim:
-    return Claim(paper, where, statement, reported, measure, order)
+    @property
+    def order(self) -> list[str]:
+        return self.runs.split(" < ")
 
 
 TOP1 = "finetune.top1"
-
 CLAIMS = [
-    claim("LC-MAE", "Table 1", "L_cross alone collapses; L_in prevents it (v's spread over images)",
-          "collapse < 82.5", "spread.deviation", "claims/lcmae-cross", "claims/lcmae-cross-in"),
-    claim("LC-MAE", "Table 1", "L_cross alone collapses; L_MAE prevents it (v's spread over images)",
-          "collapse < 83.1", "spread.deviation", "claims/lcmae-cross", "claims/lcmae-cross-mae"),
-    claim("LC-MAE", "Table 3", "a plain autoencoder probes far below MAE",
-          "5.7 < 55.4", "linear.top1", "claims/autoencoder", "cpu/mae"),
-    claim("LC-MAE", "Figure 6", "the encoder's attention distance (pixels) grows with the mask ratio: .3 .6 .75 .9",
-          "rises", "attention.distance", "claims/mae-30", "claims/mae-60", "cpu/mae", "claims/mae-90"),
-    claim("LC-MAE", "Figure 2", "the decoder's first layer attends by position, alike in all images; later ones less",
-          "later < first, up to 0.9", "positions.later positions.first", "claims/mae-deep", "claims/mae-deep"),
-    claim("CAE", "Figure 4", "with alignment the decoder reads the encoder's latents, the regressor skipped (error)",
-          "images < noise", "latents.error", "claims/cae-pixels", "claims/cae-pixels-unaligned"),
-    claim("CAE", "Table 1", "linear probing is far below attentive probing",
-          "64.1 < 73.8", "linear-paper.top1 attentive.top1", "cpu/cae", "cpu/cae"),
-    claim("ConMIM", "Table 4", "without masking the task is trivial (share of patches that are found)",
-          "masked < unmasked", "loss.accuracy", "cpu/conmim", "claims/conmim-unmasked"),
-    claim("ConMIM", "Table 4", "without masking little is learned",
-          "fails < 83.51", TOP1, "claims/conmim-unmasked", "cpu/conmim"),
-    claim("ConMIM", "Table 6", "without the slow copy (EMA) less is learned",
-          "81.53 < 83.51", TOP1, "claims/conmim-no-ema", "cpu/conmim"),
-    claim("CMAE", "Table 4a, 4d", "contrast helps: λ_c 0 and 1", "82.9 < 83.8", TOP1, "claims/cmae-0", "cpu/cmae"),
-    claim("CMAE", "Table 4d", "too much of it harms: λ_c 2 and 1", "83.2 < 83.8", TOP1, "claims/cmae-2", "cpu/cmae"),
-    claim("CMAE", "Table 4b, 6", "random crops are worse than pixel shifts",
-          "83.29 < 83.82", TOP1, "claims/cmae-crops", "cpu/cmae"),
-    claim("CMAE", "Table 6", "large shifts are worse than small ones: 48-63 and 0-31",
-          "83.48 < 83.82", TOP1, "claims/cmae-far", "cpu/cmae"),
-    claim("CMAE", "Table 4c", "the feature decoder helps: 0 and 2 blocks",
-          "83.6 < 83.8", TOP1, "claims/cmae-no-decoder", "cpu/cmae"),
-    claim("CMAE", "Table 4e", "masking the target branch harms: .75 and 0",
-          "83.0 < 83.8", TOP1, "claims/cmae-target-75", "cpu/cmae"),
-    claim("CMAE", "Figure 6", "contrast makes classes evenly tight (standard deviation of distances within)",
-          ".0189 < .0371", "classes.intra_std", "cpu/cmae", "cpu/mae"),
-    claim("CMAE", "Figure 6", "contrast draws classes apart (distance between centres)",
-          ".0309 < .0340", "classes.inter_mean", "cpu/mae", "cpu/cmae"),
-    claim("The other CMAE", "Table 1", "MAE is below it; ten classes of Tiny-ImageNet here",
-          "62.95 < 65.84", TOP1, "cpu/mae", "cpu/cmae_loc"),
-    claim("The other CMAE", "Table 1", "MAE is below it; all of Tiny-ImageNet, the GPU's budget",
-          "62.95 < 65.84", TOP1, "gpu/mae", "gpu/cmae_loc"),
+    Claim("LC-MAE", "Table 1", "L_cross alone collapses; L_in prevents it (v's spread over images)",
+          "collapse < 82.5", "spread.deviation", "claims/lcmae-cross < claims/lcmae-cross-in"),
+    Claim("LC-MAE", "Table 1", "L_cross alone collapses; L_MAE prevents it (v's spread over images)",
+          "collapse < 83.1", "spread.deviation", "claims/lcmae-cross < claims/lcmae-cross-mae"),
+    Claim("LC-MAE", "Table 3", "a plain autoencoder probes far below MAE",
+          "5.7 < 55.4", "linear.top1", "claims/autoencoder < cpu/mae"),
+    Claim("LC-MAE", "Figure 6", "attention distance (pixels) grows with the mask ratio (.3, .6, .75, .9)",
+          "rises", "attention.distance", "claims/mae-30 < claims/mae-60 < cpu/mae < claims/mae-90"),
+    Claim("LC-MAE", "Figure 2",
+          "the decoder's first layer attends by position, alike in all images; later layers less so",
+          "later < first, up to 0.9", "positions.later positions.first", "claims/mae-deep < claims/mae-deep"),
+    Claim("CAE", "Figure 4",
+          "with alignment, the decoder reads the encoder's latents without the regressor (squared error)",
+          "images < noise", "latents.error", "claims/cae-pixels < claims/cae-pixels-unaligned"),
+    Claim("CAE", "Table 1", "linear probing is far below attentive probing",
+          "64.1 < 73.8", "linear-paper.top1 attentive.top1", "cpu/cae < cpu/cae"),
+    Claim("ConMIM", "Table 4", "without masking, the task is trivial (share of patches that are found)",
+          "masked < unmasked", "loss.accuracy", "cpu/conmim < claims/conmim-unmasked"),
+    Claim("ConMIM", "Table 4", "without masking, little is learned",
+          "fails < 83.51", TOP1, "claims/conmim-unmasked < cpu/conmim"),
+    Claim("ConMIM", "Table 6", "without the slow copy (EMA), less is learned",
+          "81.53 < 83.51", TOP1, "claims/conmim-no-ema < cpu/conmim"),
+    Claim("CMAE", "Table 4a, 4d", "contrast helps: λ_c 1 is better than 0",
+          "82.9 < 83.8", TOP1, "claims/cmae-0 < cpu/cmae"),
+    Claim("CMAE", "Table 4d", "too much contrast harms: λ_c 2 is worse than 1",
+          "83.2 < 83.8", TOP1, "claims/cmae-2 < cpu/cmae"),
+    Claim("CMAE", "Table 4b, 6", "random crops are worse than pixel shifts",
+          "83.29 < 83.82", TOP1, "claims/cmae-crops < cpu/cmae"),
+    Claim("CMAE", "Table 6", "large shifts (48-63) are worse than small ones (0-31)",
+          "83.48 < 83.82", TOP1, "claims/cmae-far < cpu/cmae"),
+    Claim("CMAE", "Table 4c", "a feature decoder of 2 blocks is better than none",
+          "83.6 < 83.8", TOP1, "claims/cmae-no-decoder < cpu/cmae"),
+    Claim("CMAE", "Table 4e", "masking .75 of the target branch is worse than masking nothing",
+          "83.0 < 83.8", TOP1, "claims/cmae-target-75 < cpu/cmae"),
+    Claim("CMAE", "Figure 6", "contrast makes classes evenly tight (deviation of the distances within a class)",
+          ".0189 < .0371", "classes.intra_std", "cpu/cmae < cpu/mae"),
+    Claim("CMAE", "Figure 6", "contrast moves classes apart (distance between their centres)",
+          ".0309 < .0340", "classes.inter_mean", "cpu/mae < cpu/cmae"),
+    Claim("The other CMAE", "Table 1", "it is better than MAE (here on ten classes of Tiny-ImageNet)",
+          "62.95 < 65.84", TOP1, "cpu/mae < cpu/cmae_loc"),
+    Claim("The other CMAE", "Table 1", "it is better than MAE (on all of Tiny-ImageNet, which needs a GPU)",
+          "62.95 < 65.84", TOP1, "gpu/mae < gpu/cmae_loc"),
 ]  # fmt: skip
 
 

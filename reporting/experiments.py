@@ -7,7 +7,6 @@ from reporting.result_files import BASELINES, ROWS
 from runtime.errors import InputError
 
 EPOCHS = {"cpu": 18, "gpu": 40}  # of pretraining, the same for every method
-
 TUNE_EPOCHS = {"cpu": 15, "gpu": 20}  # of fine-tuning, and of supervised training from scratch
 
 

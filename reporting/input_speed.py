@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from common import StepRandom
 from inputs import augment, images_in_files, images_in_memory
-from reporting.contenders import build_method
+from reporting.step_speed import build_method
 from reporting.timing import interleave
 
 

@@ -4,8 +4,6 @@ import platform
 import re
 from pathlib import Path
 
-import torch
-
 HERE = Path(__file__).parent.parent
 
 
@@ -21,7 +19,3 @@ def folder(facts: dict) -> str:
     """Where `bench.py --json` keeps this machine's results: "amd-epyc-torch2", of the device and torch's version."""
     words = re.findall(r"[a-z0-9]+", facts["device"].lower())
     return "-".join([*words, "torch" + facts["versions"]["torch"].split(".")[0]])
-
-
-def device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name() if device.type == "cuda" else processor()

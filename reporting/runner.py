@@ -88,12 +88,8 @@ class Runner:
         elif folder.exists() and any(folder.iterdir()):
             raise InputError(f"{folder}: holds what reproduce.py did not make; give another --out")
         folder.mkdir(parents=True, exist_ok=True)
-        state = {
-            "commands": work.commands,
-            "sources": sources(work.method, work.commands.values(), self.args.data),
-            "measured": {},
-            "seconds": 0.0,
-        }
+        made_by = sources(work.method, work.commands.values(), self.args.data)
+        state = dict(commands=work.commands, sources=made_by, measured={}, seconds=0.0)
         files.write_text(file, json.dumps(state))
         return state
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from reporting.contenders import build_method, draw, flops, stepper
+from reporting.step_speed import build_method, draw, flops, stepper
 
 # One A100 with 80 GB (NVIDIA's data sheet), eight to a machine.
 PEAK = 312e12  # FLOP/s of bf16 products

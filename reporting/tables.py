@@ -30,7 +30,7 @@ def names_of(results: Path, folder: str) -> list[str]:
 
 
 def commits(runs: list[dict]) -> str:
-    return ", ".join(sorted({(run["commit"] or "?")[:7] + "*" * bool(run["dirty"]) for run in runs}))
+    return ", ".join(sorted({(run.get("commit") or "?")[:7] + "*" * bool(run.get("dirty")) for run in runs}))
 
 
 def results_block(results: Path) -> str:
@@ -60,7 +60,7 @@ def results_block(results: Path) -> str:
         parts += [
             f"`python reproduce.py --budget {folder}`: {size}{config['data']}, {config['model']} encoder, "
             f"{config['epochs']} epochs, on {' or '.join(sorted(machines))}. Top-1 in per cent, mean ± standard "
-            "deviation over seeds; minutes of a seed, measuring included; * a tree with changes.",
+            "deviation over seeds; minutes of a seed with its evaluation; * some files had changes after the commit.",
             table(head, rows), *(f"† {', '.join(names)}: {why}" for why, names in notes.items()),
         ]  # fmt: skip
     return "\n\n".join(parts)
@@ -135,15 +135,15 @@ def speed_block(results: Path) -> str:
         for file in sorted(folder.glob("*.json")):
             found, link = json.loads(file.read_text()), f"../results/bench/{folder.name}/{file.name}"
             if "figures" in found:
-                parts += [
-                    f"[These figures]({link}) were {found['note']}.",
-                    table("what | float32 | bf16", found["figures"]),
-                ]
+                parts.append(f"[These figures]({link}) were {found['note']}.")
+                parts.append(table("what | float32 | bf16", found["figures"]))
                 continue
-            commit = (found["git"].get("commit") or "?")[:7] + "*" * bool(found["git"].get("dirty"))
-            where = f"{found['device']}, {found['threads']} threads, torch {found['versions']['torch']}, "
+            where = f"{found['device']}, {found['threads']} threads, torch {found['versions']['torch']}, commit "
             lines = [found["command"].split(" --json")[0], *columns(found["rows"]).splitlines()]
-            parts += [f"{where}commit [{commit}]({link})", "\n".join(f"    {line}".rstrip() for line in lines)]
+            parts += [
+                f"{where}commit [{commits([found['git']])}]({link})",
+                "\n".join(f"    {line}".rstrip() for line in lines),
+            ]
     return "\n\n".join(parts) or "Not run yet."
 
 

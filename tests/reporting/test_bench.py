@@ -9,7 +9,7 @@ import torch
 from torchvision.datasets.folder import default_loader
 
 import bench
-from reporting import contenders, input_speed, machine, run_speed, scale_estimate, speed_table, step_speed, timing
+from reporting import input_speed, machine, run_speed, scale_estimate, speed_table, step_speed, timing
 from runtime import fast
 from runtime.errors import InputError
 
@@ -34,21 +34,21 @@ def test_counted_flops_of_mae_are_those_of_its_products(monkeypatch, convolution
     embed = 2 * V * P * D  # its backward multiplies for the kernel alone, pixels need no gradient
     rest = 2 * (1 + V) * D * W + 2 * (N - V) * W * P
     expected = B * (3 * (forward + rest) + 2 * embed)
-    assert contenders.flops(contenders.stepper(parse(), "mae", B, "fp32", False, CPU)) == expected
+    assert step_speed.flops(step_speed.stepper(parse(), "mae", B, "fp32", False, CPU)) == expected
 
 
 @pytest.mark.parametrize("name", ["mae", "cmae", "hf", "lightly"])
 def test_a_step_trains_its_contender(name, monkeypatch):
-    if name in contenders.PEERS:
-        pytest.importorskip(contenders.PEERS[name])
-    seen, builder = [], contenders.peer_loss if name in contenders.PEERS else contenders.our_loss
+    if name in step_speed.PEERS:
+        pytest.importorskip(step_speed.PEERS[name])
+    seen, builder = [], step_speed.peer_loss if name in step_speed.PEERS else step_speed.our_loss
 
     def keep(*a):
         seen.append(builder(*a))
         return seen[-1]
 
-    monkeypatch.setattr(contenders, builder.__name__, keep)
-    step = contenders.stepper(parse(), name, 2, "fp32", False, CPU)
+    monkeypatch.setattr(step_speed, builder.__name__, keep)
+    step = step_speed.stepper(parse(), name, 2, "fp32", False, CPU)
     module, loss_of, _ = seen[0]
     before = loss_of(module).item()
     for _ in range(20):
@@ -61,7 +61,7 @@ def test_the_peer_has_our_sizes_target_and_share_of_masked_patches():
     # That both are then one function is test_mae::test_same_weights_and_mask_give_hugging_faces_numbers.
     pytest.importorskip("transformers")
     args = parse()
-    ours, theirs = contenders.build_method(args, "mae"), contenders.peer_loss(args, "hf", 2, CPU)[0]
+    ours, theirs = step_speed.build_method(args, "mae"), step_speed.peer_loss(args, "hf", 2, CPU)[0]
     trained = [sum(p.numel() for p in m.parameters() if p.requires_grad) for m in (ours, theirs)]
     assert trained[0] == trained[1]
     assert theirs.config.norm_pix_loss and theirs.config.mask_ratio == ours.config.mask_ratio
@@ -120,7 +120,7 @@ def test_input_rows_and_the_torchvision_path(tmp_path, monkeypatch):
 def test_scale_halves_a_gpus_share_and_all_reduces_a_ring():
     args = bench.parse(f"{TINY} --batch-size 64 --what scale --method cmae".split())
     few, many = scale_estimate.bench_scale(args, CPU)
-    method = contenders.build_method(args, "cmae")
+    method = step_speed.build_method(args, "cmae")
     trained = sum(p.numel() for p in method.parameters() if p.requires_grad)
     assert few["all_reduce_megabytes"] == pytest.approx(2 * 7 / 8 * 4 * trained / 1e6)
     assert many["all_reduce_megabytes"] == pytest.approx(2 * 31 / 32 * 4 * trained / 1e6)
@@ -205,7 +205,7 @@ def test_wrong_settings_are_refused(words, says):
 
 
 def test_a_peer_that_is_not_installed_is_named(monkeypatch):
-    monkeypatch.setitem(contenders.PEERS, "hf", "no_such_package")
+    monkeypatch.setitem(step_speed.PEERS, "hf", "no_such_package")
     with pytest.raises(InputError, match="peer hf: no_such_package is not installed"):
         bench.parse(["--peer", "hf"])
 
