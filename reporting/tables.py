@@ -138,7 +138,7 @@ def speed_block(results: Path) -> str:
                 parts.append(f"[These figures]({link}) were {found['note']}.")
                 parts.append(table("what | float32 | bf16", found["figures"]))
                 continue
-            where = f"{found['device']}, {found['threads']} threads, torch {found['versions']['torch']}, commit "
+            where = f"{found['device']}, {found['threads']} threads, torch {found['versions']['torch']}, "
             lines = [found["command"].split(" --json")[0], *columns(found["rows"]).splitlines()]
             parts += [
                 f"{where}commit [{commits([found['git']])}]({link})",

@@ -72,6 +72,8 @@ def short(command: str, place, photos) -> list[str]:  # noqa: F811
         at = words.index(flag)
         del words[at : at + 2]
     words = [word for word in words if word != "--compile"]  # which takes a minute
+    if words[-1] == "--json":  # without a file it would write into results/
+        words.append(str(place / "new/figures.json"))
     extra = [flag for (script, mark), flags in SHORT.items() if script == program and mark in command for flag in flags]
     return [*words, *extra]
 
