@@ -28,8 +28,8 @@ from common import StepRandom, ViT, learning_rate, parameter_groups
 from downstream.protocols import evaluate
 from inputs import image_sets
 from methods import METHODS
-from runtime import command_line, files, process
-from runtime.command_line import build_encoder, settle
+from runtime import files, process
+from runtime.command_line import build_encoder, pretraining_options, settle
 from runtime.encoder_import import untrained
 from runtime.errors import InputError
 from runtime.log import Meter, say
@@ -47,9 +47,8 @@ def main() -> None:
     process.stop()
 
 
-def options(argv: list[str]):
-    """The command line → the settings, the method's Config, the method's class."""
-    return command_line.pretraining_options(argv, METHODS)
+# A list of words → the settings, the method's Config, the method's class.
+options = partial(pretraining_options, methods=METHODS)
 
 
 # ---------------------------------------------------------------------------------------------------------- the loop
@@ -66,7 +65,8 @@ def train(args, config, Method, device: torch.device) -> nn.Module:
     run.open()
     if run.step == 0 and hasattr(method, "prepare"):
         method.prepare(partial(train_first, args, device))
-    say(f"{args.method} on {args.data}: {len(images):,} images, {count(method):,} parameters, {plan.steps} steps of "
+    learned = sum(p.numel() for p in method.parameters() if p.requires_grad)
+    say(f"{args.method} on {args.data}: {len(images):,} images, {learned:,} parameters, {plan.steps} steps of "
         f"{args.batch_size} on {world_size()} x {device.type} in {args.precision}, into {args.out}")  # fmt: skip
     loop(args, plan, run, images, device)
     if run.stopped_by:
@@ -85,12 +85,13 @@ def loop(args, plan: "Plan", run: Run, images: image_sets.ImageSet, device: torc
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(args.precision)
     autocast = torch.autocast(device.type, dtype, enabled=dtype is not None)
     if 0 < run.step < plan.steps and world_size() > 2:
-        warm_buckets(compiled, method, images, plan, run.step, autocast, device)
+        warm_buckets(args, plan, run.step, method, compiled, images, autocast, device)
         optimizer.zero_grad(set_to_none=True)
     batches = images.batches(plan.indices(run.step), device, workers=args.workers)
     pictures = Pictures(open_set(args, "val"), method, args.seed, args.image_size, device)
 
-    with run.listening(), Meter(args, run.step, plan.steps, plan.steps_per_epoch, run.log, device) as meter:
+    meter = Meter(args, run.step, plan.steps, plan.steps_per_epoch, run.log, device)
+    with run.listening(), meter.bar:
         for step in range(run.step, plan.steps):
             rate = learning_rate(step, plan.steps, plan.warmup, args.lr, args.min_lr)
             for group in optimizer.param_groups:
@@ -98,7 +99,8 @@ def loop(args, plan: "Plan", run: Run, images: image_sets.ImageSet, device: torc
             torch.manual_seed(args.seed + (step * world_size() + rank()) * 1_000_003)  # of drop path alone
             losses: dict[str, Tensor] = {}
             for part in range(args.accumulate):
-                batch = method.draw(*next(batches), plan.random(step, part, device))
+                rng = StepRandom(args.seed, step, args.batch_size, plan.rows(part), device)
+                batch = method.draw(*next(batches), rng)
                 if world_size() > 1:  # gradients are averaged over the processes once a step, in its last part
                     network.require_backward_grad_sync = part == args.accumulate - 1
                 with autocast:
@@ -127,19 +129,16 @@ def loop(args, plan: "Plan", run: Run, images: image_sets.ImageSet, device: torc
                 break
 
 
-# ------------------------------------------------------------------------------------------------ what the loop needs
-
-
 class Plan:
     """How long a run is, and which images each process takes in which step."""
 
     def __init__(self, args, images: int):
         self.args, self.images, self.n = args, images, images * args.repeat  # n images an epoch
+        self.share = divide(args.batch_size, args.accumulate)
         self.steps_per_epoch = self.n // args.batch_size
         if self.steps_per_epoch == 0:
-            raise InputError(
-                f"batch size {args.batch_size}: larger than an epoch, {self.n} images of {args.data}; see --repeat"
-            )
+            epoch = f"an epoch, {self.n} images of {args.data}; see --repeat"
+            raise InputError(f"batch size {args.batch_size}: larger than {epoch}")
         self.steps = args.epochs * self.steps_per_epoch
         self.warmup = round(args.warmup_epochs * self.steps_per_epoch)
         if args.max_steps and args.max_steps < self.steps:  # a shorter run of the same shape
@@ -147,13 +146,8 @@ class Plan:
 
     def rows(self, part: int) -> slice:
         """The rows of the global batch that this process takes in a part of a step."""
-        share = divide(self.args.batch_size, self.args.accumulate)
-        begin = (part * world_size() + rank()) * share
-        return slice(begin, begin + share)
-
-    def random(self, step: int, part: int, device) -> StepRandom:
-        """This process's rows of what is drawn for the global batch."""
-        return StepRandom(self.args.seed, step, self.args.batch_size, self.rows(part), device)
+        begin = (part * world_size() + rank()) * self.share
+        return slice(begin, begin + self.share)
 
     def indices(self, first: int) -> Iterator[Tensor]:
         """Positions in the image set, those of one part after another, from step `first` on."""
@@ -167,18 +161,15 @@ class Plan:
 
 def divide(batch_size: int, accumulate: int) -> int:
     """Images of the global batch that one process takes at a time."""
-    share, rest = divmod(batch_size, world_size() * accumulate)
-    if rest or not share:
-        raise InputError(
-            f"batch size {batch_size}: not divisible by {world_size()} processes x {accumulate} accumulated parts"
-        )
-    return share
+    n = world_size()
+    if batch_size < 1 or batch_size % (n * accumulate):
+        raise InputError(f"batch size {batch_size}: not divisible by {n} processes x {accumulate} accumulated parts")
+    return batch_size // (n * accumulate)
 
 
 def open_set(args, split: str) -> image_sets.ImageSet:
-    image_set = image_sets.open_set(
-        args.data, args.data_root, split, download=args.download, skip_bad_images=args.skip_bad_images
-    )
+    how = dict(download=args.download, skip_bad_images=args.skip_bad_images)
+    image_set = image_sets.open_set(args.data, args.data_root, split, **how)
     return image_set.subset(classes=args.classes) if args.classes else image_set
 
 
@@ -195,23 +186,23 @@ def build(args, config, Method, device: torch.device):
 
 
 def distribute(method: nn.Module) -> nn.Module:
-    """The method, with gradients averaged over processes if there are several."""
+    """The method, with gradients averaged over processes if there are several. Buffers are constants, alike in all."""
     if world_size() == 1:
         return method
     known = inspect.signature(DistributedDataParallel).parameters
     name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # until torch 2.14
-    # Buffers are constants, so nothing has to be broadcast before each step.
     return DistributedDataParallel(method, gradient_as_bucket_view=True, **{name: False})
 
 
-def warm_buckets(compiled, method: nn.Module, images, plan: Plan, step: int, autocast, device) -> None:
-    """Do a step's passes and throw its gradients away.
+def warm_buckets(args, plan: Plan, step: int, method: nn.Module, compiled, images, autocast, device) -> None:
+    """Do the passes of a step, whose gradients the caller throws away.
 
     After its first backward pass DDP lays its buckets out anew, and with them the order in which processes are added
     up. The run that is continued was past that, so the run that continues it must be, too, for the same bits.
     """
     index = next(plan.indices(step))
-    batch = method.draw(images.images(index, device), index, plan.random(step, 0, device))
+    rng = StepRandom(args.seed, step, args.batch_size, plan.rows(0), device)
+    batch = method.draw(images.images(index, device), index, rng)
     with autocast:
         loss = compiled(batch)["loss"]
     loss.backward()
@@ -222,8 +213,7 @@ def train_first(args, device: torch.device, name: str, **settings) -> nn.Module:
     same = "data data_root download classes images repeat skip_bad_images workers recipe max_steps device precision"
     same = [*same.split(), "accumulate", "seed", "deterministic", "log_every"]
     flags = ["--method", name, "--out", f"{args.out}/{name}", "--no-evaluate"]
-    flags += ["--resume", "never"] if args.resume == "never" else []
-    flags.append("--compile" if args.compile else "--no-compile")
+    flags += ["--compile" if args.compile else "--no-compile", *(["--resume=never"] if args.resume == "never" else [])]
     for option, value in ({key: getattr(args, key) for key in same} | settings).items():
         if value is not None and value is not False:
             flags += ["--" + option.replace("_", "-")] + ([] if value is True else [str(value)])
@@ -235,10 +225,6 @@ def train_first(args, device: torch.device, name: str, **settings) -> nn.Module:
     return train(theirs, config, Method, device)
 
 
-def count(module: nn.Module) -> int:
-    return sum(p.numel() for p in module.parameters() if p.requires_grad)
-
-
 def summary(args, encoder: nn.Module, run: Run, device: torch.device) -> None:
     """What a person wants to know at the end: the loss, the pictures, and whether the encoder learned something."""
     if run.log and run.log.losses:  # rank 0 has a log, and one that was lost is begun anew
@@ -247,8 +233,7 @@ def summary(args, encoder: nn.Module, run: Run, device: torch.device) -> None:
     if not isinstance(encoder, ViT):  # a tokenizer, say
         return
     if not args.evaluate:
-        say(f"evaluate  python evaluate.py --run {run.directory} --protocol knn")
-        return
+        return say(f"evaluate  python evaluate.py --run {run.directory} --protocol knn")
     sets = [open_set(args, split).to(device) for split in ("train", "val")]
     encoders = {"untrained": untrained(encoder, args.seed), "trained": encoder.eval()}
     results = {name: evaluate(e, *sets, protocols=("knn", "linear"), device=device) for name, e in encoders.items()}

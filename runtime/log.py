@@ -63,12 +63,6 @@ class Meter:
         rarely = 0.5 if sys.stderr.isatty() else 30  # seconds between redraws, on a screen or in a log file
         self.bar = tqdm(total=steps, initial=first, disable=rank() > 0, bar_format=BAR, mininterval=rarely)
 
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.bar.close()
-
     def update(self, step: int, losses: dict[str, Tensor], rate: float) -> None:
         """Count a step; log it if it is the first, the last or due."""
         bad = torch.where(losses["loss"].isfinite(), math.inf, float(step))
@@ -94,14 +88,9 @@ class Meter:
         """Refuse to go on if a loss was not finite or, after `step`, a weight of `method` is not: by a bad gradient."""
         if world_size() > 1:
             dist.all_reduce(self.bad_step, dist.ReduceOp.MIN)
-        if (bad := self.bad_step.item()) < math.inf:
-            raise not_finite("loss", int(bad))
+        what, bad_step = "loss", self.bad_step.item()
         if method is not None and not torch.stack([p.isfinite().all() for p in method.parameters()]).all():
-            raise not_finite("weights", step)
-
-
-def not_finite(what: str, step: int) -> InputError:
-    return InputError(
-        f"{what}: not finite at step {step}; the last checkpoint is kept. "
-        "Try a lower --lr, --clip-grad 1, or --precision bf16 or fp32"
-    )
+            what, bad_step = ("weights", step) if bad_step == math.inf else (what, bad_step)
+        if bad_step < math.inf:
+            advice = "Try a lower --lr, --clip-grad 1, or --precision bf16 or fp32"
+            raise InputError(f"{what}: not finite at step {bad_step:.0f}; the last checkpoint is kept. {advice}")

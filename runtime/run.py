@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from runtime import files
 from runtime.command_line import RETIRED
@@ -28,14 +29,12 @@ class Run:
     """A run directory, which rank 0 alone writes, and the wish to stop, which any rank may receive."""
 
     def __init__(self, args, config, images: int, **parts):
-        """`images` are trained on, that many; `parts` are method, optimizer and scaler, whose states are saved."""
+        """`images` is the number of images trained on; `parts` are method, optimizer and scaler, in this order."""
         self.args, self.config, self.parts, self.directory = args, config, parts, Path(args.out)
         self.settings = vars(args) | dataclasses.asdict(config) | dict(images=images)
         self.step, self.log, self.signal, self.stopped_by = 0, None, 0, 0
         # Agreement goes over gloo on the CPU, so that asking every step never waits for a GPU.
         self.control = dist.new_group(backend="gloo") if world_size() > 1 else None
-
-    # ------------------------------------------------------------------------------------------------ the wish to stop
 
     @contextmanager
     def listening(self):
@@ -61,10 +60,8 @@ class Run:
         self.stopped_by = int(number)
         return self.stopped_by != 0
 
-    # ---------------------------------------------------------------------------------------- directory and checkpoint
-
-    def open(self) -> int:
-        """Lay out the directory and load its checkpoint if there is one; returns the first step to do."""
+    def open(self) -> None:
+        """Lay out the directory and load its checkpoint if there is one; `step` is then the first step to do."""
         found = None
         if rank() == 0:
             try:
@@ -82,9 +79,8 @@ class Run:
                 for name, part in self.parts.items():
                     part.load_state_dict(found[name])
             except (LookupError, TypeError, ValueError, AttributeError, RuntimeError):
-                raise InputError(
-                    f"{self.directory}: the checkpoint's weights are not this program's; give --resume never"
-                ) from None
+                wrong = "the checkpoint's weights are not this program's; give --resume never"
+                raise InputError(f"{self.directory}: {wrong}") from None
             say(f"continuing {self.directory} from step {self.step}")
         if rank() == 0:
             about = dict(
@@ -93,7 +89,6 @@ class Run:
             )  # fmt: skip
             files.write_text(self.directory / "config.json", json.dumps(about, indent=1) + "\n")
             self.log = Log(self.directory / "log.jsonl", about, self.step)
-        return self.step
 
     def read(self) -> dict | None:
         """The checkpoint that `--resume` asks for, which must be of this run; None if there is nothing to continue."""
@@ -173,21 +168,9 @@ def from_rank_0(tree, group):
             dist.broadcast(x.reshape(-1).view(torch.uint8), 0, group=group)
         return x
 
-    outline = [mapped(lambda x: tensors.append(x) or x.to("meta"), tree)]
+    outline = [tree_map_only(Tensor, lambda x: tensors.append(x) or x.to("meta"), tree)]
     dist.broadcast_object_list(outline, group=group)
-    return mapped(receive, outline[0])
-
-
-def mapped(change, tree):
-    """The same tree of dicts and lists with `change(x)` in place of each tensor x."""
-    if isinstance(tree, dict):
-        return {key: mapped(change, value) for key, value in tree.items()}
-    if isinstance(tree, list | tuple):
-        return type(tree)(mapped(change, value) for value in tree)
-    return change(tree) if isinstance(tree, Tensor) else tree
-
-
-# ------------------------------------------------------------------------------------------------------ what wrote it
+    return tree_map_only(Tensor, receive, outline[0])
 
 
 def versions() -> dict:
