@@ -14,7 +14,8 @@ Changes from mae.py: no mask, a target larger than a patch, the loss on every pa
 
 The rows of Table 3 are `--block 16`, 48, 80 and 112 under `--recipe paper`, whose patches are 16 pixels wide.
 
-    python train.py --method autoencoder     torchrun --nproc_per_node=8 train.py --method autoencoder --data imagenet
+    python train.py --method autoencoder
+    torchrun --nproc_per_node=8 train.py --method autoencoder --data imagenet --data-root DIR
 
 Measured: ten classes of Tiny-ImageNet, in README.md (it probes eight points below MAE); the paper's settings: not run.
 """
@@ -26,19 +27,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import mae
-from common import InputError, Mask, ViT, split, unpatchify
+from common import Mask, ViT, split, unpatchify
 from inputs import augment
 from mae import Batch
+from runtime.errors import InputError
+from runtime.knobs import Count, Part, Size, check
 
 
 @dataclass(frozen=True)
 class Config:
-    block: int = 48  # pixels a side of the block that each token predicts (Table 3)
-    decoder_width: int = 512  # as in MAE
-    decoder_depth: int = 8  # blocks, as in MAE
-    decoder_heads: int = 16  # as in MAE
+    block: Size = 48  # pixels a side of the block that each token predicts (Table 3)
+    decoder_width: Size = 512  # as in MAE
+    decoder_depth: Count = 8  # blocks, as in MAE
+    decoder_heads: Size = 16  # as in MAE
     norm_pixels: bool = True  # predict each block standardised by its own mean and variance
-    crop_scale: float = 0.2  # smallest share of the image's area that a crop keeps
+    crop_scale: Part = 0.2  # smallest share of the image's area that a crop keeps
+    __post_init__ = check
 
 
 RECIPES = {

@@ -6,31 +6,35 @@ patches, which must be what the encoder makes of them (alignment), and a decoder
     X_v ─ encoder ─ Z_v ─ regressor ─ Z_m ─┬─ decoder ─ Y_m ───────── decoding loss   (Eq. 1)
     X_m ─ encoder ─ Z̄_m ─ stop-gradient ───┴───────────────────────── alignment loss  (Eq. 1, times λ)
 
-Where the paper is silent or unclear, and what stands here
-- Positions are MAE's sine-cosine ones in all three parts, and initial weights MAE's, as the official linear layers'.
-- Regressor block: positions are added to what becomes queries and keys, each with a norm of its own, not to the values;
-  then pre-norm residuals as in the encoder. Queries see each other and Z_v; Z_v never changes.
-- The class token takes part in the encoder and stops there. Regressor and decoder have the encoder's width, heads,
-  layer scale and drop path, the latter growing from 0 in each. Z_v, Z_m and what the decoder predicts from leave their
-  parts by a norm, so that alignment compares normed vectors, by a mean over their values (ℓ_z) and patches (both).
-- "98 of 196": ⌈N/2⌉ masked, by blocks of BEiT's 16 of 196 patches or more, in proportion, and smaller ones to fill up.
-- "Standard random cropping": torchvision's, down to BEiT's 0.08 of the area.
-- Pixel targets (§3.1): squared error on the masked patches of what the encoder is given (`norm_pixels` standardises
-  each patch). Without decoder (Table 2): a linear layer on Z_m, without positions.
-Differences from the paper: DALL-E's weights do not come with this file, so the default is a d-VAE as in Table 7,
-trained first where no `--tokenizer` is given (dvae.py). The tokenizer sees the same crop, 8 pixels a patch, bicubic.
-Table 7's VQGAN is not offered.
-Where the official code departs or adds: the regressor's residual is itself normalised (`official_residual`), that crop
-is resized by Lanczos (not offered), Z̄_m has its own draws of drop path (here too), clipping at 3 and a floor under the
-learning rate (in the recipe), 12 heads in ViT-S (`--heads 12`), a layer scale of 1e-5 in ViT-L (`--layer-scale 1e-5`).
+    question          | paper                | official code                      | here (flag)
+    ----------------- | -------------------- | ---------------------------------- | -----------------------------------
+    target            | DALL-E tokens (§2.2) | the same                           | tokens of a d-VAE trained first
+    other targets     | VQGAN, pixels (§3.1) | none                               | pixels, DALL-E (--target)
+    tokenizer's image | not said             | the same crop, by Lanczos          | the same crop, bicubic
+    crop              | "standard"           | keeps 8 to 100 % of the area       | the same (--crop-scale)
+    mask              | 98 of 196, in blocks | BEiT's blocks of 16 or more        | the same, in proportion
+    positions         | not said             | MAE's, in all three parts          | the same
+    in the regressor  | not said             | for queries and keys only          | the same
+    its residual      | not said             | is itself normalised               | is not (--official-residual)
+    class token       | not said             | in the encoder only                | the same
+    alignment         | Z_m with Z̄_m         | after norms; Z̄_m one step old      | after norms; Z̄_m of this step
+    drop path         | .1                   | each pass draws its own            | the same
+    no decoder        | Table 2              | positions and norm stay            | a linear layer (--decoder-depth 0)
+    initial weights   | not said             | xavier; kernel, tokens cut at ±.02 | MAE's
+    ViT-S             | not said             | 12 heads; decoder 768 wide         | (--heads 12); decoder 384 wide
+    ViT-L             | not said             | layer scale 1e-5; BEiT's initial   | (--layer-scale 1e-5); MAE's initial
+    clipping, last lr | not said             | 3 and 1e-5                         | the same, in the recipes
 
-    python train.py --method cae                 torchrun --nproc_per_node=8 train.py --method cae --data imagenet
+The d-VAE (dvae.py) stands in for DALL-E's weights, which do not come with this file; Table 7 finds it as good. Without
+`--tokenizer` it is trained first. The mask tokens see Z_v and each other, and Z_v stays as it is.
+
+    python train.py --method cae    torchrun --nproc_per_node=8 train.py --method cae --data imagenet --data-root DIR
 
 Measured: ten classes of Tiny-ImageNet, in README.md; the paper's settings: not run.
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -41,7 +45,6 @@ import mae
 from common import (
     MLP,
     Block,
-    InputError,
     LayerScale,
     Mask,
     ViT,
@@ -56,24 +59,27 @@ from common import (
     visible_count,
 )
 from inputs import augment
+from runtime.errors import InputError
+from runtime.knobs import Count, Part, Share, Size, Weight, check
 
 
 @dataclass(frozen=True)
 class Config:
-    target: str = "dvae"  # what is decoded: tokens of a dvae (Table 7) or of dalle (§2.2), or pixels (§3.1, Fig. 4)
+    target: Literal["dvae", "dalle", "pixels"] = "dvae"  # decoded: tokens of either (Table 7, §2.2), or pixels (Fig. 4)
     tokenizer: str = ""  # a run of --method dvae, or DALL-E's weights; not given: a dvae is trained first
-    mask_ratio: float = 0.5  # share of patches hidden, in blocks (§2.2)
-    regressor_depth: int = 4  # cross-attention blocks (§4.1)
-    decoder_depth: int = 4  # self-attention blocks (§4.1); 0: a linear layer in their place (Table 2)
-    lambda_z: float = 2.0  # λ of Eq. (1); 0: no alignment (Table 2)
+    mask_ratio: Share = 0.5  # share of patches hidden, in blocks (§2.2)
+    regressor_depth: Size = 4  # cross-attention blocks (§4.1)
+    decoder_depth: Count = 4  # self-attention blocks (§4.1); 0: a linear layer in their place (Table 2)
+    lambda_z: Weight = 2.0  # λ of Eq. (1); 0: no alignment (Table 2)
     norm_pixels: bool = False  # pixels: each patch standardised by its own mean and variance
     official_residual: bool = False  # the regressor's residual itself is normalised before the MLP (official code)
-    crop_scale: float = 0.08  # smallest share of the image's area that a crop keeps
-    tokenizer_epochs: int = 20  # of the dvae that is trained first (--method dvae --help says more)
-    codes: int = 8192  # of that dvae: size of the codebook
-    hidden: int = 256  # of that dvae: channels at the finest resolution
-    blocks: int = 2  # of that dvae: residual blocks at each resolution
-    first_stride: int = 1  # of that dvae: stride of the first convolution
+    crop_scale: Part = 0.08  # smallest share of the image's area that a crop keeps
+    tokenizer_epochs: Size = 20  # of the dvae that is trained first (--method dvae --help says more)
+    codes: Size = 8192  # of that dvae: size of the codebook
+    hidden: Size = 256  # of that dvae: channels at the finest resolution
+    blocks: Size = 2  # of that dvae: residual blocks at each resolution
+    first_stride: Size = 1  # of that dvae: stride of the first convolution
+    __post_init__ = check
 
 
 def tokenizer_settings(recipe: str) -> dict:
@@ -158,9 +164,9 @@ def token_loss(predicted: Tensor, tokens: Tensor) -> Tensor:
     return F.cross_entropy(predicted.float().flatten(0, 1), tokens.flatten())
 
 
-def alignment_loss(z_m: Tensor, target: Tensor) -> Tensor:
-    """ℓ_z(Z_m, sg[Z̄_m]) of Eq. (1): mean squared error, both (B, M, D); the target carries no gradient."""
-    return (z_m.float() - target.detach().float()).square().mean()
+def alignment_loss(z_m: Tensor, z_bar_m: Tensor) -> Tensor:
+    """ℓ_z(Z_m, sg[Z̄_m]) of Eq. (1): mean squared error, both (B, M, D); Z̄_m carries no gradient."""
+    return (z_m.float() - z_bar_m.detach().float()).square().mean()
 
 
 class CAE(nn.Module):
@@ -169,12 +175,12 @@ class CAE(nn.Module):
     def __init__(self, encoder: ViT, config: Config):
         super().__init__()
         c, D = config, encoder.width
-        if c.target not in ("dvae", "dalle", "pixels"):
-            raise InputError(f"target {c.target!r}: unknown; choose dvae, dalle or pixels")
         if c.target == "dalle" and not c.tokenizer:
             raise InputError(f"target dalle: no weights; give them to --tokenizer: {dvae.PUBLISHED}")
-        if c.regressor_depth < 1:
-            raise InputError(f"regressor of {c.regressor_depth} blocks: nothing would be predicted; give 1 or more")
+        if c.tokenizer and c.target == "pixels":
+            raise InputError(f"tokenizer {c.tokenizer}: pixels need none; leave it out, or give another --target")
+        if c.norm_pixels and c.target != "pixels":
+            raise InputError("norm pixels: tokens are no pixels; leave it out, or give --target pixels")
         self.config, self.encoder = c, encoder
         self.masked = encoder.patches - visible_count(encoder.patches, c.mask_ratio)
         self.tokenizer = None if c.target == "pixels" else self.new_tokenizer().requires_grad_(False)
@@ -235,10 +241,12 @@ class CAE(nn.Module):
         z_v = self.encoder(batch.images, batch.mask.visible)[:, 1:]  # Z_v, without class token: (B, V, D)
         z_m = self.regress(z_v, batch.mask)  # Z_m: (B, M, D)
         y_m = self.decode(z_m, batch.mask.masked)  # Y_m: (B, M, codes or P)
-        l_y = self.decoding_loss(y_m, batch)
+        y_bar_m = self.targets(batch)  # Ȳ_m: tokens (B, M), or pixels (B, M, P)
+        l_y = token_loss(y_m, y_bar_m) if self.tokenizer else reconstruction_loss(y_m, y_bar_m)
         if self.config.lambda_z == 0:
             return {"loss": l_y}
-        l_z = alignment_loss(z_m, self.masked_latents(batch))
+        z_bar_m = self.masked_latents(batch)  # Z̄_m: (B, M, D), no gradient
+        l_z = alignment_loss(z_m, z_bar_m)
         return {"loss": l_y + self.config.lambda_z * l_z, "decoding": l_y, "alignment": l_z}  # Eq. (1)
 
     def regress(self, z_v: Tensor, mask: Mask) -> Tensor:
@@ -262,12 +270,11 @@ class CAE(nn.Module):
             z = block(z)
         return self.predict(self.decoder_norm(z))
 
-    def decoding_loss(self, predicted: Tensor, batch: Batch) -> Tensor:
-        """ℓ_y(Y_m, Ȳ_m) of Eq. (1), or the squared error of pixels. (B, M, codes or P) → scalar."""
-        if self.tokenizer is None:
-            pixels = mae.masked_pixels(batch.images, batch.mask, self.encoder.patch_size, self.config.norm_pixels)
-            return reconstruction_loss(predicted, pixels)
-        return token_loss(predicted, self.tokenizer.tokens(batch.token_images).gather(1, batch.mask.masked))
+    def targets(self, batch: Batch) -> Tensor:
+        """Ȳ_m: the tokens of the masked patches (B, M), or their pixels (B, M, P)."""
+        if self.tokenizer:
+            return self.tokenizer.tokens(batch.token_images).gather(1, batch.mask.masked)
+        return mae.masked_pixels(batch.images, batch.mask, self.encoder.patch_size, self.config.norm_pixels)
 
     def update_teacher(self, progress: float) -> None:
         """CAE has no teacher: the alignment's target is the encoder itself."""

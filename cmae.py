@@ -7,25 +7,31 @@ patches' features, recognise its own image among the batch, as a momentum encode
                                    └─ feature decoder ─ mean ─ projector ─ predictor ─┐
     target:  I_t ─ momentum encoder ─ mean ─ momentum projector ─ stop-gradient ───── L_c  (Eq. 7)
 
+The released code multiplies L_c by 2τ = 0.14, which the paper does not say. The paper's recipe, the default here, thus
+weighs L_c 7.1 times as strongly as the released code; `--official-scale` follows the code. The demo recipe sets it.
+
 Changes from mae.py: the second view, the feature decoder, the two heads, the momentum branch, L_c.
 
-Where the paper is silent or unclear, and what stands here
-- §3.2 names the online view I_t once; it means I_s. Eq. (4) lacks its index i = 1 … N, Eq. (5) the mean over pixels.
-- The class token, MAE's, is in both encoders and both decoders, but in no mean: Eq. (2) and (4) are over N patches.
-- The feature decoder's output layer: as wide as the encoder. The heads: Linear, BN, ReLU, Linear (BYOL's shape), with
-  the official code's widths and MAE's initialisation; BN sees its branch's batch of all ranks and keeps no averages.
-- Mask ratio, decoder, crop and flip of the master image: MAE's. Colour: jitter and greyscale, as the official code's.
-- Pixel shifts are given for 224 pixels and scaled with the image: 0-31 becomes 0-8 at 64 pixels.
-- Table 4c's shared feature decoder: the pixel decoder's first blocks, with a norm and an output layer of its own.
-- Rows of Table 4 that take several switches, from the top (§4.4's crops "with masking": of the online branch alone)
-    4a: `lambda_c=0`; `pixel_shift=False, feature_decoder_depth=0`; `feature_decoder_depth=0`; the defaults
+    question         | paper             | official code                   | here (flag)
+    ---------------- | ----------------- | ------------------------------- | -------------------------------------------
+    weight of L_c    | 1 (Table 4d)      | 2τ λ_c = 0.14                   | the paper's (--official-scale)
+    mask             | MAE's 75 % (§4.1) | 65 %, squares of 2 x 2 patches  | the paper's (--mask-ratio, -cell)
+    last target norm | not said          | none                            | kept (--no-target-norm)
+    target colours   | jitter, greyscale | also blur; grey swaps red, blue | no blur (--target-blur 0.5)
+    feature output   | not said          | 3·p·p wide, in ViT-B its width  | as wide as the encoder
+    heads            | not said          | Linear, BN, ReLU, Linear        | the same (--projector-width, -out)
+    initial heads    | not said          | PyTorch's: deviation .021, .015 | MAE's: deviation .029, .033
+    class token      | not said          | in every part, but in no mean   | the same
+    weight decay     | .05               | of BN scales, of no tokens      | of tokens (--no-decay cls_token mask_token)
+    shared decoder   | Table 4c          | none                            | the pixel decoder's first blocks
+    shifts           | 0-31 of 224       | 0-31 of 224 pixels              | in proportion: 0-8 of 64 pixels
+    size of CMAE*    | a ViT's (§4.1)    | not compared                    | 89.1 M, ViT-B 85.6 M (--stem conv)
+
+Slips of the paper: §3.2 once calls the online view I_t; Eq. (4) lacks its index i, Eq. (5) the mean over pixels.
+The rows of Table 4, from the top. Row 1 of 4b as two equal views is our reading; its 82.9 is also MAE's own result.
+    4a: `--method mae`; `pixel_shift=False, feature_decoder_depth=0`; `feature_decoder_depth=0`; the defaults
     4b, with `target_color=False`: `shift_range="0"`; `pixel_shift=False`; no other; and the defaults
-Where the official code departs from the paper, and the flag that follows it: L_c times 2τ (`--official-scale`, which
-the demo recipe sets; all else here is the paper's), 65 % masked in squares of 2 x 2 patches (`--mask-ratio 0.65
---mask-cell 2`), no final norm on the target (`--no-target-norm`), blur (`--target-blur 0.5`), no weight decay on tokens
-(`--no-decay cls_token mask_token`); not offered: weight decay on BN's scales, grey with red and blue weighed the wrong
-way round, a feature decoder as wide as a patch's pixels (768, which ViT-B's width happens to be).
-CMAE* is `--stem conv`, plain 3 x 3 convolutions; the paper trims the rest to keep the ViT's size, we do not.
+`lambda_c=0` is not row 1 of 4a: it sees the corner of a larger master image, where MAE sees a crop of at least 20 %.
 
     python train.py --method cmae            torchrun --nproc_per_node=8 train.py --method cmae --data tiny-imagenet
 
@@ -34,7 +40,7 @@ Measured: ten classes of Tiny-ImageNet, in README.md; ImageNet: not run.
 
 import copy
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -43,7 +49,6 @@ from torch import Tensor, nn
 import mae
 from common import (
     Head,
-    InputError,
     Mask,
     ViT,
     ema_update,
@@ -53,32 +58,35 @@ from common import (
     visible_count,
 )
 from inputs import augment
+from runtime.errors import InputError
+from runtime.knobs import Count, Part, Positive, Share, Size, Weight, check
 
 
 @dataclass(frozen=True)
 class Config:
-    mask_ratio: float = 0.75  # share of patches hidden from the online encoder (official code: 0.65)
-    mask_cell: int = 1  # either mask hides squares of this many patches a side (official code: 2)
-    decoder_width: int = 512  # of both decoders
-    decoder_depth: int = 8  # blocks of the pixel decoder
-    decoder_heads: int = 16  # of both decoders
+    mask_ratio: Share = 0.75  # share of patches hidden from the online encoder (official code: 0.65)
+    mask_cell: Size = 1  # either mask hides squares of this many patches a side (official code: 2)
+    decoder_width: Size = 512  # of both decoders
+    decoder_depth: Count = 8  # blocks of the pixel decoder
+    decoder_heads: Size = 16  # of both decoders
     norm_pixels: bool = True  # predict each patch standardised by its own mean and variance (§3.3)
-    crop_scale: float = 0.2  # smallest share of the image's area that the master crop keeps
+    crop_scale: Part = 0.2  # smallest share of the image's area that the master crop keeps
     pixel_shift: bool = True  # both views from one master image; without: two random crops (Table 4a, 4b, 6)
     shift_range: str = "0-31"  # shifts of the target view, in pixels at 224, scaled to the image (Table 6)
     target_color: bool = True  # colour jitter and greyscale, on the target view only (Table 4b)
-    target_blur: float = 0.0  # probability of Gaussian blur on the target view (official code: 0.5)
-    target_mask_ratio: float = 0.0  # share of patches hidden from the momentum encoder (Table 4e)
+    target_blur: Share = 0.0  # probability of Gaussian blur on the target view (official code: 0.5)
+    target_mask_ratio: Share = 0.0  # share of patches hidden from the momentum encoder (Table 4e)
     target_norm: bool = True  # the momentum encoder ends with its final norm (official code: without)
-    feature_decoder_depth: int = 2  # blocks; 0 contrasts the mean of the visible latents (Table 4a, 4c)
+    feature_decoder_depth: Count = 2  # blocks; 0 contrasts the mean of the visible latents (Table 4a, 4c)
     share_decoder: bool = False  # the feature decoder shares the pixel decoder's weights (Table 4c)
-    projector_width: int = 0  # hidden width of both heads; 0 is twice the encoder's (official code: 1536 for 768)
-    projector_out: int = 256  # dimensions of the contrasted vectors (as in the official code)
-    contrast: str = "infonce"  # Eq. (7), or "byol": positives alone (§3.3, §4.4)
-    tau: float = 0.07  # temperature of Eq. (7)
-    lambda_c: float = 1.0  # weight of L_c in Eq. (8); 0 is MAE on the online view (§4.4, Table 4a, 4d)
+    projector_width: Count = 0  # hidden width of both heads; 0 is twice the encoder's (official code: 1536 for 768)
+    projector_out: Size = 256  # dimensions of the contrasted vectors (as in the official code)
+    contrast: Literal["infonce", "byol"] = "infonce"  # Eq. (7), or "byol": positives alone (§3.3, §4.4)
+    tau: Positive = 0.07  # temperature of Eq. (7)
+    lambda_c: Weight = 1.0  # weight of L_c in Eq. (8); 0: no second branch (§4.4, Table 4d)
     official_scale: bool = False  # L_c times 2τ, as the official code has it
-    momentum: float = 0.996  # μ of the momentum encoder and projection head, fixed (§3.1)
+    momentum: Share = 0.996  # μ of the momentum encoder and projection head, fixed (§3.1)
+    __post_init__ = check
 
 
 RECIPES = {
@@ -93,7 +101,7 @@ RECIPES = {
 class Batch(NamedTuple):
     images: Tensor  # (B, 3, H, W) the online view I_s, normalised
     mask: Mask
-    target_images: Tensor  # (B, 3, H, W) the target view I_t, normalised
+    target_images: Tensor | None  # (B, 3, H, W) the target view I_t, normalised; None if nothing is contrasted
     target_mask: Mask | None  # what the momentum encoder does not see (Table 4e); None: it sees everything
 
 
@@ -121,8 +129,6 @@ class CMAE(nn.Module):
         super().__init__()
         c, D = config, encoder.width
         visible_count(encoder.patches, c.mask_ratio)  # says at once if nothing would be left
-        if c.contrast not in ("infonce", "byol"):
-            raise InputError(f"contrast {c.contrast!r}: unknown; choose infonce or byol")
         if c.share_decoder and not 0 < c.feature_decoder_depth <= c.decoder_depth:
             n, most = c.feature_decoder_depth, c.decoder_depth
             raise InputError(f"feature decoder of {n} blocks: cannot share the pixel decoder's; give 1 to {most}")
@@ -149,39 +155,47 @@ class CMAE(nn.Module):
 
     def draw(self, images, index, rng) -> Batch:
         """uint8 images → the two views of §3.2 and the online branch's mask."""
+        c, size, (_, p) = self.config, self.encoder.image_size, self.shifts
+        boxes, flips = augment.crop_boxes(rng, augment.sizes(images), scale=(c.crop_scale, 1.0)), rng.chance(0.5)
+        master = augment.crop_resize(images, boxes, size + p if c.pixel_shift else size, hflip=flips)
+        view = augment.normalize(master[:, :, :size, :size])  # always the same corner
+        target = target_mask = None
+        if c.lambda_c:
+            target = self.draw_target(images, master, rng)
+        mask = random_mask(rng, self.encoder.grid, c.mask_ratio, c.mask_cell)
+        if c.lambda_c and c.target_mask_ratio:
+            target_mask = random_mask(rng, self.encoder.grid, c.target_mask_ratio, c.mask_cell)
+        return Batch(view, mask, target, target_mask)
+
+    def draw_target(self, images, master: Tensor, rng) -> Tensor:
+        """I_t: the master image (B, 3, H + p, W + p) shifted, or another crop, in other colours. → (B, 3, H, W)"""
         c, size, (low, p) = self.config, self.encoder.image_size, self.shifts
-        sizes, scale = augment.sizes(images), (c.crop_scale, 1.0)
-        boxes, flips = augment.crop_boxes(rng, sizes, scale=scale), rng.chance(0.5)
         if c.pixel_shift:
-            master = augment.crop_resize(images, boxes, size + p, hflip=flips)  # (B, 3, H + p, W + p)
-            view = master[:, :, :size, :size]  # always the same corner
             target = augment.shift_crop(master, rng.integers(low, max(p, 1), 2), size)
         else:
-            view = augment.crop_resize(images, boxes, size, hflip=flips)
-            boxes, flips = augment.crop_boxes(rng, sizes, scale=scale), rng.chance(0.5)
-            target = augment.crop_resize(images, boxes, size, hflip=flips)
+            boxes = augment.crop_boxes(rng, augment.sizes(images), scale=(c.crop_scale, 1.0))
+            target = augment.crop_resize(images, boxes, size, hflip=rng.chance(0.5))
         if c.target_color:
             target = augment.color_jitter(target, *augment.draw_color_jitter(rng, 0.4, 0.4, 0.4, 0.1, probability=0.8))
             target = augment.grayscale(target, rng.chance(0.2))
         if c.target_blur:
             sigma = augment.on_host(rng).uniform(low=0.1, high=2.0) * size / 224  # pixels
             target = augment.gaussian_blur(target, sigma, rng.chance(c.target_blur))
-        mask = random_mask(rng, self.encoder.grid, c.mask_ratio, c.mask_cell)
-        target_mask = None
-        if c.target_mask_ratio:
-            target_mask = random_mask(rng, self.encoder.grid, c.target_mask_ratio, c.mask_cell)
-        return Batch(augment.normalize(view), mask, augment.normalize(target), target_mask)
+        return augment.normalize(target)
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
-        latents = self.encoder(batch.images, batch.mask.visible)  # z_s^v, Eq. (1): (B, 1 + V, D)
-        predicted = self.decoder(latents, batch.mask)  # y'_m, Eq. (3): (B, M, P)
+        z_s = self.encoder(batch.images, batch.mask.visible)  # z_s^v, Eq. (1): (B, 1 + V, D)
+        y_m = self.decoder(z_s, batch.mask)  # y'_m, Eq. (3): (B, M, P)
         pixels = mae.masked_pixels(batch.images, batch.mask, self.encoder.patch_size, self.config.norm_pixels)
-        l_r = reconstruction_loss(predicted, pixels)  # Eq. (5)
+        l_r = reconstruction_loss(y_m, pixels)  # Eq. (5)
         if self.config.lambda_c == 0:
             return {"loss": l_r}
-        y = self.predictor(self.projector(self.online_feature(latents, batch.mask)))  # y_s^p: (B, d), d = projector_out
-        z = self.target_feature(batch.target_images, batch.target_mask)  # z_t^p: (B, d), no gradient
-        l_c = self.contrast(y, z)  # Eq. (6), (7); K is the batch of all ranks
+        with torch.no_grad():  # the target branch
+            z_t = self.target_feature(batch.target_images, batch.target_mask)  # Eq. (2): (B, D)
+            z_p = self.momentum_projector(z_t)  # z_t^p: (B, d), d = projector_out
+        y_s = self.online_feature(z_s, batch.mask)  # Eq. (4): (B, D)
+        y_p = self.predictor(self.projector(y_s))  # y_s^p: (B, d)
+        l_c = self.contrast(y_p, z_p)  # Eq. (6), (7); K is the batch of all ranks
         return {"loss": l_r + self.config.lambda_c * l_c, "reconstruction": l_r, "contrast": l_c}  # Eq. (8)
 
     def online_feature(self, latents: Tensor, mask: Mask) -> Tensor:
@@ -191,16 +205,14 @@ class CMAE(nn.Module):
         # The output layer is linear, so it commutes with the mean: one multiplication per image instead of N.
         return self.feature_decoder.predict(self.feature_decoder.features(latents, mask).mean(dim=1))
 
-    @torch.no_grad()
     def target_feature(self, images: Tensor, mask: Mask | None) -> Tensor:
-        """z_t^p: mean over the momentum encoder's outputs (Eq. 2), then its projection. (B, 3, H, W) → (B, d)."""
-        tokens = self.momentum_encoder(images, mask and mask.visible, norm=self.config.target_norm)
-        return self.momentum_projector(tokens[:, 1:].mean(dim=1))
+        """z_t, Eq. (2): the mean over the momentum encoder's outputs. (B, 3, H, W) → (B, D)."""
+        return self.momentum_encoder(images, mask and mask.visible, norm=self.config.target_norm)[:, 1:].mean(dim=1)
 
-    def contrast(self, y: Tensor, z: Tensor) -> Tensor:
+    def contrast(self, y_p: Tensor, z_p: Tensor) -> Tensor:
         """L_c, in one direction only (§3.3): y_s^p looks for its z_t^p. (B, d), (B, d) → scalar."""
         c = self.config
-        loss = info_nce(y, z, c.tau) if c.contrast == "infonce" else byol_loss(y, z)
+        loss = info_nce(y_p, z_p, c.tau) if c.contrast == "infonce" else byol_loss(y_p, z_p)
         return 2 * c.tau * loss if c.official_scale else loss
 
     def update_teacher(self, progress: float) -> None:
@@ -214,9 +226,11 @@ class CMAE(nn.Module):
 
     @torch.no_grad()
     def picture(self, batch: Batch) -> Tensor:
-        """(4, B, 3, H, W) in [0, 1]: originals, what the encoder saw, reconstructions, the target views."""
+        """(rows, B, 3, H, W) in [0, 1]: originals, what the encoder saw, reconstructions, any target views."""
         predicted = self.decoder(self.encoder(batch.images, batch.mask.visible), batch.mask)
         rows = mae.picture_rows(batch.images, batch.mask, predicted, self.encoder, self.config.norm_pixels)
+        if batch.target_images is None:
+            return rows
         return torch.cat([rows, augment.denormalize(batch.target_images.float()).clamp(0, 1)[None]])
 
 

@@ -1,7 +1,8 @@
-"""The other CMAE: Improvements to Self-Supervised Representation Learning for Masked Image Modeling, arXiv 2205.10546.
+"""The other CMAE: a different paper whose method is also called CMAE, not a loss of cmae.py (arXiv 2205.10546).
 
-In a sentence: a masked autoencoder whose encoder must also recognise its image in another masked view and tell where
-each visible patch lies, on crops that, after some epochs, are drawn around the object the encoder itself has found.
+"Improvements to Self-Supervised Representation Learning for Masked Image Modeling" in a sentence: a masked autoencoder
+whose encoder must also recognise its image in another masked view and tell where each visible patch lies, on crops
+that, after some epochs, are drawn around the object that the encoder itself has found.
 
     q1 (visible) ─ E ─┬─ decoder ──────────────────────────────────────────────── L_con
                       ├─ two layers ─ place of each patch ─────────────────────── L_loc  (Eq. 4, 5)
@@ -34,7 +35,7 @@ Measured: ten classes of Tiny-ImageNet, in README.md; the paper's settings: not 
 
 import copy
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -43,7 +44,6 @@ from torch import Tensor, nn
 import mae
 from common import (
     MLP,
-    InputError,
     Mask,
     ViT,
     ema_update,
@@ -59,31 +59,34 @@ from common import (
     world_size,
 )
 from inputs import augment
+from runtime.errors import InputError
+from runtime.knobs import Count, Part, Positive, Share, Size, Weight, check
 
 
 @dataclass(frozen=True)
 class Config:
-    mask_ratio: float = 0.75  # share of patches hidden in each view (§4.2)
-    decoder: str = "transformer"  # transformer, or weaker: mlp, conv, hybrid-mlp, hybrid-conv (§3.5, 2-4)
-    decoder_width: int = 512  # channels of every layer; weaker with 256, 128 or 64 (§3.5, 1)
-    decoder_depth: int = 8  # layers; weaker with 6, 4 or 2 (§3.5, 1)
-    decoder_heads: int = 16  # of the layers that attend
+    mask_ratio: Share = 0.75  # share of patches hidden in each view (§4.2)
+    decoder: Literal["transformer", "mlp", "conv", "hybrid-mlp", "hybrid-conv"] = "transformer"  # (§3.5, 2-4)
+    decoder_width: Size = 512  # channels of every layer; weaker with 256, 128 or 64 (§3.5, 1)
+    decoder_depth: Count = 8  # layers; weaker with 6, 4 or 2 (§3.5, 1)
+    decoder_heads: Size = 16  # of the layers that attend
     norm_pixels: bool = True  # predict each patch standardised by its own mean and variance (MAE's)
-    crop_scale: float = 0.2  # smallest share of the image's area that a crop keeps
-    crop_by: str = "attention"  # ContrastiveCrop's heat map: attention, features, or none for plain crops (§3.2)
-    crop_warmup: int = 60  # epochs of plain crops before the boxes are first computed (ContrastiveCrop: a fifth)
-    crop_interval: int = 60  # epochs between computing the boxes (ContrastiveCrop: a fifth)
-    crop_threshold: float = 0.1  # k of Eq. 1, on a heat map stretched to 0 … 1
-    crop_alpha: float = 0.1  # crop centres follow Beta(α, α), below 1 away from the box's centre (on ImageNet 0.6)
+    crop_scale: Part = 0.2  # smallest share of the image's area that a crop keeps
+    crop_by: Literal["attention", "features", "none"] = "attention"  # ContrastiveCrop's map; none: plain crops (§3.2)
+    crop_warmup: Count = 60  # epochs of plain crops before the boxes are first computed (ContrastiveCrop: a fifth)
+    crop_interval: Size = 60  # epochs between computing the boxes (ContrastiveCrop: a fifth)
+    crop_threshold: Share = 0.1  # k of Eq. 1, on a heat map stretched to 0 … 1
+    crop_alpha: Positive = 0.1  # crop centres follow Beta(α, α), below 1 away from the box's centre (on ImageNet 0.6)
     key_color: bool = False  # colour jitter and greyscale on the second view (not the paper's; strengths of cmae)
-    projector_width: int = 0  # hidden width of P; 0 is the encoder's
-    projector_out: int = 128  # dimensions of the contrasted vectors
-    tau: float = 0.2  # temperature of Eq. 3
-    momentum: float = 0.996  # share of ME and MP that a step keeps, fixed (§3.3)
+    projector_width: Count = 0  # hidden width of P; 0 is the encoder's
+    projector_out: Size = 128  # dimensions of the contrasted vectors
+    tau: Positive = 0.2  # temperature of Eq. 3
+    momentum: Share = 0.996  # share of ME and MP that a step keeps, fixed (§3.3)
     withhold_positions: bool = False  # the location task sees patches without their positions
-    lambda_ctr: float = 1.0  # weight of the contrastive loss in Eq. 6; 0 builds no momentum branch
-    lambda_loc: float = 1.0  # weight of the location loss in Eq. 6
-    lambda_con: float = 1.0  # weight of the reconstruction loss in Eq. 6
+    lambda_ctr: Weight = 1.0  # weight of the contrastive loss in Eq. 6; 0 builds no momentum branch
+    lambda_loc: Weight = 1.0  # weight of the location loss in Eq. 6
+    lambda_con: Weight = 1.0  # weight of the reconstruction loss in Eq. 6
+    __post_init__ = check
 
 
 RECIPES = {
@@ -95,8 +98,6 @@ RECIPES = {
     "tiny": mae.RECIPES["tiny"] | dict(crop_warmup=20, crop_interval=20),
     "demo": mae.RECIPES["demo"] | dict(crop_warmup=4, crop_interval=4),
 }  # fmt: skip
-
-DECODERS = ("transformer", "mlp", "conv", "hybrid-mlp", "hybrid-conv")
 
 
 class Batch(NamedTuple):
@@ -227,9 +228,18 @@ class CMAELoc(nn.Module):
 
     def __init__(self, encoder: ViT, config: Config):
         super().__init__()
-        check(config, encoder)
-        visible_count(encoder.patches, config.mask_ratio)  # says at once if nothing would be left
         c, D = config, encoder.width
+        if c.decoder.startswith("hybrid") and c.decoder_depth < 3:
+            raise InputError(
+                f"decoder {c.decoder} of {c.decoder_depth} layers: has no middle; give it at least 3 layers"
+            )
+        if c.crop_threshold == 1:  # as Eq. 1 has it
+            raise InputError("crop threshold 1: no heat map exceeds it; give one from 0 to below 1")
+        if c.withhold_positions and encoder.relative_table is not None:
+            raise InputError("positions relative: are part of the attention and cannot be withheld; give sincos")
+        if not (c.lambda_ctr or c.lambda_loc or c.lambda_con):
+            raise InputError("lambda: all three weights are 0, so nothing would be learned; give one above 0")
+        visible_count(encoder.patches, c.mask_ratio)  # says at once if nothing would be left
         self.config, self.encoder = c, encoder  # E
         self.boxes = torch.zeros(0, 4)  # of all training images, once computed; on the CPU, where crops are drawn
         if c.lambda_con:
@@ -352,20 +362,3 @@ def location_loss(p: Tensor, visible: Tensor) -> Tensor:
     """Eq. 5, ‖p - t‖² averaged over patches; t is the one-hot place of each. (B, V, N), (B, V) → scalar."""
     t = F.one_hot(visible, p.shape[2])
     return (p.float() - t).square().sum(dim=2).mean()
-
-
-def check(c: Config, encoder: ViT) -> None:
-    if c.decoder not in DECODERS:
-        raise InputError(f"decoder {c.decoder!r}: unknown; choose one of {', '.join(DECODERS)}")
-    if c.decoder.startswith("hybrid") and c.decoder_depth < 3:
-        raise InputError(f"decoder {c.decoder} of {c.decoder_depth} layers: has no middle; give it at least 3 layers")
-    if c.crop_by not in (*HEAT, "none"):
-        raise InputError(f"crop by {c.crop_by!r}: unknown; choose {', '.join(HEAT)} or none")
-    if c.crop_interval < 1 or c.crop_alpha <= 0:
-        raise InputError(f"crop interval {c.crop_interval}, alpha {c.crop_alpha:g}: both must be above 0")
-    if not 0 <= c.crop_threshold < 1:  # as Eq. 1 has it
-        raise InputError(f"crop threshold {c.crop_threshold:g}: give one from 0 to below 1")
-    if c.withhold_positions and encoder.relative_table is not None:
-        raise InputError("positions relative: are part of the attention and cannot be withheld; give sincos")
-    if not (c.lambda_ctr or c.lambda_loc or c.lambda_con):
-        raise InputError("lambda: all three weights are 0, so nothing would be learned; give one above 0")

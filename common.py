@@ -430,9 +430,11 @@ class BatchNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:  # (rows, D) → (rows, D)
         with torch.autocast(x.device.type, enabled=False):
             y = x if x.dtype == torch.float64 else x.float()
-            n = len(y) * world_size()
-            y = y - sum_over_ranks(y.sum(0)) / n
-            variance = sum_over_ranks(y.square().sum(0)) / n
+            # A picture is drawn by one rank, in evaluation: it must not wait for the others.
+            ranks, total = (world_size(), sum_over_ranks) if self.training else (1, nn.Identity())
+            n = len(y) * ranks
+            y = y - total(y.sum(0)) / n
+            variance = total(y.square().sum(0)) / n
             y = y * (variance + self.eps).rsqrt()
             if self.weight is not None:
                 y = y * self.weight + self.bias
@@ -464,6 +466,8 @@ def info_nce(queries: Tensor, keys: Tensor, tau: float) -> Tensor:
     with torch.autocast(queries.device.type, enabled=False):
         queries = F.normalize(queries.float(), dim=-1)
         keys = gather_over_ranks(F.normalize(keys.float(), dim=-1))
+        if len(keys) == 1:
+            raise InputError("one image at a time: has no others to be contrasted with; give a larger --batch-size")
         positives = torch.arange(len(queries), device=queries.device) + rank() * len(queries)
         return F.cross_entropy(queries @ keys.T / tau, positives)
 

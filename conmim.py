@@ -6,25 +6,30 @@ each of these, its own among all patches of the same image, as a slowly progress
     student:  x ─ mask tokens ─ encoder ─────────── projector ── f(x̂)_j, j masked ─┐
     keys:     x, colours changed ─ slow copy ─ slow projector ─ sg ── f(x)_i ───── L  (Eq. 3)
 
-Where the paper is silent or unclear, and what stands here
-- Algorithm 1 puts the mask token into pixels; as in the code it replaces patch embeddings, positions are added after.
-  It also lacks §4's projector and §3.1's L2 norms, and views the keys as (N, D, K), which must be a transposition.
-- f in Eq. (3) ends in MoCo v3's projector, whose batch norms see all patches of the batch, but no class token. An
-  image's K keys are its N patches.
-- E over j ∈ M: the mean over the masked patches of all images. Cells of 32 pixels for ViT-B are 2 x 2 patches.
-- Crops keep 8 to 100 % of the area, as in the code. Jitter has no probability and always happens; solarisation's
-  threshold is one half; blur's σ is 0.1-2 at 224 pixels; the strong augmentation begins from the basic view.
-- Table 4's instance-level row is `contrast="instance", masking="none"`: keys are the images of the batch, crop and flip
-  stay shared, tokens are averaged before the projector. Table 7's blocks are BEiT's, with an exact count.
-- Table 5's GPU held 128 of 2048 images; here the keys of a whole batch are of all ranks (`--accumulate 16` makes it
-  128). Its filter's threshold is unstated, and "highly similar to the anchor" is read as the cosine with the
-  prediction f(x̂)_j. Table 6's equal inputs are one view. Tables 4-9 are of 300 epochs.
-- Which weights are kept is unsaid; here the trained ones (`keep_slow`: the slow copy's, which the code fine-tunes).
-Where the official code departs from the paper or adds to it: greyscale (`gray=0.2`), jitter less often (`jitter=0.8`),
-block-wise masks of 75 of 196 patches (`masking="block", mask_ratio=0.382`), the class token in the projector's
-statistics (`project_class`), which it takes per GPU (not offered), no absolute positions (`--positions relative`),
-layer scale (`--layer-scale 0.1`), no decay of the class token (`--no-decay cls_token`), BEiT's initialisation (not
-offered: ours is MAE's).
+    question        | paper                | official code                     | here (flag)
+    --------------- | -------------------- | --------------------------------- | ------------------------------------
+    mask            | 75 %, cells of 32 px | the same, or 75 of 196 in blocks  | (--masking block --mask-ratio 0.382)
+    mask token      | in pixels (Alg. 1)   | replaces embeddings               | as the code; positions come after
+    positions       | not said             | relative alone                    | absolute (--positions relative)
+    crop            | not said             | keeps 8 to 100 % of the area      | the same (--crop-scale)
+    colour jitter   | no probability       | .8                                | always (--jitter 0.8)
+    greyscale       | none                 | .2                                | none (--gray 0.2)
+    solarise, blur  | not said             | threshold .5; σ .1-2 at 224 px    | the same, σ in proportion
+    projector       | MoCo v3's (§4)       | sees class tokens, each GPU alone | without, all GPUs (--project-class)
+    norm of f       | L2 (not in Alg. 1)   | L2                                | L2
+    keys' layout    | (N, D, K) in Alg. 1  | transposed                        | transposed
+    α               | .996 to 1            | one step ahead                    | not ahead
+    kept weights    | not said             | the slow copy's                   | the trained (--keep-slow)
+    layer scale     | not said             | .1                                | none (--layer-scale 0.1)
+    weight decay    | .05                  | not on the class token            | on it (--no-decay cls_token)
+    initial weights | not said             | BEiT's                            | MAE's
+    clipping        | 3 (Table 10)         | 1 in its one command              | 3
+
+The loss is the mean over the masked patches of all images; an image's K keys are its N patches.
+Table 4's instance-level row is `contrast="instance", masking="none"`: the keys are the images of the batch, crop and
+flip stay shared, and the mean of the tokens enters the projector. Table 5's GPU held 128 images; here the keys are of
+all ranks (`--accumulate 16` makes it 128 of 2048). The threshold of its filter is not said, and similarity to "the
+anchor" is read as the cosine with f(x̂)_j. Equal inputs (Table 6) are one view. Tables 4 to 9 are of 300 epochs.
 
     python train.py --method conmim          torchrun --nproc_per_node=8 train.py --method conmim --data tiny-imagenet
 
@@ -34,7 +39,7 @@ Measured: ten classes of Tiny-ImageNet, in README.md; the paper's settings: not 
 import copy
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -42,7 +47,6 @@ from torch import Tensor, nn
 
 from common import (
     BatchNorm,
-    InputError,
     Mask,
     ViT,
     block_mask,
@@ -59,35 +63,31 @@ from common import (
     visible_count,
 )
 from inputs import augment
+from runtime.errors import InputError
+from runtime.knobs import Cosine, Part, Positive, Share, Size, check
 
 
 @dataclass(frozen=True)
 class Config:
-    masking: str = "random"  # random, block (Table 7), or none (Table 4)
-    mask_ratio: float = 0.75  # share of patches hidden (Table 7)
-    mask_cell: int = 2  # random masking hides squares of this many patches a side (Table 10: 32 pixels; ViT-S 16)
-    contrast: str = "patch"  # Eq. (3), or instance: images' mean tokens, the batch's as keys, Eq. (1) (Table 4)
-    dictionary: str = "image"  # keys of the same image, or batch: of all images (Table 5)
-    filter_above: float = 1.0  # leave out negative keys of a cosine with the anchor above this; 1: none (Table 5)
-    tau: float = 0.1  # temperature of Eq. (3) (Table 8)
+    masking: Literal["random", "block", "none"] = "random"  # cells, blocks (Table 7), nothing (Table 4)
+    mask_ratio: Share = 0.75  # share of patches hidden (Table 7)
+    mask_cell: Size = 2  # random masking hides squares of this many patches a side (Table 10: 32 pixels; ViT-S 16)
+    contrast: Literal["patch", "instance"] = "patch"  # Eq. (3), or Eq. (1): mean tokens among the batch's (Table 4)
+    dictionary: Literal["image", "batch"] = "image"  # keys of the same image, or of all images (Table 5)
+    filter_above: Cosine = 1.0  # leave out negative keys of a cosine with the anchor above this; 1: none (Table 5)
+    tau: Positive = 0.1  # temperature of Eq. (3) (Table 8)
     slow: bool = True  # keys from the slowly progressing copy; without: from the encoder as it is (Table 6)
-    momentum: float = 0.996  # α of the slow copy at the start, growing to 1 along a cosine (Table 9)
-    augmentation: str = "asymmetric"  # strong for the keys; or strong, basic: for both; or switched (Table 6)
-    crop_scale: float = 0.08  # smallest share of the image's area that a crop keeps
-    jitter: float = 1.0  # probability of colour jitter in the strong augmentation (official code: 0.8)
-    gray: float = 0.0  # probability of greyscale in the strong augmentation (official code: 0.2)
-    projector_width: int = 4096  # of the projector's two hidden layers, as in MoCo v3
-    projector_out: int = 256  # dimensions of the contrasted vectors, as in MoCo v3
+    momentum: Share = 0.996  # α of the slow copy at the start, growing to 1 along a cosine (Table 9)
+    augmentation: Literal["asymmetric", "strong", "basic", "switched"] = "asymmetric"  # strong colours (Table 6)
+    crop_scale: Part = 0.08  # smallest share of the image's area that a crop keeps
+    jitter: Share = 1.0  # probability of colour jitter in the strong augmentation (official code: 0.8)
+    gray: Share = 0.0  # probability of greyscale in the strong augmentation (official code: 0.2)
+    projector_width: Size = 4096  # of the projector's two hidden layers, as in MoCo v3
+    projector_out: Size = 256  # dimensions of the contrasted vectors, as in MoCo v3
     project_class: bool = False  # the class token too enters the projector's batch norms (official code)
     keep_slow: bool = False  # keep the slow copy as the encoder (official code), in place of the trained one
+    __post_init__ = check
 
-
-CHOICES = dict(
-    masking=("random", "block", "none"),
-    contrast=("patch", "instance"),
-    dictionary=("image", "batch"),
-    augmentation=("asymmetric", "strong", "basic", "switched"),
-)
 
 RECIPES = {
     # Table 10 for ViT-B/16. ViT-S: model="small", epochs=300, drop_path=0.1, mask_cell=1.
@@ -126,15 +126,9 @@ class Projector(nn.Module):
         initialize(self)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.relu(self.normalize(self.norm1, self.fc1(x)))
-        x = F.relu(self.normalize(self.norm2, self.fc2(x)))
-        return self.normalize(self.norm3, self.fc3(x))
-
-    def normalize(self, norm: BatchNorm, x: Tensor) -> Tensor:
-        """Over all ranks when training; but one rank draws the pictures, and must not wait for the others."""
-        if self.training:
-            return norm(x)
-        return F.batch_norm(x, None, None, norm.weight, norm.bias, training=True, eps=norm.eps)
+        x = F.relu(self.norm1(self.fc1(x)))
+        x = F.relu(self.norm2(self.fc2(x)))
+        return self.norm3(self.fc3(x))
 
 
 class ConMIM(nn.Module):
@@ -143,9 +137,6 @@ class ConMIM(nn.Module):
     def __init__(self, encoder: ViT, config: Config):
         super().__init__()
         c = config
-        for name, choices in CHOICES.items():
-            if (value := getattr(c, name)) not in choices:
-                raise InputError(f"{name} {value!r}: unknown; choose one of {', '.join(choices)}")
         if c.keep_slow and not c.slow:
             raise InputError("keep slow: there is no slow copy to keep; leave out one of the two switches")
         self.config, self.student = c, encoder
@@ -285,7 +276,7 @@ def cosines(anchors: Tensor, keys: Tensor) -> Tensor:
 
 
 def denoising_contrast(
-    anchors: Tensor, keys: Tensor, places: Tensor, tau: float, filter_above: float = 1.0
+    anchors: Tensor, keys: Tensor, places: Tensor, tau: float, filter_above: Cosine = 1.0
 ) -> tuple[Tensor, Tensor]:
     """Eq. (3): E_{j∈M} -log(exp(⟨f(x̂)_j, sg[f(x)_j]⟩/τ) / Σ_i exp(⟨f(x̂)_j, sg[f(x)_i]⟩/τ)), in S dictionaries.
 

@@ -19,7 +19,7 @@ weights are common.py's, scaled (see `Tokenizer`).
 The Gumbel noise is a hash of two integers per image and the place in the grid of logits, computed in the forward pass:
 a draw of images x tokens x codes numbers on the CPU would take longer than the step.
 
-    python train.py --method dvae           torchrun --nproc_per_node=8 train.py --method dvae --data imagenet
+    python train.py --method dvae    torchrun --nproc_per_node=8 train.py --method dvae --data imagenet --data-root DIR
 
 Its encoder.pt holds the `Tokenizer`, not a ViT: `train.py --method cae --tokenizer` reads it, evaluate.py does not.
 Measured, for CAE's row in README.md (195 steps of 128 on ten classes of Tiny-ImageNet): 11 of 128 codes in use, squared
@@ -36,9 +36,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common import InputError, ViT, cosine, initialize, sum_over_ranks
+from common import ViT, cosine, initialize, sum_over_ranks
 from inputs import augment
 from runtime import files
+from runtime.errors import InputError
+from runtime.knobs import Part, Positive, Share, Size, Weight, check
 
 STRIDE = 8  # pixels a side that a code stands for: three halvings
 PUBLISHED = (
@@ -49,16 +51,17 @@ PUBLISHED = (
 
 @dataclass(frozen=True)
 class Config:
-    codes: int = 8192  # size of the codebook
-    hidden: int = 256  # channels at the finest resolution; twice as many after each halving
-    blocks: int = 2  # residual blocks at each resolution
-    first_stride: int = 1  # of the first convolution: 1 in DALL-E; 2, 4 or 8 leave out the finest resolutions
-    kl_weight: float = 6.6  # β of Eq. (1) at the end of its rise; 1: the bound itself (App. A.2)
-    kl_warmup: float = 0.05  # share of training over which β rises from 0 along a cosine
-    tau: float = 1.0  # τ, the temperature of the Gumbel-softmax, at the start (App. A.2)
-    tau_end: float = 0.0625  # τ at the end of its cosine (App. A.2)
-    tau_anneal: float = 0.5  # share of training over which τ falls
-    crop_scale: float = 0.08  # smallest share of the image's area that a crop keeps
+    codes: Size = 8192  # size of the codebook
+    hidden: Size = 256  # channels at the finest resolution; twice as many after each halving
+    blocks: Size = 2  # residual blocks at each resolution
+    first_stride: Size = 1  # of the first convolution: 1 in DALL-E; 2, 4 or 8 leave out the finest resolutions
+    kl_weight: Weight = 6.6  # β of Eq. (1) at the end of its rise; 1: the bound itself (App. A.2)
+    kl_warmup: Share = 0.05  # share of training over which β rises from 0 along a cosine
+    tau: Positive = 1.0  # τ, the temperature of the Gumbel-softmax, at the start (App. A.2)
+    tau_end: Positive = 0.0625  # τ at the end of its cosine (App. A.2)
+    tau_anneal: Share = 0.5  # share of training over which τ falls
+    crop_scale: Part = 0.08  # smallest share of the image's area that a crop keeps
+    __post_init__ = check
 
 
 RECIPES = {
@@ -280,8 +283,6 @@ class DVAE(nn.Module):
         super().__init__()
         if encoder.patch_size != STRIDE:
             raise InputError(f"patch size {encoder.patch_size}: a code stands for {STRIDE} pixels; give {STRIDE}")
-        if config.tau <= 0 or config.tau_end <= 0:
-            raise InputError(f"temperatures {config.tau:g} to {config.tau_end:g}: must be positive")
         self.config, self.image_size, self.grid = config, encoder.image_size, encoder.grid
         self.encoder = Tokenizer(config.codes, config.hidden, config.blocks, config.first_stride)
         for name in ("tau", "beta"):  # buffers, so that a checkpoint keeps them

@@ -8,36 +8,37 @@ outputs for a patch hidden in both (L_cross), and outputs as alike as the patche
 
 Changes from mae.py: the second mask, the projector, L_cross, L_in, two small decoders.
 
-Where the paper is silent or unclear (there is no official code), and what stands here
-- §3.1 says that MAE l2-normalises the decoder's output; its code standardises the target instead, and so here.
-- h is the predicted pixels, as Eq. (1) and (3) compare it with x_i; `project="tokens"`: the decoder's last tokens.
-- Eq. (1), (5), (6) are sums; but L_MAE is "consistent with that of MAE", a mean over patches and values, which the sums
-  (5), (6) would drown. Hence means too: (5) over the patches masked in both views, then over images (none, possible
-  only if at most half is masked, counts as 0), (6) over ordered pairs i ≠ j. L_MAE and L_in are averaged over the
-  views. Without L_cross there is one view: weights (1, 0, 0), setting (b), are mae.py to the bit.
-- x in Eq. (6) is what the encoder is given, standardised per channel, though L_MAE's target is so per patch.
-- Small decoders (Table 2) keep MAE's embedding, mask tokens, positions, norm and output; the Gaussian (normalised over
-  what lies in the image) or the convolution replaces the blocks, runs over mask tokens too, leaves out the class token.
-- Weight decay, betas and crops are MAE's. Base rate 6e-4 and 2 decoder blocks (§3.3, §5) are those of all of Table 1.
-  The other tables are of MAE, whose rate is 1.5e-4 and whose decoder has 8 layers in Figure 4. At batch 1024:
+    question           | paper (no code)           | here (flag)
+    ------------------ | ------------------------- | ------------------------------------------------------------------
+    h                  | compared with x_i (Eq. 1) | the predicted pixels (--project tokens: the last tokens)
+    target of L_MAE    | output l2-normalised      | patches standardised, as in MAE's code
+    Eq. (1)            | a sum, "as MAE"           | mean over patches and values, then over the views
+    Eq. (5)            | a sum                     | mean over patches masked in both views (none: 0), then over images
+    Eq. (6)            | a sum                     | mean over ordered pairs i ≠ j, then over the views
+    rows (b), (d), (f) | not said                  | one view: half the masked views of the others, a confound
+    x in Eq. (6)       | "original image patches"  | as the encoder gets them: standardised per channel alone
+    6e-4, 2 blocks     | of LC-MAE (§5, §3.3)      | of all of Table 1, though row (b) is called "the original MAE"
+    Gaussian decoder   | 5 x 5, σ = 1, then an MLP | normalised in the image; only the MLP has a residual
+    conv decoder       | kernel 5                  | zeros beyond the border; no residual, no MLP
+    both (Table 2)     | not said                  | in place of MAE's blocks, on all patches, without class token
+    Table A.1          | one image, after Asano    | the first of --data; epochs of ImageNet's 1,281,167 crops
+
+Rows of Table 1 are weights of 0 and 1; weights (1, 0, 0), row (b), are mae.py to the bit. The other tables are of MAE,
+at 1.5e-4 and batch 1024 (§5), with 8 decoder blocks (Figure 4):
       Table 2      --cross-weight 0 --in-weight 0 --lr 6e-4 --decoder-depth 8 (then --decoder average, --decoder conv)
       Table 3      --method autoencoder --block 16 (then 48, 80, 112)
       Table A.1    --method mae --batch-size 1024 --images 1 --repeat 1281167 --epochs 5 --warmup-epochs 1
-  There an epoch is taken to be as many crops as ImageNet has images, and the warm-up is ours.
-The analyses of attention and features (Eq. 7 and 8, Figures 2 to 6) are not in this file.
+The analyses of attention and features (Eq. 7 and 8, Figures 2 to 6) are in figures/.
 
     python train.py --method lcmae           torchrun --nproc_per_node=8 train.py --method lcmae --data tiny-imagenet
 
-Measured: (c) collapses, (d) and (g) do not, (e) keeps fifty times (c)'s spread but is still shrinking. Built-in images,
-encoder 64 x 3, 300 steps of 64 at 1e-3, seed 0; standard deviation of v·√d, v of length 1 (1: random directions):
-                              start    (c) L_cross    (d) L_in    (e) L_MAE + L_cross    (g) L_cross + L_in
-    over all tokens            .418        .025         .875              .094                  .735
-    over images, one place     .200        .0010        .569              .055                  .284
+Measured on the built-in images: L_cross alone (c) collapses, (d) and (g) do not, (e) is still falling. The deviation of
+v over images is .0010 with (c), .569 with (d), .055 with (e), .284 with (g), .200 untrained (1: random directions).
 Ten classes of Tiny-ImageNet: in README.md; the paper's settings: not run.
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -46,7 +47,6 @@ from torch import Tensor, nn
 import mae
 from common import (
     MLP,
-    InputError,
     Mask,
     ViT,
     initialize,
@@ -58,27 +58,30 @@ from common import (
     visible_count,
 )
 from inputs import augment
+from runtime.errors import InputError
+from runtime.knobs import Count, Part, Share, Size, Weight, check
 
 
 @dataclass(frozen=True)
 class Config:
-    mask_ratio: float = 0.75  # share of patches hidden in each view (§3.3, §5)
-    mask_cell: int = 1  # hide squares of this many patches a side; 1 as in the paper
-    mae_weight: float = 1.0  # of L_MAE, Eq. (1); 0 leaves it out (Table 1)
-    cross_weight: float = 1.0  # of L_cross, Eq. (5); 0 leaves it and the second view out (Table 1)
-    in_weight: float = 1.0  # of L_in, Eq. (6); 0 leaves it out (Table 1)
-    projector_out: int = 1024  # dimensions of v (§5)
-    project: str = "pixels"  # what the projector reads: pixels, h of Eq. (1), or tokens, the decoder's last
-    decoder: str = "transformer"  # transformer; average, a Gaussian of 5 x 5 patches and an MLP; conv, 5 x 5 (Table 2)
-    decoder_width: int = 512  # as in MAE, of any decoder
-    decoder_depth: int = 2  # blocks of the transformer decoder: 2 for LC-MAE (§3.3), 8 in MAE
-    decoder_heads: int = 16  # of the transformer decoder, as in MAE
+    mask_ratio: Share = 0.75  # share of patches hidden in each view (§3.3, §5)
+    mask_cell: Size = 1  # hide squares of this many patches a side; 1 as in the paper
+    mae_weight: Weight = 1.0  # of L_MAE, Eq. (1); 0 leaves it out (Table 1)
+    cross_weight: Weight = 1.0  # of L_cross, Eq. (5); 0 leaves it and the second view out (Table 1)
+    in_weight: Weight = 1.0  # of L_in, Eq. (6); 0 leaves it out (Table 1)
+    projector_out: Size = 1024  # dimensions of v (§5)
+    project: Literal["pixels", "tokens"] = "pixels"  # what the projector reads: h of Eq. (1), or the last tokens
+    decoder: Literal["transformer", "average", "conv"] = "transformer"  # or a Gaussian and an MLP, or 5 x 5 (Table 2)
+    decoder_width: Size = 512  # as in MAE, of any decoder
+    decoder_depth: Count = 2  # blocks of the transformer decoder: 2 for LC-MAE (§3.3), 8 in MAE
+    decoder_heads: Size = 16  # of the transformer decoder, as in MAE
     norm_pixels: bool = True  # predict each patch standardised by its own mean and variance
-    crop_scale: float = 0.2  # smallest share of the image's area that a crop keeps
+    crop_scale: Part = 0.2  # smallest share of the image's area that a crop keeps
+    __post_init__ = check
 
 
 RECIPES = {
-    # §5, on ImageNet-1K with ViT-B/16; what it leaves open is MAE's.
+    # §5 (epochs: §3.3), on ImageNet-1K with ViT-B/16; what it leaves open is MAE's.
     "paper": mae.RECIPES["paper"] | dict(epochs=100, warmup_epochs=20, batch_size=1024, base_lr=6e-4),
     # The projector as much wider than a patch's pixels as in the paper: 256 / 192 = 1024 / 768.
     "tiny": mae.RECIPES["tiny"] | dict(base_lr=6e-4, decoder_depth=2, projector_out=256),
@@ -99,10 +102,6 @@ class LCMAE(nn.Module):
         super().__init__()
         c, P = config, 3 * encoder.patch_size**2
         self.config, self.encoder = c, encoder
-        if c.decoder not in ("transformer", "average", "conv"):
-            raise InputError(f"decoder {c.decoder!r}: unknown; choose transformer, average or conv")
-        if c.project not in ("pixels", "tokens"):
-            raise InputError(f"project {c.project!r}: unknown; choose pixels or tokens")
         if not (c.mae_weight or c.cross_weight or c.in_weight):
             raise InputError("weights 0, 0, 0: nothing to learn; give --mae-weight, --cross-weight or --in-weight")
         visible_count(encoder.patches, c.mask_ratio)  # says at once if nothing would be left
@@ -129,7 +128,7 @@ class LCMAE(nn.Module):
         images, mask = both_views(batch) if c.cross_weight else (batch.images, batch.mask)  # B is now views · B
         tokens, h = self.decode(images, mask)  # h(x, m): (B, M, P)
         losses = {}
-        if c.mae_weight:
+        if c.mae_weight:  # Eq. (1)
             losses["reconstruction"] = reconstruction_loss(h, mae.masked_pixels(images, mask, p, c.norm_pixels))
         if c.cross_weight or c.in_weight:
             v = self.projector(h if c.project == "pixels" else tokens)  # v = p(h(x, m)): (B, M, d)

@@ -11,7 +11,7 @@ Differences from the official code
 - Crops are not rounded to whole grey levels.
 Tested equal to Hugging Face's ViTMAEForPreTraining on the same weights and mask: loss, prediction and gradients.
 
-    python train.py --method mae                    torchrun --nproc_per_node=8 train.py --method mae --data imagenet
+    python train.py --method mae    torchrun --nproc_per_node=8 train.py --method mae --data imagenet --data-root DIR
 
 Measured: ten classes of Tiny-ImageNet, in README.md; ImageNet: not run.
 """
@@ -38,17 +38,19 @@ from common import (
     visible_count,
 )
 from inputs import augment
+from runtime.knobs import Count, Part, Share, Size, check
 
 
 @dataclass(frozen=True)
 class Config:
-    mask_ratio: float = 0.75  # share of patches hidden (§4, Fig. 5)
-    mask_cell: int = 1  # hide squares of this many patches a side; 1 as in the paper
-    decoder_width: int = 512  # (Table 1b)
-    decoder_depth: int = 8  # blocks (Table 1a)
-    decoder_heads: int = 16  # as in its code
+    mask_ratio: Share = 0.75  # share of patches hidden (§4, Fig. 5)
+    mask_cell: Size = 1  # hide squares of this many patches a side; 1 as in the paper
+    decoder_width: Size = 512  # (Table 1b)
+    decoder_depth: Count = 8  # blocks (Table 1a)
+    decoder_heads: Size = 16  # as in its code
     norm_pixels: bool = True  # predict each patch standardised by its own mean and variance (Table 1d: "w/ norm")
-    crop_scale: float = 0.2  # smallest share of the image's area that a crop keeps, as in its code; 1.0 is the largest
+    crop_scale: Part = 0.2  # smallest share of the image's area that a crop keeps, as in its code; 1.0 is the largest
+    __post_init__ = check
 
 
 RECIPES = {

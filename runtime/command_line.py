@@ -12,6 +12,7 @@ import json
 import re
 import shutil
 import sys
+import typing
 from contextlib import suppress
 from pathlib import Path
 
@@ -201,6 +202,8 @@ def build_parser(name: str | None, methods: dict[str, type]) -> "Parser":
         for field in dataclasses.fields(Method.Config):
             kind = type(field.default)
             metavar = {int: "N", float: "X", str: "HOW", bool: None}[kind]
+            if typing.get_origin(field.type) is typing.Literal:
+                metavar = "|".join(typing.get_args(field.type))
             add_option(group, field.name.replace("_", "-"), field.default, kind, metavar, comments[field.name])
     return parser
 

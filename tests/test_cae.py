@@ -295,6 +295,35 @@ def test_visible_latents_pass_the_regressor_unchanged_and_the_order_of_patches_d
     assert (z_m[:, 0] - z_m[:, 1]).abs().max() > 1e-3  # and where it is asked for
 
 
+@pytest.mark.parametrize("path", ["q", "k", "v"])
+def test_each_way_through_the_regressors_attention_carries_gradient(path):
+    """With the other two cut off: queries to the queries alone, keys and values to Z_v and to the queries beside it."""
+    block = small().regressor[0]
+    for other in {"q", "k", "v"} - {path}:
+        block.get_submodule(other).register_forward_hook(lambda module, inputs, output: output.detach())
+    x, z_v = (torch.randn(2, n, 16, requires_grad=True) for n in (5, 7))
+    y = block.attend(x, z_v, torch.randn(2, 5, 16), torch.randn(2, 7, 16))
+    to_x, to_z = torch.autograd.grad((y * torch.randn_like(y)).sum(), (x, z_v), allow_unused=True)
+    assert (to_x.abs().sum(2) > 1e-6).all()
+    assert to_z is None if path == "q" else (to_z.abs().sum(2) > 1e-6).all()
+
+
+def test_both_losses_reach_the_encoder_through_z_v_alone_and_decoding_through_z_m():
+    """Cut at Z_v nothing reaches the encoder; cut at Z_m decoding reaches neither it nor the regressor."""
+    model = small()
+    batch = batch_for(model)
+    regress, decode = model.regress, model.decode
+    for cut, reached in (("z_v", {"regressor", "mask_token", "decoder"}), ("z_m", {"decoder"})):
+        if cut == "z_v":
+            model.regress, model.decode = (lambda z, mask: regress(z.detach(), mask)), decode
+        else:
+            model.regress, model.decode = regress, lambda z, patches: decode(z.detach(), patches)
+        model.zero_grad()
+        model(batch)["decoding"].backward()
+        parts = {n.split(".")[0].split("_norm")[0] for n, w in model.named_parameters() if w.grad is not None}
+        assert parts - {"predict"} == reached
+
+
 def test_queries_see_each_other():
     block = CrossBlock(16, 2, 0.0, 0.0, False)
     x, z, p = torch.randn(1, 3, 16), torch.randn(1, 4, 16), torch.zeros(1, 7, 16)
@@ -436,8 +465,8 @@ def test_the_tokens_are_those_of_the_masked_patches():
     batch = batch_for(model)
     model.tokenizer.tokens = lambda images: torch.arange(16).expand(len(images), -1)
     sure = 100.0 * torch.nn.functional.one_hot(batch.mask.masked, 16)
-    assert model.decoding_loss(sure, batch) < 1e-6
-    assert model.decoding_loss(sure.roll(1, dims=1), batch) > 50
+    assert token_loss(sure, model.targets(batch)) < 1e-6
+    assert token_loss(sure.roll(1, dims=1), model.targets(batch)) > 50
 
 
 def test_no_tokenizer_stands_in_the_way_of_pixels_and_no_weights_of_it_learn():
@@ -523,7 +552,9 @@ def test_dalles_encoder_comes_from_a_file_and_who_has_none_learns_where_to_get_i
 @pytest.mark.parametrize("wrong,message", [
     (dict(target="clip"), "target 'clip': unknown; choose dvae, dalle or pixels"), (dict(codes=1), "codes 1"),
     (dict(mask_ratio=0.0), "mask ratio"), (dict(mask_ratio=1.0), "mask ratio"),
-    (dict(regressor_depth=0), "regressor of 0 blocks"),
+    (dict(regressor_depth=0), "regressor depth 0: must be 1 or more"),
+    (dict(target="pixels", tokenizer="x.pt"), "tokenizer x.pt: pixels need none"),
+    (dict(norm_pixels=True), "norm pixels: tokens are no pixels"),
 ])  # fmt: skip
 def test_settings_that_cannot_work_are_refused(wrong, message):
     with pytest.raises(InputError, match=message):

@@ -137,6 +137,8 @@ def test_lambda_c_zero_is_mae_to_the_bit():
     batch = batch_for(model)
     assert torch.equal(model(batch)["loss"], plain(mae.Batch(batch.images, batch.mask))["loss"])
     assert list(model(batch)) == ["loss"]
+    drawn = model.draw(images_for(), torch.arange(6), StepRandom(0, 1, 6))
+    assert drawn.target_images is None and drawn.target_mask is None and len(model.picture(drawn)) == 3
 
 
 @pytest.mark.parametrize("contrast", ["infonce", "byol"])  # the first cuts its keys off by itself
@@ -146,7 +148,6 @@ def test_gradient_reaches_the_online_branch_and_never_the_target(contrast):
     model.momentum_projector.requires_grad_(True)
     batch = batch_for(model)
     target_images = batch.target_images.requires_grad_()
-    assert not model.target_feature(target_images, None).requires_grad
     model(batch._replace(target_images=target_images))["contrast"].backward()
     assert target_images.grad is None
     for name, parameter in model.named_parameters():
@@ -228,7 +229,7 @@ PLAIN = dict(target_color=False)
 CROPS = dict(pixel_shift=False)
 ENCODER = dict(feature_decoder_depth=0)
 ROWS = {  # from the top; {} is the default, which every table contains
-    "4a": [dict(lambda_c=0.0), CROPS | ENCODER, ENCODER, {}],
+    "4a": [CROPS | ENCODER, ENCODER, {}],  # before these comes MAE
     "4b": [dict(shift_range="0") | PLAIN, CROPS | PLAIN, PLAIN, {}],
     "4c": [ENCODER, {}, dict(share_decoder=True)]
     + [dict(feature_decoder_depth=4, share_decoder=share) for share in (False, True)],
@@ -266,7 +267,7 @@ def test_the_paper_recipe_and_the_defaults_are_the_papers():
 
 
 def test_the_headers_command_spares_the_tokens_weight_decay():
-    flag = cmae.__doc__.split("`--no-decay")[1].split("`")[0]
+    flag = cmae.__doc__.split("(--no-decay")[1].split(")")[0]
     args, _, _ = options(["--method", "cmae", "--no-decay", *shlex.split(flag)])
     model = small()
     spared = {id(p) for p in parameter_groups(model, 0.05, tuple(args.no_decay))[1]["params"]}
@@ -436,6 +437,23 @@ def test_picture_has_the_target_view_as_its_last_row():
     model, batch = draw()
     rows = model.picture(batch)
     assert rows.shape == (4, 64, 3, 32, 32) and rows.min() >= 0 and rows.max() <= 1
+
+
+def test_one_image_cannot_be_contrasted():
+    model = small()
+    with pytest.raises(InputError, match="one image at a time: has no others"):
+        model(model.draw(images_for(1), torch.arange(1), StepRandom(0, 0, 1)))
+    assert small(contrast="byol")(model.draw(images_for(1), torch.arange(1), StepRandom(0, 0, 1)))["loss"].isfinite()
+
+
+def test_the_convolutional_stem_masks_every_stage():
+    """A patch alone among masked ones has the token of an image of nothing else, whose stages zeros surround."""
+    stem = ViT(32, 8, 32, 1, 4, stem="conv").patch_embed
+    torch.nn.init.normal_(stem.stages[0].bias)
+    images = torch.randn(3, 3, 32, 32)
+    for i in (0, 5, 15):
+        patch = images[:, :, i // 4 * 8 : i // 4 * 8 + 8, i % 4 * 8 : i % 4 * 8 + 8]
+        torch.testing.assert_close(stem(images, torch.full((3, 1), i)), stem(patch), atol=1e-5, rtol=1e-4)
 
 
 def test_what_the_batch_norm_removes_is_not_trained():

@@ -14,7 +14,6 @@ from test_common import naive_info_nce
 import cmae_loc
 import mae
 from cmae_loc import (
-    DECODERS,
     Batch,
     CMAELoc,
     Config,
@@ -31,6 +30,7 @@ from inputs import augment
 from runtime.errors import InputError
 from train import options
 
+DECODERS = ("transformer", "mlp", "conv", "hybrid-mlp", "hybrid-conv")
 SMALL = dict(
     decoder_width=16, decoder_depth=3, decoder_heads=2, projector_width=24, projector_out=8, crop_warmup=2,
     crop_interval=3,
@@ -655,10 +655,11 @@ def test_the_projector_is_as_wide_as_the_encoder_where_no_width_is_given():
 
 
 @pytest.mark.parametrize("settings,words", [
-    (dict(decoder="rnn"), "decoder 'rnn': unknown; choose one of transformer, mlp, conv, hybrid-mlp, hybrid-conv"),
+    (dict(decoder="rnn"), "decoder 'rnn': unknown; choose transformer, mlp, conv, hybrid-mlp or hybrid-conv"),
     (dict(decoder="hybrid-mlp", decoder_depth=2), "has no middle"), (dict(crop_by="eye"), "crop by 'eye': unknown"),
-    (dict(crop_interval=0), "must be above 0"), (dict(crop_alpha=0.0), "must be above 0"),
-    (dict(crop_threshold=1.0), "crop threshold 1: give one"), (dict(crop_threshold=-0.1), "crop threshold -0.1"),
+    (dict(crop_interval=0), "must be 1 or more"), (dict(crop_alpha=0.0), "must be above 0"),
+    (dict(crop_threshold=1.0), "crop threshold 1: no heat map exceeds it"),
+    (dict(crop_threshold=-0.1), "crop threshold -0.1"),
     (dict(mask_ratio=1.0), "mask ratio"),
     (dict(lambda_ctr=0.0, lambda_loc=0.0, lambda_con=0.0), "all three weights are 0"),
 ])  # fmt: skip

@@ -540,7 +540,7 @@ def test_picture_shows_the_patches_that_are_found():
 
 @pytest.mark.parametrize("name", ["masking", "contrast", "dictionary", "augmentation"])
 def test_an_unknown_choice_is_refused(name):
-    with pytest.raises(InputError, match=f"{name} 'odd': unknown; choose one of "):
+    with pytest.raises(InputError, match=f"{name} 'odd': unknown; choose "):
         small(**{name: "odd"})
 
 
@@ -551,7 +551,7 @@ def test_a_mask_ratio_that_leaves_nothing_is_refused():
     small(masking="none", mask_ratio=0.0)
 
 
-@pytest.mark.parametrize("cell", [0, -2, 3, 8])
+@pytest.mark.parametrize("cell", [3, 8])
 def test_cells_that_do_not_fill_the_grid_are_refused(cell):
     with pytest.raises(InputError, match=rf"mask cell {cell}: must divide the sides of \(4, 4\) patches"):
         small(mask_cell=cell)
@@ -559,15 +559,15 @@ def test_cells_that_do_not_fill_the_grid_are_refused(cell):
 
 
 def test_the_header_names_switches_that_exist():
-    named = re.findall(r"`([a-z_]+)(=[^`]+)?`", conmim.__doc__)
-    for name, rest in named:
-        switches = eval(f"dict({name}{rest or '=True'})")
-        assert all(switches[k] != getattr(Config(), k) for k in switches)  # and change something
-        ConMIM(ViT(224, 16, 16, 1, 2), Config(**SMALL | switches))
-    assert len(named) == 6
-    flags = re.findall(r"`(--[^`]+)`", conmim.__doc__)
-    args, _, _ = options(["--method", "conmim", "--recipe", "paper", *" ".join(flags).split()])
-    assert (args.accumulate, args.positions, args.layer_scale, args.no_decay) == (16, "relative", 0.1, ["cls_token"])
+    (row,) = re.findall(r'`(contrast="[^`]+)`', conmim.__doc__)
+    ConMIM(ViT(224, 16, 16, 1, 2), Config(**SMALL | eval(f"dict({row})")))
+    shown = re.findall(r"[(`](--[^)`]+)[)`]", conmim.__doc__)
+    assert len(shown) == 10
+    before, config, _ = options(["--method", "conmim", "--recipe", "paper"])
+    for flags in shown:
+        flags += " 0.2" if flags == "--crop-scale" else ""
+        args, c, _ = options(["--method", "conmim", "--recipe", "paper", *flags.split()])
+        assert (args, c) != (before, config)  # each changes something
 
 
 def test_recipe_is_table_10s():

@@ -1,0 +1,38 @@
+"""What values a method's knobs may take: the types of its Config's fields, each with its domain, and their check.
+
+tau: Positive = 0.07
+contrast: Literal["infonce", "byol"] = "infonce"
+__post_init__ = check
+"""
+
+import math
+import typing
+from collections.abc import Callable
+from typing import Annotated, Literal, NamedTuple
+
+from runtime.errors import InputError
+
+
+class Domain(NamedTuple):
+    holds: Callable
+    text: str
+
+
+Share = Annotated[float, Domain(lambda x: 0 <= x <= 1, "from 0 to 1")]
+Part = Annotated[float, Domain(lambda x: 0 < x <= 1, "above 0 and at most 1")]
+Cosine = Annotated[float, Domain(lambda x: -1 <= x <= 1, "from -1 to 1")]
+Positive = Annotated[float, Domain(lambda x: 0 < x < math.inf, "above 0 and finite")]
+Weight = Annotated[float, Domain(lambda x: 0 <= x < math.inf, "0 or more and finite")]
+Count = Annotated[int, Domain(lambda x: x >= 0, "0 or more")]
+Size = Annotated[int, Domain(lambda x: x >= 1, "1 or more")]
+
+
+def check(config) -> None:
+    """Refuse the first knob whose value is outside of the domain of its type. NaN is outside of all of them."""
+    for name, kind in typing.get_type_hints(type(config), include_extras=True).items():
+        value, knob = getattr(config, name), name.replace("_", " ")
+        if typing.get_origin(kind) is Literal and value not in (words := typing.get_args(kind)):
+            raise InputError(f"{knob} {value!r}: unknown; choose {', '.join(words[:-1])} or {words[-1]}")
+        for domain in getattr(kind, "__metadata__", ()):
+            if not domain.holds(value):
+                raise InputError(f"{knob} {value:g}: must be {domain.text}")
