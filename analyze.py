@@ -43,6 +43,8 @@ OPTIONS = [
     ("mass", 0.5, float, "SHARE", {"attention-map"}, "the share of attention inside the outline [0.5]"),
     ("classes", 50, int, "K", {"class-distances"}, "how many classes to use [50]"),
     ("projection", "pca", ["pca", "tsne"], None, {"features"}, "principal components or t-SNE [pca]"),
+    ("label-maps", None, str, "DIR", {"features"},
+     "colour patches by the label maps of a folder in VOC's or ADE20K's format, as transfer.py reads them"),
     ("of", "images", ["images", "patches"], None, {"features"}, "one point for an image or for a patch [images]"),
 ]  # fmt: skip
 

@@ -198,6 +198,15 @@ def cosine_distances(x: Tensor) -> Tensor:
     return 1 - x @ x.T
 
 
+def patch_labels(labels: Tensor, size: int, p: int) -> Tensor:
+    """CAE, appendix B: a label map (1, H, W) → the label of more than half of the pixels of each patch of the central
+    square, in raster order, or 255 where there is none: (N,)."""
+    kinds = labels.unique()
+    maps = (labels == kinds[:, None, None, None]).to(torch.uint8) * 255  # (kinds, 1, H, W)
+    share, kind = F.avg_pool2d(augment.center_crop_resize(maps, size), p).flatten(1).max(dim=0)
+    return torch.where(share > 0.5, kinds[kind], 255)
+
+
 def pca(x: Tensor, k: int = 2) -> tuple[Tensor, Tensor]:
     """(n, D) → its first k principal components (n, k), and the share of variance in each (k,). Signs are fixed."""
     u, s, v = torch.linalg.svd((x - x.mean(dim=0)).double(), full_matrices=False)

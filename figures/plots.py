@@ -322,16 +322,25 @@ def class_distances(study: Study):
 def features(study: Study):
     """Features in the plane, by principal components or t-SNE (CAE Figure 5): of images, or of their patches.
 
-    A patch has the colour of its image's class, as the sets here have no segmentation.
+    A patch has the colour of its image's class, or with --label-maps, as in the paper, of most of its own pixels: then
+    the ten most frequent labels are drawn, at most 1000 patches of each.
     """
-    of, by = study.args.of, study.args.projection
-    images, labels = study.labelled(study.args.images or (500 if of == "images" else 50), 10)
+    maps, by, numbers = study.args.label_maps, study.args.projection, {}
+    of, n = "patches" if maps else study.args.of, study.args.images
+    images, labels = study.label_maps(n or 50) if maps else study.labelled(n or (500 if of == "images" else 50), 10)
     figure, axes = canvas(1, len(study.encoders), height=1.6 + 6 / len(study.encoders) ** 0.7)
     figure.suptitle(f"Features of {len(images)} images" + (", patch by patch" if of == "patches" else ""))
-    numbers = {"labels": labels.tolist()}
     for axis, (label, encoder) in zip(axes[0], study.encoders, strict=True):
         x = measures.features(encoder, images, of).cpu()
-        every, x = labels.repeat_interleave(x[..., 0].numel() // len(x)), x.flatten(0, -2)
+        if maps:
+            every = torch.cat([measures.patch_labels(one, encoder.image_size, encoder.patch_size) for one in labels])
+            count = every[every < 255].long().bincount()
+            chosen = count.argsort(descending=True, stable=True)[: min(10, int((count > 0).sum()))]
+            at = torch.cat([(every == c).nonzero()[:1000, 0] for c in chosen])
+            every, x = every[at], x.flatten(0, 1)[at]
+        else:
+            every, x = labels.repeat_interleave(x[..., 0].numel() // len(x)), x.flatten(0, -2)
+        numbers["labels"] = (every if maps else labels).tolist()
         names, numbers[label] = ["t-SNE 1", "t-SNE 2"], {}
         if by == "pca":
             points, share = measures.pca(x)
@@ -340,8 +349,9 @@ def features(study: Study):
         else:
             points = measures.tsne(x, study.runs[0].settings.seed)
         numbers[label]["points"] = rounded(points)
-        for c in labels.unique():
-            axis.plot(*points[every == c].T.numpy(), linestyle="", label=short(study.val.classes[c]), alpha=0.7,
+        for c in every.unique().tolist():
+            name = f"label {c}" if maps else short(study.val.classes[c])
+            axis.plot(*points[every == c].T.numpy(), linestyle="", label=name, alpha=0.7,
                       markersize=5 if of == "images" else 2.5)  # fmt: skip
         axis.set(title=label, xlabel=names[0], ylabel=names[1])
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=5, markerscale=1.5)

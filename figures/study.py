@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import mae
 from common import Attention, Mask, StepRandom, ViT
+from downstream.segmentation import Segments
 from inputs import image_sets
 from methods import METHODS
 from runtime import encoder_import, files
@@ -175,6 +176,14 @@ class Study:
         groups = [(labels == c).nonzero()[:, 0] for c in chosen[spaced(len(chosen), classes)]]
         at = torch.cat([group[spaced(len(group), max(2, n // len(groups)))] for group in groups])
         return self.take("val", at), labels[at]
+
+    def label_maps(self, n: int) -> tuple[list, list[Tensor]]:
+        """n validation images of --label-maps, as batches of one, and their maps (1, H, W)."""
+        root = Path(self.args.label_maps)
+        found = Segments(root, "val", "ade" if (root / "annotations").is_dir() else "voc")
+        self.shown["label maps"] = spaced(len(found), n).tolist()
+        pairs = [found.read(i) for i in self.shown["label maps"]]
+        return [[image.to(self.device)] for image, *_ in pairs], [labels for _, labels, _ in pairs]
 
     def references(self, grid: tuple[int, int] | None = None) -> Iterator[tuple[str, ViT]]:
         """The encoders of --reference; where a grid is given, for images so large that they have as many patches."""

@@ -171,6 +171,18 @@ def test_class_distances_need_pairs():
         measures.class_distances(numbers(0, 3, 4), torch.tensor([0, 0, 0]))
 
 
+@pytest.mark.parametrize("size", [8, 16])
+def test_patch_labels_are_those_of_most_pixels(size):
+    maps = numbers(0, 8, 8).gt(0.3).long() * 3 + numbers(1, 8, 8).gt(0.3).long() * 4
+    labels = maps.repeat_interleave(size // 8, 0).repeat_interleave(size // 8, 1)[None].to(torch.uint8)
+    found, p = measures.patch_labels(labels, size, size // 4).tolist(), size // 4
+    for i, label in enumerate(found):
+        cell = labels[0, i // 4 * p : i // 4 * p + p, i % 4 * p : i % 4 * p + p].flatten().tolist()
+        most = max(set(cell), key=cell.count)
+        assert label == (most if 2 * cell.count(most) > len(cell) else 255)
+    assert 255 in found and len(set(found)) > 2
+
+
 @given(seeds)
 @few
 def test_pca_projects_on_the_eigenvectors_of_the_covariance(seed):

@@ -3,8 +3,10 @@
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from test_analyze import first_weights, study  # noqa: F401  (the fixture `runs`)
 from test_figure_measures import cos
 
@@ -194,6 +196,27 @@ def test_class_distances_are_of_as_many_classes_as_asked_and_compared_with_the_f
     assert every["mae"]["inter_larger_than_first"] == 0
     again = plots.class_distances(study(runs, "cmae", "mae"))[1]
     assert again["mae"]["inter_larger_than_first"] == 3 - every["cmae"]["inter_larger_than_first"]
+
+
+def test_patches_are_coloured_by_label_maps(runs, tmp_path):
+    for folder in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation"):
+        (tmp_path / folder).mkdir(parents=True)
+    for name in ("a", "b"):
+        labels = np.zeros((16, 16), np.uint8)
+        labels[:, 8:], labels[:4] = 2, 255
+        Image.fromarray(labels).save(tmp_path / f"SegmentationClass/{name}.png")
+        Image.fromarray(np.full((16, 16, 3), 40 * labels[:, :, None], np.uint8)).save(
+            tmp_path / f"JPEGImages/{name}.jpg"
+        )
+    (tmp_path / "ImageSets/Segmentation/val.txt").write_text("a\nb\n")
+    about = study(runs, "mae", **{"label-maps": tmp_path})
+    found = plots.features(about)[1]
+    assert found["labels"] == [0] * 12 + [2] * 12 and about.shown == {"label maps": [0, 1]}
+    images, _ = about.label_maps(2)
+    x = measures.features(about.runs[0].encoder, images, "patches")
+    at = [4 * row + c for half in ((0, 1), (2, 3)) for row in range(8) if row % 4 for c in half]
+    torch.testing.assert_close(torch.tensor(found["mae"]["points"]), measures.pca(x.flatten(0, 1)[at])[0].float(),
+                               atol=1e-4, rtol=1e-3)  # fmt: skip
 
 
 def test_latent_reconstruction_skips_the_regressor(runs):
