@@ -325,10 +325,11 @@ def features(study: Study):
     A patch has the colour of its image's class, or with --label-maps, as in the paper, of most of its own pixels: then
     the ten most frequent labels are drawn, at most 1000 patches of each.
     """
-    maps, by, numbers = study.args.label_maps, study.args.projection, {}
+    maps, by = study.args.label_maps, study.args.projection
     of, n = "patches" if maps else study.args.of, study.args.images
     images, labels = study.label_maps(n or 50) if maps else study.labelled(n or (500 if of == "images" else 50), 10)
     figure, axes = canvas(1, len(study.encoders), height=1.6 + 6 / len(study.encoders) ** 0.7)
+    numbers = {} if maps else {"labels": labels.tolist()}
     figure.suptitle(f"Features of {len(images)} images" + (", patch by patch" if of == "patches" else ""))
     for axis, (label, encoder) in zip(axes[0], study.encoders, strict=True):
         x = measures.features(encoder, images, of).cpu()
@@ -340,8 +341,7 @@ def features(study: Study):
             every, x = every[at], x.flatten(0, 1)[at]
         else:
             every, x = labels.repeat_interleave(x[..., 0].numel() // len(x)), x.flatten(0, -2)
-        numbers["labels"] = (every if maps else labels).tolist()
-        names, numbers[label] = ["t-SNE 1", "t-SNE 2"], {}
+        names, numbers[label] = ["t-SNE 1", "t-SNE 2"], {"labels": every.tolist()} if maps else {}
         if by == "pca":
             points, share = measures.pca(x)
             names = [f"component {i} ({v:.0%})" for i, v in enumerate(share, 1)]

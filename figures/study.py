@@ -180,7 +180,7 @@ class Study:
     def label_maps(self, n: int) -> tuple[list, list[Tensor]]:
         """n validation images of --label-maps, as batches of one, and their maps (1, H, W)."""
         root = Path(self.args.label_maps)
-        found = Segments(root, "val", "ade" if (root / "annotations").is_dir() else "voc")
+        found = Segments(root, "val", "ade" if (root / "annotations" / "validation").is_dir() else "voc")
         self.shown["label maps"] = spaced(len(found), n).tolist()
         pairs = [found.read(i) for i in self.shown["label maps"]]
         return [[image.to(self.device)] for image, *_ in pairs], [labels for _, labels, _ in pairs]

@@ -211,7 +211,7 @@ def test_patches_are_coloured_by_label_maps(runs, tmp_path):
     (tmp_path / "ImageSets/Segmentation/val.txt").write_text("a\nb\n")
     about = study(runs, "mae", **{"label-maps": tmp_path})
     found = plots.features(about)[1]
-    assert found["labels"] == [0] * 12 + [2] * 12 and about.shown == {"label maps": [0, 1]}
+    assert found["mae"]["labels"] == [0] * 12 + [2] * 12 and about.shown == {"label maps": [0, 1]}
     images, _ = about.label_maps(2)
     x = measures.features(about.runs[0].encoder, images, "patches")
     at = [4 * row + c for half in ((0, 1), (2, 3)) for row in range(8) if row % 4 for c in half]
