@@ -59,8 +59,10 @@ from common import (
     visible_count,
 )
 from inputs import augment
+from runtime import dalle
 from runtime.errors import InputError
 from runtime.knobs import Count, Part, Share, Size, Weight, check
+from runtime.reconstruction import picture_rows
 
 
 @dataclass(frozen=True)
@@ -176,7 +178,7 @@ class CAE(nn.Module):
         super().__init__()
         c, D = config, encoder.width
         if c.target == "dalle" and not c.tokenizer:
-            raise InputError(f"target dalle: no weights; give them to --tokenizer: {dvae.PUBLISHED}")
+            raise InputError(f"target dalle: no weights; give them to --tokenizer: {dalle.PUBLISHED}")
         if c.tokenizer and c.target == "pixels":
             raise InputError(f"tokenizer {c.tokenizer}: pixels need none; leave it out, or give another --target")
         if c.norm_pixels and c.target != "pixels":
@@ -300,14 +302,14 @@ class CAE(nn.Module):
             self.regress(self.encoder(batch.images, batch.mask.visible)[:, 1:], batch.mask), batch.mask.masked
         )
         if self.tokenizer is None:
-            rows = mae.picture_rows(batch.images, batch.mask, predicted, self.encoder, self.config.norm_pixels)
+            rows = picture_rows(batch.images, batch.mask, predicted, self.encoder, self.config.norm_pixels)
             if self.config.norm_pixels:  # every patch was seen, so its own mean and variance may be used
                 var, mean = torch.var_mean(patchify(batch.images, self.encoder.patch_size), dim=-1, keepdim=True)
                 everything = everything * (var + 1e-6).sqrt() + mean
             full = unpatchify(everything.float(), self.encoder.patch_size, self.encoder.grid)
             return torch.cat([rows, augment.denormalize(full).clamp(0, 1)[None]])
         pixels = torch.zeros(*predicted.shape[:2], 3 * self.encoder.patch_size**2, device=predicted.device)
-        rows = mae.picture_rows(batch.images, batch.mask, pixels, self.encoder, norm=False)[:2]
+        rows = picture_rows(batch.images, batch.mask, pixels, self.encoder, norm=False)[:2]
         if self.tokenizer.decoder is None:
             return rows
         tokens = self.tokenizer.tokens(batch.token_images).scatter(1, batch.mask.masked, predicted.argmax(dim=2))

@@ -60,6 +60,7 @@ from common import (
 from inputs import augment
 from runtime.errors import InputError
 from runtime.knobs import Count, Part, Positive, Share, Size, Weight, check
+from runtime.reconstruction import picture_rows
 
 
 @dataclass(frozen=True)
@@ -228,7 +229,7 @@ class CMAE(nn.Module):
     def picture(self, batch: Batch) -> Tensor:
         """(rows, B, 3, H, W) in [0, 1]: originals, what the encoder saw, reconstructions, any target views."""
         predicted = self.decoder(self.encoder(batch.images, batch.mask.visible), batch.mask)
-        rows = mae.picture_rows(batch.images, batch.mask, predicted, self.encoder, self.config.norm_pixels)
+        rows = picture_rows(batch.images, batch.mask, predicted, self.encoder, self.config.norm_pixels)
         if batch.target_images is None:
             return rows
         return torch.cat([rows, augment.denormalize(batch.target_images.float()).clamp(0, 1)[None]])

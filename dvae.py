@@ -27,7 +27,6 @@ error 0.026 of pixels in [0, 1]; the released model's size: not run.
 """
 
 import math
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -38,15 +37,12 @@ from torch import Tensor, nn
 
 from common import ViT, cosine, initialize, sum_over_ranks
 from inputs import augment
-from runtime import files
+from runtime import dalle, files
 from runtime.errors import InputError
 from runtime.knobs import Part, Positive, Share, Size, Weight, check
 
 STRIDE = 8  # pixels a side that a code stands for: three halvings
-PUBLISHED = (
-    "https://huggingface.co/facebook/flava-image-codebook (pytorch_model.bin), or the state dict, saved by torch.save, "
-    "of https://cdn.openai.com/dall-e/encoder.pkl"
-)
+WANTED = f"give a run of --method dvae, or DALL-E's from {dalle.PUBLISHED}"
 
 
 @dataclass(frozen=True)
@@ -194,32 +190,19 @@ def load_tokenizer(file: str) -> Tokenizer:
     """A run of --method dvae (its directory or its encoder.pt), or DALL-E's encoder: a plain state dict. Never code."""
     path = Path(file) / "encoder.pt" if Path(file).is_dir() else Path(file)
     if not path.is_file():
-        raise InputError(f"tokenizer {path}: no such file; give a run of --method dvae, or DALL-E's from {PUBLISHED}")
+        raise InputError(f"tokenizer {path}: no such file; {WANTED}")
     try:
         saved = files.load(path)
         if "state_dict" in saved:
             tokenizer = Tokenizer(**saved["settings"])
             tokenizer.load_state_dict(saved["state_dict"])
             return tokenizer
-        weights = {our_name(name): value for name, value in saved.items()}
-        (codes, _, _, _), (hidden, _, _, _) = (weights[f"encoder.{end}.weight"].shape for end in ("output", "input"))
-        blocks = sum(name.startswith("encoder.groups.0") for name in weights) // 8  # four weights and biases in each
-        tokenizer = Tokenizer(codes, hidden, blocks, decoder=False)
+        settings, weights = dalle.encoder(saved)
+        tokenizer = Tokenizer(**settings, decoder=False)
         tokenizer.load_state_dict(weights)
         return tokenizer
     except (LookupError, TypeError, ValueError, AttributeError, RuntimeError):  # InputError is a ValueError
-        raise InputError(
-            f"tokenizer {path}: not one; give a run of --method dvae, or DALL-E's from {PUBLISHED}"
-        ) from None
-
-
-def our_name(theirs: str) -> str:
-    """DALL-E's or Hugging Face's name of a weight → ours: blocks.group_1.block_2.res_path.conv_3.w …"""
-    name = theirs.replace("res_path.path.", "res_path.").replace(".group.", ".")
-    name = re.sub(r"group_(\d)\.block_(\d)", lambda m: f"groups.{int(m[1]) - 1}.{int(m[2]) - 1}", name)
-    name = re.sub(r"res_path\.conv_(\d)", lambda m: f"convs.{int(m[1]) - 1}", name)
-    name = name.replace("blocks.", "encoder.").replace("id_path", "skip").replace("output.conv", "output")
-    return re.sub(r"\.(w|b)$", lambda m: {"w": ".weight", "b": ".bias"}[m[1]], name)
+        raise InputError(f"tokenizer {path}: not one; {WANTED}") from None
 
 
 # ------------------------------------------------------------------------------------------- likelihood, relaxation, KL

@@ -60,6 +60,7 @@ from common import (
 from inputs import augment
 from runtime.errors import InputError
 from runtime.knobs import Count, Part, Share, Size, Weight, check
+from runtime.reconstruction import picture_rows
 
 
 @dataclass(frozen=True)
@@ -158,7 +159,7 @@ class LCMAE(nn.Module):
         if not c.mae_weight:
             return None  # nothing was taught to be pixels
         rows = [
-            mae.picture_rows(batch.images, m, self.decode(batch.images, m)[1], encoder, c.norm_pixels)
+            picture_rows(batch.images, m, self.decode(batch.images, m)[1], encoder, c.norm_pixels)
             for m in (batch.mask, batch.second)
             if m is not None
         ]

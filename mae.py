@@ -34,11 +34,11 @@ from common import (
     reconstruction_loss,
     sincos_positions,
     take,
-    unpatchify,
     visible_count,
 )
 from inputs import augment
 from runtime.knobs import Count, Part, Share, Size, check
+from runtime.reconstruction import picture_rows
 
 
 @dataclass(frozen=True)
@@ -153,32 +153,3 @@ def masked_pixels(images: Tensor, mask: Mask, p: int, norm: bool) -> Tensor:
     """(B, 3, H, W) → (B, M, P): the masked patches, each standardised by its own mean and variance if `norm`."""
     patches = take(patchify(images, p), mask.masked)
     return normalize_patches(patches) if norm else patches
-
-
-# ---------------------------------------------------------------------------------------------------------- pictures
-
-
-def visible_statistics(patches: Tensor, mask: Mask, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """Mean and variance (B, M, 1) that the visible patches suggest for each masked one: Gaussian weights of 1 patch.
-
-    Un-normalising a prediction with the true mean and variance of the hidden patch would show what the model never saw.
-    """
-    variance, mean = torch.var_mean(patches, dim=-1, keepdim=True)  # (B, N, 1)
-    places = torch.arange(grid[0] * grid[1], device=patches.device)
-    place = torch.stack([places // grid[1], places % grid[1]], dim=-1).float()  # (N, 2) row and column
-    distance = torch.cdist(place[mask.masked], place[mask.visible])  # (B, M, V)
-    weight = (-distance.square() / 2).softmax(dim=-1)
-    return weight @ take(mean, mask.visible), weight @ take(variance, mask.visible)
-
-
-def picture_rows(images: Tensor, mask: Mask, predicted: Tensor, encoder: ViT, norm: bool) -> Tensor:
-    """Originals, masked, and reconstructed images (true visible patches kept): (3, B, 3, H, W) in [0, 1]."""
-    patches, p = patchify(images.float(), encoder.patch_size), encoder.patch_size
-    predicted = predicted.float()
-    if norm:
-        mean, variance = visible_statistics(patches, mask, encoder.grid)
-        predicted = predicted * (variance + 1e-6).sqrt() + mean
-    index = mask.masked[:, :, None].expand_as(predicted)
-    masked, filled = patches.scatter(1, index, 0.0), patches.scatter(1, index, predicted)
-    rows = [images, *(unpatchify(x, p, encoder.grid) for x in (masked, filled))]
-    return torch.stack([augment.denormalize(x.float()) for x in rows]).clamp(0, 1)

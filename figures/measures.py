@@ -21,6 +21,7 @@ from torch import Tensor
 import mae
 from common import Attention, Mask, ViT, take
 from inputs import augment
+from runtime import reconstruction
 from runtime.errors import InputError
 
 # -------------------------------------------------------------------------------------------- what the models compute
@@ -235,7 +236,7 @@ def to_pixels(predicted: Tensor, patches: Tensor, mask: Mask, grid: tuple[int, i
     """
     variance, mean = torch.var_mean(patches, dim=2, keepdim=True)
     if not true_statistics:
-        around = mae.visible_statistics(patches, mask, grid)  # (B, M, 1) each
+        around = reconstruction.visible_statistics(patches, mask, grid)  # (B, M, 1) each
         index = mask.masked[:, :, None]
         mean, variance = mean.scatter(1, index, around[0]), variance.scatter(1, index, around[1])
     return predicted * (variance + 1e-6).sqrt() + mean

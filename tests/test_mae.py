@@ -10,8 +10,9 @@ from test_cmae import plain_decoder
 
 from common import MEAN, STD, Mask, StepRandom, ViT, patchify, random_mask, take, unpatchify
 from inputs.augment import normalize
-from mae import MAE, Batch, Config, masked_pixels, picture_rows, visible_statistics
+from mae import MAE, Batch, Config, masked_pixels
 from runtime.errors import InputError
+from runtime.reconstruction import picture_rows, visible_statistics
 
 SMALL = Config(decoder_width=16, decoder_depth=2, decoder_heads=2)
 

@@ -17,7 +17,7 @@ from common import ViT
 from figures import measures, plots
 from figures.study import spaced
 from inputs import augment
-from runtime import encoder_import, files
+from runtime import encoder_import, files, reconstruction
 
 
 def test_decoders_in_either_order_of_tokens_give_the_same_maps_and_features(runs):
@@ -171,7 +171,7 @@ def test_reconstruction_is_what_training_pictures_show(runs, name):
     patches = common.patchify(x, 4)
     for i, own in enumerate(error):
         if name == "mae":
-            mean, variance = mae.visible_statistics(patches, mask, (4, 4))
+            mean, variance = reconstruction.visible_statistics(patches, mask, (4, 4))
             made = predicted * (variance + 1e-6).sqrt() + mean
         else:
             made = predicted
