@@ -23,7 +23,7 @@ COMMANDS = [line.strip() for file in DOCUMENTS for line in file.read_text().spli
 def test_readme_is_read_in_one_sitting():
     assert len(README.splitlines()) <= 170 and len(README.encode()) <= 12_000
     prose = [line for line in README.splitlines() if not line.startswith(("|", "    ", "!["))]
-    assert max(map(len, prose)) <= 82
+    assert max(map(len, prose)) <= 80
 
 
 @pytest.mark.parametrize("line", [c for c in COMMANDS if "train.py" in c and "--help" not in c])
