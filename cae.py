@@ -30,7 +30,7 @@ The d-VAE (dvae.py) stands in for DALL-E's weights, which do not come with this 
 
     python train.py --method cae    torchrun --nproc_per_node=8 train.py --method cae --data imagenet --data-root DIR
 
-Measured: ten classes of Tiny-ImageNet, in README.md; the paper's settings: not run.
+Measured: ten classes of Tiny-ImageNet, in docs/results.md; the paper's settings: not run.
 """
 
 from dataclasses import dataclass

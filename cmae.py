@@ -35,7 +35,7 @@ The rows of Table 4, from the top. Row 1 of 4b as two equal views is our reading
 
     python train.py --method cmae            torchrun --nproc_per_node=8 train.py --method cmae --data tiny-imagenet
 
-Measured: ten classes of Tiny-ImageNet, in README.md; ImageNet: not run.
+Measured: ten classes of Tiny-ImageNet, in docs/results.md; ImageNet: not run.
 """
 
 import copy

@@ -30,7 +30,7 @@ Where the paper is silent or unclear, and what stands here (it has no code)
 
     python train.py --method cmae_loc        torchrun --nproc_per_node=8 train.py --method cmae_loc --data tiny-imagenet
 
-Measured: ten classes of Tiny-ImageNet, in README.md; the paper's settings: not run.
+Measured: ten classes of Tiny-ImageNet, in docs/results.md; the paper's settings: not run.
 """
 
 import copy

@@ -33,7 +33,7 @@ anchor" is read as the cosine with f(x̂)_j. Equal inputs (Table 6) are one view
 
     python train.py --method conmim          torchrun --nproc_per_node=8 train.py --method conmim --data tiny-imagenet
 
-Measured: ten classes of Tiny-ImageNet, in README.md; the paper's settings: not run.
+Measured: ten classes of Tiny-ImageNet, in docs/results.md; the paper's settings: not run.
 """
 
 import copy

@@ -22,8 +22,8 @@ a draw of images x tokens x codes numbers on the CPU would take longer than the 
     python train.py --method dvae    torchrun --nproc_per_node=8 train.py --method dvae --data imagenet --data-root DIR
 
 Its encoder.pt holds the `Tokenizer`, not a ViT: `train.py --method cae --tokenizer` reads it, evaluate.py does not.
-Measured, for CAE's row in README.md (195 steps of 128 on ten classes of Tiny-ImageNet): 11 of 128 codes in use, squared
-error 0.026 of pixels in [0, 1]; the released model's size: not run.
+Measured for CAE's row in docs/results.md, 195 steps of 128 on ten classes of Tiny-ImageNet: 11 of 128 codes in use,
+squared error 0.026 of pixels in [0, 1]; the released model's size: not run.
 """
 
 import math

@@ -34,7 +34,7 @@ The analyses of attention and features (Eq. 7 and 8, Figures 2 to 6) are in figu
 
 Measured on the built-in images: L_cross alone (c) collapses, (d) and (g) do not, (e) is still falling. The deviation of
 v over images is .0010 with (c), .569 with (d), .055 with (e), .284 with (g), .200 untrained (1: random directions).
-Ten classes of Tiny-ImageNet: in README.md; the paper's settings: not run.
+Ten classes of Tiny-ImageNet: in docs/results.md; the paper's settings: not run.
 """
 
 from dataclasses import dataclass

@@ -13,7 +13,7 @@ Tested equal to Hugging Face's ViTMAEForPreTraining on the same weights and mask
 
     python train.py --method mae    torchrun --nproc_per_node=8 train.py --method mae --data imagenet --data-root DIR
 
-Measured: ten classes of Tiny-ImageNet, in README.md; ImageNet: not run.
+Measured: ten classes of Tiny-ImageNet, in docs/results.md; ImageNet: not run.
 """
 
 from dataclasses import dataclass

@@ -36,7 +36,7 @@ OPTIONS = {
         ("images", None, int, "K", "pretrain on the first K images only; evaluation still has all"),
         ("repeat", 1, int, "N", "each image N times an epoch, as one image needs (LC-MAE, Table A.1)"),
         ("skip-bad-images", None, bool, "switch", "leave out images that do not decode"),
-        ("recipe", None, str, "NAME", "demo (two minutes on two cores), tiny (64 pixels), paper"),
+        ("recipe", None, str, "NAME", "demo (minutes on two cores), tiny (64 pixels), paper"),
     ],
     "encoder": [
         ("model", "nano", list(SIZES), "SIZE", "nano, tiny, small, base, large"),
