@@ -43,6 +43,8 @@ def options() -> argparse.Namespace:
     group.add_argument("--data", metavar="SET", help="shapes, tiny-imagenet, cifar10, cifar100, imagenet, or a folder")
     group.add_argument("--data-root", metavar="DIR", help="where the images of a named set are or shall be")
     group.add_argument("--classes", type=int, metavar="K", help="only the first K classes")
+    group.add_argument("--class-level", type=int, metavar="N", help="the level of nested folders that are the classes")
+    group.add_argument("--range", nargs=2, type=float, metavar=("LOW", "HIGH"), help="black and white of 16-bit greys")
     group.add_argument("--download", action="store_true", help="fetch the set if it is not there")
     group.add_argument("--skip-bad-images", action="store_true", help="count images that do not decode, and go on")
     group = parser.add_argument_group("machine")
@@ -131,15 +133,14 @@ def main() -> None:
             print(write_export(encoder, args.export, to), flush=True)
         return process.stop()
     images = ("data", "data_root", "classes", "download", "skip_bad_images")
-    args = argparse.Namespace(**{name: settings.get(name) for name in images} | vars(args))
+    given = {name: settings[name] for name in ("class_level", "range") if settings.get(name)} | vars(args)
+    args = argparse.Namespace(**{name: settings.get(name) for name in images} | given)
     if args.data is None:
         raise InputError(f"{directory}: has no config.json that names its images; give --data")
     if args.untrained and args.protocol == "supervised":
         raise InputError("--untrained: does nothing to protocol supervised, which is so anyway; leave it out")
     chosen, report = task_options(args, settings)
-    how = dict(download=args.download, skip_bad_images=args.skip_bad_images)
-    sets = [image_sets.open_set(args.data, args.data_root, half, **how) for half in ("train", "val")]
-    sets = [(half.subset(classes=args.classes) if args.classes else half).to(device) for half in sets]
+    sets = [image_sets.open_for(args, half).to(device) for half in ("train", "val")]
     name = args.protocol + ("-paper" if "paper" in args else "")
     name += (f"-{report['blocks']}" if "blocks" in report else "") + ("-untrained" if args.untrained else "")
     chosen |= dict(precision=args.precision, directory=directory / name)

@@ -57,7 +57,7 @@ options = partial(pretraining_options, methods=METHODS)
 def train(args, config, Method, device: torch.device) -> nn.Module:
     """Train a method from its first or next step to its last, or until somebody asks to stop; returns the method."""
     divide(args.batch_size, args.accumulate)  # before the images are read, which may take long
-    images = open_set(args, "train")
+    images = image_sets.open_for(args, "train")
     images = (images.first(args.images) if args.images else images).to(device)  # evaluation has all of them
     plan = Plan(args, len(images))
     method, optimizer, scaler = build(args, config, Method, device)
@@ -88,7 +88,7 @@ def loop(args, plan: "Plan", run: Run, images: image_sets.ImageSet, device: torc
         warm_buckets(args, plan, run.step, method, compiled, images, autocast, device)
         optimizer.zero_grad(set_to_none=True)
     batches = images.batches(plan.indices(run.step), device, workers=args.workers)
-    pictures = Pictures(open_set(args, "val"), method, args.seed, args.image_size, device)
+    pictures = Pictures(image_sets.open_for(args, "val"), method, args.seed, args.image_size, device)
 
     meter = Meter(args, run.step, plan.steps, plan.steps_per_epoch, run.log, device)
     with run.listening(), meter.bar:
@@ -167,12 +167,6 @@ def divide(batch_size: int, accumulate: int) -> int:
     return batch_size // (n * accumulate)
 
 
-def open_set(args, split: str) -> image_sets.ImageSet:
-    how = dict(download=args.download, skip_bad_images=args.skip_bad_images)
-    image_set = image_sets.open_set(args.data, args.data_root, split, **how)
-    return image_set.subset(classes=args.classes) if args.classes else image_set
-
-
 def build(args, config, Method, device: torch.device):
     """The method at its first weights, which depend on the seed alone, its optimizer, and fp16's scale of the loss."""
     torch.manual_seed(args.seed)
@@ -210,13 +204,14 @@ def warm_buckets(args, plan: Plan, step: int, method: nn.Module, compiled, image
 
 def train_first(args, device: torch.device, name: str, **settings) -> nn.Module:
     """Another method, trained before the one of `args` on the same images and machine, in `<out>/<name>`."""
-    same = "data data_root download classes images repeat skip_bad_images workers recipe max_steps device precision"
-    same = [*same.split(), "accumulate", "seed", "deterministic", "log_every"]
+    same = "data data_root download classes class_level range images repeat skip_bad_images workers recipe max_steps"
+    same = [*same.split(), "device", "precision", "accumulate", "seed", "deterministic", "log_every"]
     flags = ["--method", name, "--out", f"{args.out}/{name}", "--no-evaluate"]
     flags += ["--compile" if args.compile else "--no-compile", *(["--resume=never"] if args.resume == "never" else [])]
     for option, value in ({key: getattr(args, key) for key in same} | settings).items():
         if value is not None and value is not False:
-            flags += ["--" + option.replace("_", "-")] + ([] if value is True else [str(value)])
+            words = [] if value is True else value if isinstance(value, list) else [value]
+            flags += ["--" + option.replace("_", "-"), *map(str, words)]
     theirs, config, Method = options(flags)
     settle(theirs, device)
     parts = world_size() * args.accumulate
@@ -234,7 +229,9 @@ def summary(args, encoder: nn.Module, run: Run, device: torch.device) -> None:
         return
     if not args.evaluate:
         return say(f"evaluate  python evaluate.py --run {run.directory} --protocol knn")
-    sets = [open_set(args, split).to(device) for split in ("train", "val")]
+    sets = [image_sets.open_for(args, split).to(device) for split in ("train", "val")]
+    if not sets[0].classes:
+        return say("evaluate  left out: the images have no labels, as they do not lie in class folders")
     encoders = {"untrained": untrained(encoder, args.seed), "trained": encoder.eval()}
     results = {name: evaluate(e, *sets, protocols=("knn", "linear"), device=device) for name, e in encoders.items()}
     say(f"accuracy on {len(sets[1]):,} validation images   kNN       linear")

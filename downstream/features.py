@@ -42,7 +42,7 @@ def of_all(function, image_set, size, device, batch_size: int = 256, precision: 
     Each rank takes one block of the set; the last blocks may be shorter or empty. Images that do not decode are left
     out, where the set skips them. Precision "auto" is bf16 on GPUs that have it and float32 elsewhere.
     """
-    device, n = torch.device(device), len(image_set)
+    device, n, labels = torch.device(device), len(image_set), image_set.labels  # an error, if there are none
     precision = {"auto": "bf16" if process.has_bf16(device) else "fp32"}.get(precision, precision)
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
     block = -(-n // world_size())
@@ -62,7 +62,7 @@ def of_all(function, image_set, size, device, batch_size: int = 256, precision: 
     found = gather_over_ranks(found)[:n]  # blocks are filled in order, so that all padding is at the end
     came = found[:, 0] == 1
     x = found[:, 1:] if came.all() else found[came, 1:]  # no second copy of what may be gigabytes
-    return x.unflatten(1, shape), image_set.labels.to(device)[came]
+    return x.unflatten(1, shape), labels.to(device)[came]
 
 
 def accuracy(scores: Tensor, labels: Tensor) -> dict[str, float]:

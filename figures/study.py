@@ -144,8 +144,9 @@ class Study:
         about = self.runs[0].settings
         if self.data[0] is None:
             raise InputError(f"data: {self.runs[0].label} does not say which images to show; give --data")
-        found = image_sets.open_set(*self.data, split, skip_bad_images=bool(about.skip_bad_images))
-        return found.subset(classes=about.classes) if about.classes and not self.args.data else found
+        own = dict(classes=None, class_level=None, range=None) if self.args.data else {}
+        names = dict(data=self.data[0], data_root=self.data[1], download=False)
+        return image_sets.open_for(SimpleNamespace(**vars(about) | names | own), split)
 
     @cached_property
     def val(self) -> image_sets.ImageSet:

@@ -4,6 +4,7 @@ Cache files lie in $MINMIM_CACHE, else in minmim/ in the user's cache folder. Th
 made from, so that any change of the images makes a new file. Old ones may be deleted at any time.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -21,6 +22,7 @@ from torch import Tensor
 from inputs.images_in_files import cores
 from inputs.images_in_memory import Packed
 from inputs.once_per_node import say
+from runtime import files
 from runtime.errors import InputError
 
 PART = 1 << 26  # bytes of a cache file under one checksum
@@ -48,6 +50,18 @@ def cached(stem: str, made_from: bytes, chunks: Callable[[], Iterable]) -> tuple
     except OSError as error:
         raise InputError(f"{path}: cannot be written ({error.strerror}); make room, or set MINMIM_CACHE") from error
     return read_cache(path, key)
+
+
+def remembered(stem: str, made_from: bytes, compute: Callable[[], list[float]]) -> list[float]:
+    """Two numbers that `compute()` finds, from the cache folder if they are there."""
+    path = cache_folder() / f"{stem}-{hashlib.sha256(made_from).hexdigest()[:16]}.json"
+    with contextlib.suppress(OSError, ValueError, TypeError):
+        low, high = json.loads(path.read_text())
+        return [float(low), float(high)]
+    numbers = compute()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    files.write_text(path, json.dumps(numbers))
+    return numbers
 
 
 def write_cache(path: Path, key: str, chunks: Iterable[tuple[Tensor, Tensor, Tensor, list[str]]]) -> None:

@@ -1,4 +1,4 @@
-"""Image sets: the built-in shapes, Tiny-ImageNet, CIFAR, ImageNet or any folder with one folder per class.
+"""Image sets: the built-in images, Tiny-ImageNet, CIFAR, ImageNet or any folder of images, with labels or without.
 
 `open_set(name, root, split)` gives an `ImageSet`: pixels as uint8 (3, H, W), labels as int64, images in class order.
 A small set is decoded once into a cache file and from then on mapped from there, or moved to the GPU as a whole. A
@@ -6,15 +6,18 @@ large one stays in its files, and workers read and decode ahead of the training 
 data is an `InputError` of one line.
 """
 
+import itertools
+import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from inputs import named_sets
-from inputs.image_cache import cache_folder, cached
+from inputs.image_cache import cache_folder, cached, remembered
 from inputs.image_folders import class_folders
 from inputs.images_in_files import Files, cores, decode
 from inputs.images_in_memory import Packed
@@ -26,14 +29,27 @@ RESIDENT_LIMIT = 4 << 30  # bytes of pixels above which a folder is streamed
 
 
 class ImageSet:
-    """N images in class order, with labels int64 (N,) and the names of the classes."""
+    """N images in class order, with labels int64 (N,) and the names of the classes; none if there are no labels."""
 
     def __init__(self, name: str, classes: list[str], labels: Tensor, pixels: Packed | Files, skip_bad: bool = False):
-        self.name, self.classes, self.labels, self.pixels, self.skip_bad = name, classes, labels, pixels, skip_bad
+        self.name, self.classes, self._labels, self.pixels, self.skip_bad = name, classes, labels, pixels, skip_bad
         self.bad = set()  # positions that a stream found undecodable
 
     def __len__(self) -> int:
-        return len(self.labels)
+        return len(self.pixels)
+
+    def need_labels(self) -> None:
+        if not self.classes:
+            what = "its images have no labels, as they do not lie in class folders"
+            raise InputError(
+                f"{self.name}: {what}; sort them into a folder for each class to measure an encoder on them"
+            )
+
+    @property
+    def labels(self) -> Tensor:
+        """The class of each image, int64 (N,); an InputError if the images have none."""
+        self.need_labels()
+        return self._labels
 
     @property
     def resident(self) -> bool:
@@ -48,6 +64,7 @@ class ImageSet:
 
     def subset(self, classes: int) -> "ImageSet":
         """The images of the first `classes` classes."""
+        self.need_labels()
         if not 1 <= classes <= len(self.classes):
             raise InputError(f"{self.name}: cannot take {classes} of its classes; give 1 to {len(self.classes)}")
         subset = self.first(int((self.labels < classes).sum()))  # a prefix, as images lie in class order
@@ -58,7 +75,7 @@ class ImageSet:
         """The first `n` images, all of the first class while that has as many."""
         if not 1 <= n <= len(self):
             raise InputError(f"{self.name}: cannot take {n} of its images; give 1 to {len(self)}")
-        return ImageSet(self.name, self.classes, self.labels[:n], self.pixels.first(n), self.skip_bad)
+        return ImageSet(self.name, self.classes, self._labels[:n], self.pixels.first(n), self.skip_bad)
 
     def images(self, index: Tensor, device="cpu") -> Tensor | list[Tensor]:
         """(B,) → uint8 (B, 3, H, W) on the device, or a list of (3, H_i, W_i) if sizes vary or the set is streamed."""
@@ -96,13 +113,24 @@ class ImageSet:
             say(f"{self.name}: {len(self.bad)} images so far do not decode; others stood in for them")
 
 
+def open_for(settings, split: str) -> ImageSet:
+    """The split of the set that a command's settings name, cut to the classes that they ask for."""
+    words = {name: getattr(settings, name, None) for name in "data_root download skip_bad_images class_level".split()}
+    value_range, root = getattr(settings, "range", None), words.pop("data_root")
+    image_set = open_set(settings.data, root, split, value_range=value_range, **words)
+    classes = getattr(settings, "classes", None)
+    return image_set.subset(classes) if classes else image_set
+
+
 def open_set(
     name: str,
     root: str | Path | None = None,
     split: str = "train",
     *,
-    download: bool = False,
-    skip_bad_images: bool = False,
+    download: bool | None = False,
+    skip_bad_images: bool | None = False,
+    class_level: int | None = None,
+    value_range: Sequence[float] | None = None,
 ) -> ImageSet:
     """Open one split of an image set.
 
@@ -110,39 +138,60 @@ def open_set(
     root: where the data lie, for tiny-imagenet and cifar by default the cache folder; there `download` puts them.
     split: "train" or "val"; for CIFAR, "val" is its test set.
     skip_bad_images: leave out images that do not decode, and count them in one line, instead of raising InputError.
+    class_level: which level of nested folders the classes are; by default 1, the folders at the top.
+    value_range: what becomes black and white in greys of more than 8 bits, by default the lowest and the highest value
+        in the training images, which are looked for once.
 
     ImageNet always streams; another folder does above RESIDENT_LIMIT bytes of pixels, estimated from the image
     headers of a sample. Under torch.distributed every rank has to call this; the first on each node does the work.
     """
-    return in_turn(lambda: _open_set(name, None if root is None else Path(root), split, download, skip_bad_images))
-
-
-def _open_set(name: str, root: Path | None, split: str, download: bool, skip_bad: bool) -> ImageSet:
     if split not in ("train", "val"):
         raise InputError(f"{split}: no such split; there are train and val")
+    if value_range and not -math.inf < value_range[0] < value_range[1] < math.inf:
+        raise InputError(f"range {value_range[0]:g} {value_range[1]:g}: the first must be below the second")
+    root = None if root is None else Path(root)
     if name == "shapes":
-        return ImageSet(name, *named_sets.shapes(split))
+        return in_turn(lambda: ImageSet(name, *named_sets.shapes(split)))
     if name in ("cifar10", "cifar100"):
-        return ImageSet(name, *named_sets.cifar(name, root or cache_folder(), split, download))
-    if name == "tiny-imagenet":
-        root = named_sets.tiny_imagenet_root(root or cache_folder(), download)
-        classes, paths = named_sets.tiny_imagenet(root, split)
-    elif name == "imagenet" and root is None:
-        raise InputError("imagenet: no folder is given; name the one that holds train/ and val/ with --data-root")
-    elif name == "imagenet" or ((root or Path()) / name).is_dir():
-        root = root if name == "imagenet" else (root or Path()) / name
-        classes, paths = class_folders(root, split)
-    else:
-        raise InputError(f"{name}: neither an image set nor a folder; give one of {', '.join(NAMES)}, or a folder")
+        return in_turn(lambda: ImageSet(name, *named_sets.cifar(name, root or cache_folder(), split, bool(download))))
+    return in_turn(
+        lambda: open_files(
+            name, root, split, download, bool(skip_bad_images), 1 if class_level is None else class_level, value_range
+        )
+    )
+
+
+def open_files(name, root: Path | None, split: str, download: bool, skip_bad, class_level, value_range) -> ImageSet:
+    """The sets whose images are files, for `open_set`."""
+    root, find = find_files(name, root, download, class_level)
+    classes, paths = find(root, split)
     title = name if name in NAMES else root.resolve().name
-    files = Files(root, [path for of_class in paths for path in of_class])
-    labels = torch.arange(len(classes)).repeat_interleave(torch.tensor([len(of_class) for of_class in paths]))
-    if name == "imagenet" or files.decoded_bytes() > RESIDENT_LIMIT:
+    files = Files(root, list(itertools.chain(*paths)), value_range and tuple(value_range))
+    labels = torch.arange(len(paths)).repeat_interleave(torch.tensor([len(of_class) for of_class in paths]))
+    size, deep = (math.inf, False) if name == "imagenet" else files.survey()
+    if deep and not value_range:
+        train = files if split == "train" else Files(root, list(itertools.chain(*find(root, "train")[1])))
+        files.value_range = tuple(remembered(f"{title}-range", train.fingerprint(), train.extremes))
+    if size > RESIDENT_LIMIT:
         return ImageSet(title, classes, labels, files, skip_bad)
     made_from = files.fingerprint() + labels.numpy().tobytes()
+    made_from += repr(files.value_range).encode() if files.value_range else b""
     pixels, labels, bad = cached(f"{title}-{split}", made_from, lambda: files.decoded(labels, skip_bad))
     if bad and not skip_bad:  # the cache was made while they could be skipped
         decode(root / bad[0])
     if bad:
         say(f"{title}: {len(bad)} images that do not decode are left out, {bad[0]} the first")
     return ImageSet(title, classes, labels, pixels, skip_bad)
+
+
+def find_files(name: str, root: Path | None, download: bool, class_level: int):
+    """The folder of a set's files, and the function (folder, split) → names of classes, paths of each class."""
+    if name == "tiny-imagenet":
+        return named_sets.tiny_imagenet_root(root or cache_folder(), download), named_sets.tiny_imagenet
+    if name == "imagenet" and root is None:
+        raise InputError("imagenet: no folder is given; name the one that holds train/ and val/ with --data-root")
+    if name != "imagenet":
+        root = (root or Path()) / name
+        if not root.is_dir():
+            raise InputError(f"{name}: neither an image set nor a folder; give one of {', '.join(NAMES)}, or a folder")
+    return root, partial(class_folders, level=class_level)

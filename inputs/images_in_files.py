@@ -5,6 +5,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -20,41 +21,51 @@ from runtime.errors import InputError
 CHUNK = 32  # images that a worker hands over at once: keeps shared memory small and the first batch soon there
 
 
-def decode(path: Path) -> Tensor:
-    """uint8 RGB (3, H, W) from a file of any mode. 16 bits are scaled to 8, transparency and EXIF rotation ignored.
+def decode(path: Path, value_range: tuple[float, float] | None = None) -> Tensor:
+    """uint8 RGB (3, H, W) from a file of any mode; transparency and EXIF rotation are ignored.
 
-    Pillow decodes it, as torchvision has announced the end of its own decoders.
+    Of greys with more than 8 bits, `value_range` becomes 0 … 255; without one, 16 bits do, and floats stay as they are.
+    Pillow decodes, as torchvision has announced the end of its own decoders.
     """
     try:
         with Image.open(path) as image:
-            if image.mode.startswith("I"):  # 16-bit grey, which Pillow's own conversion would clip at 255
-                grey = torch.from_numpy(np.asarray(image).astype(np.int32)).clamp(0, 65535)
-                return (grey // 257).to(torch.uint8).repeat(3, 1, 1)
+            if is_deep(image):  # Pillow's own conversion would clip at 255
+                grey = torch.from_numpy(np.nan_to_num(np.asarray(image).astype(np.float64)))
+                low, high = value_range or ((0, 255) if image.mode == "F" else (0, 65535))
+                return ((grey - low) * 255 / (high - low)).clamp(0, 255).to(torch.uint8).repeat(3, 1, 1)
             return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
     except Exception as error:  # Pillow's plugins raise every kind there is, SyntaxError included
         what = f"{path}: does not decode as an image ({type(error).__name__})"
         raise InputError(f"{what}; repair or remove it, or give --skip-bad-images") from error
 
 
+def is_deep(image: Image.Image) -> bool:
+    """Whether a picture's one channel has more than 8 bits: 16 or 32, integers or floats."""
+    return image.mode.startswith(("I", "F"))
+
+
 class Files:
     """The images at `paths` below `root`, for a `DataLoader` whose workers ask for one chunk of positions at a time."""
 
-    def __init__(self, root: Path, paths: list[str]):
-        self.root = root
+    def __init__(self, root: Path, paths: list[str], value_range: tuple[float, float] | None = None):
+        self.root, self.value_range = root, value_range
         self.paths = np.array(paths)  # not a list: its reference counts would be copied into every forked worker
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def first(self, n: int) -> "Files":
-        return Files(self.root, self.paths[:n])
+        return Files(self.root, self.paths[:n], self.value_range)
+
+    def decode(self, i: int) -> Tensor:
+        return decode(self.root / self.paths[i], self.value_range)
 
     def __getitem__(self, chunk: tuple[list[int], bool]):
         """(positions, last) → the same, flat pixels, sizes, and {position: error}; what fails has size 0 × 0."""
         images, errors = [], {}
         for i in chunk[0]:
             try:
-                images.append(decode(self.root / self.paths[i]))
+                images.append(self.decode(i))
             except InputError as error:  # handed over, as a DataLoader would wrap an exception in a traceback
                 images.append(torch.empty(3, 0, 0, dtype=torch.uint8))
                 errors[i] = str(error)
@@ -88,16 +99,32 @@ class Files:
         """The next image after i that decodes, and its position."""
         for j in range(i + 1, i + len(self)):
             with contextlib.suppress(InputError):
-                return j % len(self), decode(self.root / self.paths[j % len(self)])
+                return j % len(self), self.decode(j % len(self))
         raise InputError(f"{self.root}: no image decodes; give a folder with readable images")
 
-    def decoded_bytes(self, sample: int = 128) -> float:
-        """What all the images would take as uint8 RGB, from the headers of an even sample."""
-        areas = []
+    def survey(self, sample: int = 128) -> tuple[float, bool]:
+        """From the headers of an even sample: bytes of all images as uint8 RGB, and whether there are deep greys."""
+        areas, deep = [], False
         for i in np.linspace(0, len(self) - 1, min(sample, len(self))).astype(int):
             with contextlib.suppress(Exception), Image.open(self.root / self.paths[i]) as image:  # decoding will tell
                 areas.append(image.width * image.height)
-        return 3 * len(self) * float(np.mean(areas or 0))
+                deep |= is_deep(image)
+        return 3 * len(self) * float(np.mean(areas or 0)), deep
+
+    def extremes(self) -> list[float]:
+        """The lowest and the highest value of all deep greys; those of 16 bits, if there are none."""
+
+        def of_one(path: str) -> list[float]:
+            with contextlib.suppress(Exception), Image.open(self.root / path) as image:
+                values = np.asarray(image) if is_deep(image) else np.empty(0)
+                values = values[np.isfinite(values)]
+                return [float(values.min()), float(values.max())] if values.size else []
+            return []
+
+        with ThreadPoolExecutor(cores()) as pool:
+            bar = tqdm(pool.map(of_one, self.paths.tolist()), "finding the range of values", len(self), unit=" images")
+            found = [value for pair in bar for value in pair] or [0.0, 65535.0]
+        return [min(found), max(max(found), min(found) + 1)]
 
     def fingerprint(self) -> bytes:
         """What changes when any file does: paths, sizes in bytes, times of change."""

@@ -29,10 +29,12 @@ from runtime.ranks import rank, world_size
 OPTIONS = {
     "what to train on what": [
         ("data", "shapes", str, "SET",
-         "shapes, tiny-imagenet, cifar10, cifar100, imagenet, or a folder of class folders"),
+         "shapes, tiny-imagenet, cifar10, cifar100, imagenet, or a folder of images, with or without class folders"),
         ("data-root", None, str, "DIR", "where the images of a named set are or shall be"),
         ("download", None, bool, "switch", "fetch the set if it is not there"),
         ("classes", None, int, "K", "only the first K classes of the set"),
+        ("class-level", None, int, "N", "where folders lie in folders, the level that the classes are; 1: at the top"),
+        ("range", None, float, "LOW HIGH", "black and white of 16-bit greys; if not given, the set's own extremes"),
         ("images", None, int, "K", "pretrain on the first K images only; evaluation still has all"),
         ("repeat", 1, int, "N", "each image N times an epoch, as one image needs (LC-MAE, Table A.1)"),
         ("skip-bad-images", None, bool, "switch", "leave out images that do not decode"),
@@ -213,6 +215,8 @@ def add_option(group, name: str, default, kind, metavar: str | None, text: str) 
     how = dict(metavar=metavar, choices=kind) if isinstance(kind, list) else dict(metavar=metavar, type=kind)
     if kind is bool:
         how = dict(action="store_true" if metavar == "switch" else argparse.BooleanOptionalAction)
+    elif " " in (metavar or ""):
+        how |= dict(nargs=len(metavar.split()), metavar=tuple(metavar.split()))
     elif isinstance(default, list | tuple):
         how["nargs"] = len(default) or "*"
     group.add_argument(f"--{name}", default=default, help=text, **how)

@@ -14,7 +14,7 @@ from inputs import image_cache, image_folders, image_sets, images_in_files
 
 def opened_without_decoding(monkeypatch, *args, **kwargs):
     with monkeypatch.context() as patch:
-        patch.setattr(images_in_files, "decode", lambda path: pytest.fail(f"decoded {path}"))
+        patch.setattr(images_in_files, "decode", lambda *path: pytest.fail(f"decoded {path}"))
         return image_sets.open_set(*args, **kwargs)
 
 
@@ -122,7 +122,7 @@ def test_failed_writing_leaves_nothing(tmp_path, cache, monkeypatch):
 def test_interrupted_decoding_leaves_nothing(tmp_path, cache, monkeypatch):
     make_folder(tmp_path / "set")
 
-    def interrupt(path):
+    def interrupt(*_):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(images_in_files, "decode", interrupt)

@@ -36,10 +36,10 @@ def test_only_a_sample_is_measured_and_imagenet_always_streams(tmp_path, monkeyp
     make_folder(tmp_path / "train", n=100, h=4, w=5)
     make_folder(tmp_path / "val", n=1)
     files = images_in_files.Files(tmp_path, [f"train/cat/{i:03}.png" for i in range(100)])
-    assert files.decoded_bytes(sample=7) == 100 * 3 * 4 * 5
+    assert files.survey(sample=7) == (100 * 3 * 4 * 5, False)
     spoil(tmp_path / "train" / "cat" / "000.png")
     (tmp_path / "train" / "cat" / "000.png").write_bytes(b"")
-    assert files.decoded_bytes() == 100 * 3 * 4 * 5  # what has no header does not count
+    assert files.survey()[0] == 100 * 3 * 4 * 5  # what has no header does not count
     monkeypatch.setattr(Image, "open", lambda path: pytest.fail("measured"))
     assert not image_sets.open_set("imagenet", tmp_path).resident
 

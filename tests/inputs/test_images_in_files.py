@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from made_images import ROOT, as_tensor, make_folder, open_both, pixels, save, spoil
+from made_images import ROOT, as_tensor, caches, make_folder, open_both, pixels, save, spoil, the_error
 from PIL import Image
 
 from inputs import (
@@ -162,3 +162,80 @@ def test_workers_leave_signals_to_the_parent(tmp_path, end):
             return
         time.sleep(0.1)
     pytest.fail("workers outlived their parent")
+
+
+# ----------------------------------------------------------------------------------------------------- more than 8 bits
+
+
+def deep(path, values, dtype=np.uint16):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.asarray(values, dtype=dtype)).save(path)
+
+
+def scaled(values, low, high):
+    exact = np.floor((np.asarray(values, dtype=np.float64) - low) * 255 / (high - low)).clip(0, 255)
+    return torch.tensor(exact, dtype=torch.uint8).expand(3, -1, -1)
+
+
+def make_scan(root, n=12):
+    """12-bit values in 16 bits; the lowest of the training images, 100, and the highest, 4090, in different files."""
+    draw = np.random.default_rng(0)
+    scans = [draw.integers(200, 3000, (4, 5)) for _ in range(n)]
+    scans[3][0, 0], scans[5][1, 1], scans[1][0, 0] = 100, 4090, 60_000  # the last is held out
+    for i, scan in enumerate(scans):
+        deep(root / f"{i:02}.{'tif' if i % 2 else 'png'}", scan)
+    return scans
+
+
+@pytest.mark.parametrize("streams", [False, True])
+def test_greys_of_12_bits_are_scaled_by_the_range_of_the_training_images(tmp_path, monkeypatch, cache, streams):
+    scans = make_scan(tmp_path / "set")
+    if streams:
+        monkeypatch.setattr(image_sets, "RESIDENT_LIMIT", 0)
+    for again in (False, True):
+        train, val = (image_sets.open_set(str(tmp_path / "set"), split=split) for split in ("train", "val"))
+        kept = [i for i in range(12) if i % 10 != 1]
+        for image, i in zip(train.images(torch.arange(10)), kept, strict=True):
+            assert torch.equal(image, scaled(scans[i], 100, 4090)), i
+        for image, i in zip(val.images(torch.arange(2)), (1, 11), strict=True):  # by the training images' range, too
+            assert torch.equal(image, scaled(scans[i], 100, 4090)), i
+        assert torch.stack(list(train.images(torch.arange(10)))).unique().numel() > 60
+        assert [name for name in caches(cache) if name.startswith("set-range-")], again
+        monkeypatch.setattr(images_in_files.Files, "extremes", lambda _: pytest.fail("looked for twice"))
+
+
+def test_a_given_range_is_taken_and_makes_a_cache_of_its_own(tmp_path, monkeypatch, cache):
+    scans = make_scan(tmp_path / "set")
+    own = image_sets.open_set(str(tmp_path / "set"))
+    monkeypatch.setattr(images_in_files.Files, "extremes", lambda _: pytest.fail("looked for"))
+    for low, high in ((0, 65535), (-1000, 3000)):
+        given = image_sets.open_set(str(tmp_path / "set"), value_range=[low, high])
+        assert torch.equal(given.images(torch.tensor([0]))[0], scaled(scans[0], low, high))
+        assert not torch.equal(given.images(torch.tensor([0])), own.images(torch.tensor([0])))
+    for wrong in ((5, 5), (6, 5), (0, float("nan")), (float("-inf"), 0)):
+        assert "the first must be below the second" in the_error(str(tmp_path / "set"), value_range=wrong)
+
+
+def test_a_damaged_memory_of_the_range_is_found_again(tmp_path, cache):
+    make_scan(tmp_path / "set")
+    expected = image_sets.open_set(str(tmp_path / "set")).images(torch.arange(10))
+    for content in ("", "[1]", "[1, 2, 3]", '["a", "b"]', "null", "{}"):
+        (path,) = cache.glob("set-range-*.json")
+        path.write_text(content)
+        assert torch.equal(image_sets.open_set(str(tmp_path / "set")).images(torch.arange(10)), expected), content
+
+
+def test_floats_constant_greys_and_bad_images_have_a_range_too(tmp_path):
+    deep(tmp_path / "a" / "1.tif", [[-2.0, np.nan], [0.5, 3.0]], np.float32)
+    (tmp_path / "a" / "0.tif").write_bytes((tmp_path / "a" / "1.tif").read_bytes())
+    files = images_in_files.Files(tmp_path, ["a/0.tif", "a/1.tif"])
+    assert files.extremes() == [-2.0, 3.0] and files.survey() == (2 * 12, True)
+    (image,) = image_sets.open_set(str(tmp_path)).images(torch.arange(1))
+    assert image[0].tolist() == [[0, 102], [127, 255]]  # what is no number counts as 0
+    spoil(tmp_path / "a" / "0.tif")
+    assert files.extremes() == [-2.0, 3.0]
+    deep(tmp_path / "b" / "1.png", [[7, 7]])
+    constant = images_in_files.Files(tmp_path, ["b/1.png"])
+    assert constant.extremes() == [7.0, 8.0]
+    save(tmp_path / "c" / "1.png")
+    assert images_in_files.Files(tmp_path, ["c/1.png"]).survey()[1] is False

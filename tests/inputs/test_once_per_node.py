@@ -18,7 +18,7 @@ def open_on_rank(rank, folder, meeting, out):
     os.environ["LOCAL_RANK"] = str(rank)
     dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
     decoded, plain = [], images_in_files.decode
-    images_in_files.decode = lambda path: decoded.append(path) or plain(path)
+    images_in_files.decode = lambda *path: decoded.append(path) or plain(*path)
     sys.stderr = io.StringIO()
     try:
         image_sets.open_set(str(folder))

@@ -1,0 +1,75 @@
+"""Pretraining on images as people have them: unlabelled, nested, 12 bits deep; resumed, and by two processes."""
+
+import json
+import os
+
+import numpy as np
+import pytest
+import torch
+from forked import Program, finish
+from PIL import Image
+from test_train import OWN, SMALL
+
+STOP_AT_THE_FIFTH_STEP = """
+import mae
+drawn, plain = [], mae.MAE.draw
+def draw(self, *words):
+    drawn.append(1)
+    if len(drawn) == 6:  # one was of the pictures
+        os.kill(os.getpid(), signal.SIGTERM)
+    return plain(self, *words)
+mae.MAE.draw = draw
+"""
+
+
+def make(kind, root):
+    """Forty photographs in a flat folder, or in two species of each of two groups, or forty scans of 12 bits."""
+    draw = np.random.default_rng(0)
+    for i in range(40):
+        folder = root / (f"group {i % 2}/species {i % 4}" if kind == "nested" else ".")
+        folder.mkdir(parents=True, exist_ok=True)
+        coarse = Image.fromarray(draw.integers(0, 256, (5, 5, 3), dtype=np.uint8)).resize((40, 36), Image.BICUBIC)
+        if kind == "deep":
+            scan = np.asarray(coarse.convert("L")).astype(np.uint16) * 16
+            Image.fromarray(scan).save(folder / f"{i}.png")
+        else:
+            coarse.save(folder / f"{i}.jpg")
+    return ["--class-level", 2] if kind == "nested" else []
+
+
+@pytest.fixture
+def program(tmp_path, cache):
+    def run(name, *words, **how):
+        environment = os.environ | dict(MINMIM_CACHE=str(cache), OMP_NUM_THREADS="1")
+        return finish(Program(name, *words, env=environment, cwd=tmp_path, **how))
+
+    return run
+
+
+def weights(run):
+    return torch.load(run / "encoder.pt", weights_only=True)["state_dict"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["flat", "nested", "deep"])
+def test_a_run_is_resumed_to_the_bit_and_two_processes_do_as_one(tmp_path, program, kind):
+    words = ["--method", "mae", *SMALL, *OWN["mae"], "--data", tmp_path / "set", *make(kind, tmp_path / "set")]
+    whole = program("train.py", *words, "--out", tmp_path / "whole", "--evaluate")
+    assert whole.returncode == 0, whole.stderr
+    left_out = "evaluate  left out: the images have no labels"
+    assert (left_out in whole.stderr) == (kind != "nested") and ("accuracy on 4" in whole.stderr) == (kind == "nested")
+    stopped = program("train.py", *words, "--out", tmp_path / "cut", before=STOP_AT_THE_FIFTH_STEP)
+    assert stopped.returncode == 143, stopped.stderr
+    assert program("train.py", *words, "--out", tmp_path / "cut").returncode == 0
+    assert program("train.py", *words, "--out", tmp_path / "two", n=2).returncode == 0
+    expected = weights(tmp_path / "whole")
+    for name, value in weights(tmp_path / "cut").items():
+        assert torch.equal(value, expected[name]), name
+    for name, value in weights(tmp_path / "two").items():
+        torch.testing.assert_close(value, expected[name], atol=3e-5, rtol=1e-4, msg=name)
+    measured = program("evaluate.py", "--run", tmp_path / "whole", "--protocol", "knn")
+    if kind == "nested":  # at the level of the run
+        assert json.loads(measured.stdout.splitlines()[-1])["class_level"] == 2
+    else:
+        line = "set: its images have no labels, as they do not lie in class folders; sort them into a folder for each"
+        assert measured.returncode == 2 and measured.stderr.splitlines()[-1].startswith(line)
