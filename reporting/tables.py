@@ -61,7 +61,7 @@ def results_block(results: Path) -> str:
             f"`python reproduce.py --budget {folder}`: {size}{config['data']}, {config['model']} encoder, "
             f"{config['epochs']} epochs, on {' or '.join(sorted(machines))}. Top-1 in per cent, mean ± standard "
             "deviation over seeds; minutes of a seed with its evaluation; * some files had changes after the commit.",
-            table(head, rows), *(f"† {', '.join(names)}: {why}" for why, names in notes.items()),
+            table(head, rows), *(f"† {', '.join(names)}: {why}." for why, names in notes.items()),
         ]  # fmt: skip
     return "\n\n".join(parts)
 
@@ -149,14 +149,14 @@ def speed_block(results: Path) -> str:
 
 def first_block(results: Path) -> str:
     """README's first command on every machine where it was timed."""
-    rows = []
+    rows, log = [], "[log](../results/demo/cmae.json)"
     for run in runs_of(results, "demo/cmae"):
         top1 = [run["measured"][probe]["top1"] for probe in ("knn", "linear")]
-        rows.append([run["machine"], round(run["seconds"] / 60, 1), *(round(x, 1) for x in top1), "yes"])
+        rows.append([run["machine"], round(run["seconds"] / 60, 1), *(round(x, 1) for x in top1), log])
     for file in sorted(results.glob("bench/*/reported.json")):
         rows += json.loads(file.read_text())["first_command"]
     if not rows:
         return "Not run yet."
     low, high = min(row[1] for row in rows), max(row[1] for row in rows)
-    head = "machine and precision | minutes | kNN, % | linear, % | measured again by this code"
+    head = "machine and precision | minutes | kNN, % | linear, % | source"
     return f"Its training took {low} to {high} minutes on the machines below.\n\n{table(head, rows)}"

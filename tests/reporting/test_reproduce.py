@@ -214,7 +214,7 @@ def test_figures_that_were_only_reported_say_so(results):
     assert row(tables.speed_block(results), "a product") == ["a product", "363", "184"]
     block = tables.first_block(results)
     assert "took 1.5 to 5.5 minutes" in block
-    assert row(block, "a laptop") == ["a laptop", "1.5", "31.0", "56.8", "yes"]
+    assert row(block, "a laptop") == ["a laptop", "1.5", "31.0", "56.8", "[log](../results/demo/cmae.json)"]
     assert "| 5.5 | 32.6 | 57.4 | no |" in block
 
 
