@@ -19,15 +19,17 @@ FILES = {
 }
 GROUND = ("runtime.errors", "runtime.ranks", "runtime.files", "runtime.process", "runtime.fast", "runtime.randomness")
 BUILDS_ON = {name: {"mae"} for name in METHODS}  # as its paper does
-BUILDS_ON |= {"cae": {"mae", "dvae"}, "dvae": {"runtime.files"}}  # a tokenizer; DALL-E's weights
+BUILDS_ON["cae"] |= {"dvae", "runtime.dalle"}  # tokenizers
+BUILDS_ON["dvae"] |= {"runtime.dalle", "runtime.files"}  # the published one
+BUILDS_ON["cmae_loc"] |= {"inputs.contrastive_crop"}
 
 # What a file of each layer may import of ours; a folder's name stands for all of its files.
 MAY = {
     "ground": {*GROUND},
     "common": {"runtime.errors", "runtime.ranks", "runtime.fast", "runtime.randomness"},
     "inputs": {"inputs", "common", *GROUND},
-    "runtime": {"runtime", "common"},
-    "method": {"common", "inputs.augment"},
+    "runtime": {"runtime", "common", "inputs"},
+    "method": {"common", "inputs.augment", "runtime.errors", "runtime.knobs", "runtime.reconstruction"},
     "methods": {*METHODS},
 }
 for folder in FOLDERS[2:]:  # downstream, figures, reporting
