@@ -43,7 +43,7 @@ class StepRandom:
         return self._mine(self.generator.random(self.total) < probability)
 
     def permutation(self, n: int) -> Tensor:
-        """int64 (B, n), one uniform permutation of 0 … n-1 per image (the order of noise: float64 here, float32 in MAE)."""
+        """int64 (B, n), one uniform permutation of 0 … n-1 per image: the order of float64 noise (float32 in MAE)."""
         return self._mine(self.generator.random((self.total, n)).argsort(axis=1))
 
 
