@@ -51,6 +51,18 @@ def test_the_probe_does_not_see_units_and_repeats_itself_exactly():
     assert moved["top1"] == pytest.approx(found["top1"], abs=0.7) and moved["penalty"] == found["penalty"]
 
 
+def test_what_the_probe_says_of_an_image_does_not_depend_on_the_others_that_it_is_tested_on():
+    """Features are standardised by the training set: validation images in halves of other statistics score the same."""
+    train, (x, y) = blobs(300, 5, 1.5, seed=1), blobs(200, 5, 1.5, seed=2)
+    order = x[:, 0].argsort()  # the halves have other means and, above all, smaller deviations
+    whole, *halves = (
+        linear_probe.linear_probe(*train, x[rows], y[rows], 5, penalties=(1e-3,))
+        for rows in (order, order[:40], order[40:])
+    )
+    hits = [round(found["top1"] * found["n"] / 100) for found in (whole, *halves)]
+    assert hits[0] == sum(hits[1:]) and hits[0] > 60
+
+
 @pytest.mark.training
 def test_a_feature_that_never_varies_does_no_harm():
     train, val = blobs(400, 5, 0.3, seed=1), blobs(300, 5, 0.3, seed=2)
