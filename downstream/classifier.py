@@ -8,9 +8,10 @@
 | finetune       | everything                                        | the mean patch             | AdamW |
 | supervised     | everything, from random weights                   | the mean patch             | AdamW |
 
-The embeddings (stem, class token, table of relative positions) learn only where all blocks do. So `partial` with K = 0
-is the linear probe, as in CMAE (§4.5), and with K = depth it is `finetune`. `supervised` is what pretraining has to
-beat: it follows the same recipe, but all layers have one learning rate, as the first ones hold nothing to keep yet.
+The embeddings (stem, class token, positions if the recipe has them learned) learn only where all blocks do. So
+`partial` with K = 0 is the linear probe, as in CMAE (§4.5), and with K = depth it is `finetune`. `supervised` is what
+pretraining has to beat: it follows the same recipe, but all layers have one learning rate, as the first ones hold
+nothing to keep yet.
 """
 
 import copy
@@ -107,6 +108,10 @@ class Classifier(nn.Module):
             nn.init.trunc_normal_(self.head.out.weight, std=std, a=-2 * std, b=2 * std)
             nn.init.zeros_(self.head.out.bias)
         self.head.to(encoder.cls_token.device)
+        if recipe.positions == "learned" and self.blocks == self.depth and encoder.relative_table is None:
+            positions = nn.Parameter(encoder.pos_embed.clone())
+            del encoder.pos_embed  # a buffer until now
+            encoder.pos_embed = positions
         encoder.requires_grad_(self.blocks == self.depth)
         encoder.norm.requires_grad_(False)  # where blocks learn, the head's norm stands in its place
         for i, block in enumerate(encoder.blocks):

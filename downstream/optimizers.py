@@ -10,18 +10,20 @@ from downstream.classifier import Classifier, trainable_parameters
 from downstream.recipes import Recipe
 from runtime.ranks import world_size
 
+EMBEDDINGS = ("encoder.patch_embed", "encoder.cls_token", "encoder.pos_embed")
+
 
 def layer_decay_groups(classifier: Classifier, weight_decay: float, decay: float) -> list[dict]:
     """Groups with their `scale` of the learning rate, decay^(depth + 1 - layer): what learns last moved least (BEiT).
 
-    Layer 0 are stem and class token, layer i the i-th block, depth + 1 last norm, head and, as in BEiT's code, the
-    table of relative positions that all blocks share.
+    Layer 0 are stem, class token and learned positions, layer i is the i-th block, and depth + 1 are the last norm, the
+    head and, as in BEiT's code, the table of relative positions that all blocks share.
     """
     groups: dict[tuple, list] = {}
     for name, p in trainable_parameters(classifier).items():
         layer = int(name.split(".")[2]) + 1 if name.startswith("encoder.blocks.") else classifier.depth + 1
-        layer = 0 if name.startswith(("encoder.patch_embed", "encoder.cls_token")) else layer
-        exempt = p.ndim <= 1 or name == "encoder.cls_token"
+        layer = 0 if name.startswith(EMBEDDINGS) else layer
+        exempt = p.ndim <= 1 or name in EMBEDDINGS
         groups.setdefault((layer, 0.0 if exempt else weight_decay), []).append(p)
     return [
         dict(params=group, weight_decay=wd, scale=decay ** (classifier.depth + 1 - layer))

@@ -176,7 +176,8 @@ class Progress:
         saved = files.load(path)
         if not isinstance(saved, dict) or "settings" not in saved:
             raise InputError(f"{path}: not a checkpoint of evaluate.py; give --resume never to start over")
-        if differs := files.differences(saved["settings"], self.settings):
+        theirs = dict(positions="fixed") | saved["settings"]  # they were before they could be learned
+        if differs := files.differences(theirs, self.settings):
             raise InputError(f"{path}: with other settings ({differs}); give --resume never to start over")
         return saved
 

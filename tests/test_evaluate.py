@@ -90,7 +90,7 @@ IDLE = {
     "--features: does nothing to protocol attentive": "attentive --features cls",
     "--untrained: does nothing to protocol supervised": "supervised --untrained",
     "--blocks 3: the encoder has 2; give 0": "partial --blocks 3",
-    "--epochs 0: must be at least 1": "finetune --epochs 0",
+    "epochs 0: must be 1 or more": "finetune --epochs 0",
     "--seeds 0: must be at least 1": "finetune --seeds 0",
     "--batch-size 0: must be at least 1": "knn --batch-size 0",
     "--features 'max': unknown; choose one of mean, cls": "knn --features max",

@@ -11,6 +11,7 @@ from torch import nn
 
 from downstream import classifier
 from downstream.classifier import trainable_parameters
+from downstream.recipes import recipe_for
 from runtime.errors import InputError
 
 
@@ -143,3 +144,18 @@ def test_drop_path_grows_over_the_blocks_and_leaves_the_frozen_ones_alone():
 def test_a_number_of_blocks_that_is_not_there_is_refused(blocks):
     with pytest.raises(InputError, match=f"--blocks {blocks}: the encoder has 2; give 0 .* to 2"):
         classifier_of("partial", blocks=blocks)
+
+
+def test_positions_learn_in_full_fine_tuning_where_the_recipe_says_so():
+    """And only then: MAE's own recipe, but not a partial tuning, nor an encoder with relative positions."""
+    assert recipe_for("mae", "finetune").positions == "learned" and recipe_for("cmae", "finetune").positions == "fixed"
+    learned = replace(CALM, positions="learned")
+    for protocol, blocks, expected in (("finetune", 1, True), ("partial", 2, True), ("partial", 1, False)):
+        before, after = classifier_of(protocol, learned, blocks), trained(protocol, learned, blocks)
+        assert ("encoder.pos_embed" in trainable_parameters(before)) == expected
+        moved = after.encoder.pos_embed - before.encoder.pos_embed
+        assert bool(moved.any()) == expected and moved.shape == (1, 5, 8)
+    assert not classifier_of(
+        "finetune", learned, encoder=small_vit(positions="relative")
+    ).encoder.pos_embed.requires_grad
+    assert not trained("finetune").encoder.pos_embed.requires_grad

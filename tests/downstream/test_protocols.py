@@ -83,7 +83,7 @@ def test_every_field_has_its_words_and_arrives_by_its_option(monkeypatch):
     given = dict(
         epochs=7, warmup_epochs=2.0, batch_size=6, base_lr=0.1, lr=0.2, min_lr=0.01, optimizer="sgd", weight_decay=0.3,
         layer_decay=0.4, drop_path=0.2, mixup=0.5, cutmix=0.6, smoothing=0.2, erase=0.1, randaugment=4, crop_scale=0.5,
-        features="cls", norm="pretrained", head_std=0.3,
+        features="cls", norm="pretrained", head_std=0.3, positions="learned",
     )  # fmt: skip
     words = [word for name, value in given.items() for word in (recipes.flag(name), str(value))]
     monkeypatch.setattr("sys.argv", ["evaluate.py", "--run", "x", "--protocol", "finetune", "--data", "shapes", *words])

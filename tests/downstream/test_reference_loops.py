@@ -34,7 +34,7 @@ class Rule:
         self.w, self.kind, self.t = p.detach().double(), optimizer, 0
         self.m, self.v = torch.zeros_like(self.w), torch.zeros_like(self.w)
         self.matrix = p.ndim > 1
-        self.decay = decay if self.matrix and not name.endswith("cls_token") else 0.0
+        self.decay = decay if self.matrix and not name.endswith(("cls_token", "pos_embed")) else 0.0
 
     def step(self, g, rate: float):
         self.t += 1
@@ -82,7 +82,7 @@ OPTIONS = dict(
     drop_path=st.sampled_from([0.0, 0.4]), mixup=st.sampled_from([0.0, 0.8]), cutmix=st.sampled_from([0.0, 1.0]),
     smoothing=st.sampled_from([0.0, 0.2]), erase=st.sampled_from([0.0, 0.5]), crop_scale=st.sampled_from([0.0, 0.3]),
     randaugment=st.sampled_from([0, 9]), features=st.sampled_from(["mean", "cls"]),
-    norm=st.sampled_from(["fresh", "pretrained"]),
+    norm=st.sampled_from(["fresh", "pretrained"]), positions=st.sampled_from(["fixed", "learned"]),
 )  # fmt: skip
 
 
@@ -94,6 +94,8 @@ OPTIONS = dict(
     parts=st.sampled_from([1, 2]), seed=st.sampled_from([0, 5]), positions=st.sampled_from(["sincos", "relative"]),
 )  # fmt: skip
 def test_ten_steps_of_fine_tuning_are_the_plain_loops(protocol, options, how, by_base, parts, seed, positions):
+    if protocol[0] == "attentive" and how == "adamw":
+        how = "sgd"  # Adam would blow up the rounding noise of biases in front of batch norm, whose gradient is zero
     lr = dict(adamw=0.01, sgd=0.1, lars=20.0)[how]
     recipe = replace(CALM, **options, optimizer=how, epochs=5, **{"base_lr": 32 * lr} if by_base else {"lr": lr})
     encoder, images = small_vit(positions=positions), Images(20)  # 2 steps of 8 an epoch, 4 images left over
