@@ -1,4 +1,4 @@
-"""The ground all methods stand on: a tiny ViT, patches, masks, losses, heads, EMA, schedules, randomness, ranks.
+"""What all methods share: patches and targets, masks, a tiny ViT, heads, contrast, the teacher's EMA, a schedule.
 
 Shapes, here and in every method file:
 
@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from runtime.errors import InputError
-from runtime.fast import attend, linear, take, upload, written
+from runtime.fast import Linear, attend, linear, take, upload, written
 from runtime.randomness import StepRandom
 from runtime.ranks import gather_over_ranks, rank, sum_over_ranks, world_size
 
@@ -28,13 +28,7 @@ from runtime.ranks import gather_over_ranks, rank, sum_over_ranks, world_size
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 # (width D, blocks, heads); tiny to large are the ViT and DeiT papers' sizes, nano is ours, for two CPU cores.
-SIZES = {
-    "nano": (128, 4, 4),
-    "tiny": (192, 12, 3),
-    "small": (384, 12, 6),
-    "base": (768, 12, 12),
-    "large": (1024, 24, 16),
-}
+SIZES = dict(nano=(128, 4, 4), tiny=(192, 12, 3), small=(384, 12, 6), base=(768, 12, 12), large=(1024, 24, 16))
 
 
 # ---------------------------------------------------------------------------------------------- patches and targets
@@ -69,10 +63,8 @@ def normalize_patches(patches: Tensor, eps: float = 1e-6) -> Tensor:
 
 
 def reconstruction_loss(predicted: Tensor, target: Tensor) -> Tensor:
-    """Mean squared error over the masked patches, both (B, M, P): MAE's loss and Eq. (5) of CMAE.
-
-    CMAE's Eq. (5) divides by the number of masked patches and leaves the mean over a patch's values unsaid.
-    """
+    """Mean squared error over the masked patches, both (B, M, P): MAE's loss and Eq. (5) of CMAE."""
+    # CMAE divides by the number of masked patches and leaves the mean over a patch's values unsaid.
     return F.mse_loss(predicted.float(), target.float())
 
 
@@ -91,8 +83,7 @@ class Mask(NamedTuple):
     @property
     def hidden(self) -> Tensor:
         """(B, N) bool in raster order, True where a patch is masked."""
-        hidden = torch.zeros_like(self.order, dtype=torch.bool)
-        return hidden.scatter(1, self.masked, True)
+        return torch.zeros_like(self.order, dtype=torch.bool).scatter(1, self.masked, True)
 
 
 def restore(visible: Tensor, masked: Tensor, mask: Mask) -> Tensor:
@@ -181,16 +172,10 @@ def sincos_positions(width: int, grid: tuple[int, int]) -> Tensor:
     return torch.cat([torch.zeros(1, width, dtype=torch.float64), positions])[None].float()
 
 
-class Linear(nn.Linear):
-    def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight, self.bias)
-
-
 def relative_places(grid: tuple[int, int]) -> Tensor:
     """int64 (1 + N, 1 + N): which row of BEiT's table of relative positions stands for query i and key j.
 
-    One row for each of the (2h-1)(2w-1) offsets between patches, then three: class token to patch, patch to class
-    token, class token to itself.
+    One row for each of the (2h-1)(2w-1) offsets between patches, then class to patch, patch to class, class to class.
     """
     h, w = grid
     row, column = (x.flatten() for x in torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij"))
@@ -242,8 +227,8 @@ class LayerScale(nn.Module):
 def drop_path(x: Tensor, rate: float, training: bool) -> Tensor:
     """Leave out a residual branch of whole images at random, scaling those that stay by 1 / (1 - rate).
 
-    The one draw that is made inside a forward pass, from torch's own generator, hence not independent of the world
-    size; the training loop seeds that generator from (seed, step, rank), so that resuming stays exact.
+    The only draw inside a forward pass. It comes from torch's own generator, which the training loop seeds from
+    (seed, step, rank): resuming stays exact, but results depend on the number of processes.
     """
     if rate == 0.0 or not training:
         return x
@@ -302,16 +287,13 @@ class ConvEmbed(nn.Module):
         self.proj = nn.Conv2d(width, width, kernel_size=1)
 
     def forward(self, images: Tensor, visible: Tensor | None = None) -> Tensor:
-        B, _, H, W = images.shape
-        p = 2 ** len(self.stages)
-        seen = None
+        (B, _, H, W), p, seen = images.shape, 2 ** len(self.stages), None
         if visible is not None:
             seen = torch.zeros(B, (H // p) * (W // p), dtype=images.dtype, device=images.device)
             seen = seen.scatter(1, visible, 1.0).reshape(B, 1, H // p, W // p)
         x = images
         for conv, norm in zip(self.stages, self.norms, strict=True):
-            if seen is not None:
-                x = x * F.interpolate(seen, size=x.shape[-2:], mode="nearest").to(x.dtype)
+            x = x if seen is None else x * F.interpolate(seen, size=x.shape[-2:], mode="nearest").to(x.dtype)
             x = F.gelu(norm(conv(x).permute(0, 2, 3, 1)).permute(0, 3, 1, 2))
         x = self.proj(x).flatten(2).transpose(1, 2)  # (B, N, D)
         return x if visible is None else take(x, visible)
@@ -326,27 +308,21 @@ class ViT(nn.Module):
     """
 
     def __init__(
-        self,
-        image_size: int | tuple[int, int] = 64,
-        patch_size: int = 8,
-        width: int = 128,
-        depth: int = 4,
-        heads: int = 4,
-        layer_scale: float = 0.0,
-        drop_path: float = 0.0,
-        stem: str = "linear",
+        self, image_size: int | tuple[int, int] = 64, patch_size: int = 8, width: int = 128, depth: int = 4,
+        heads: int = 4, layer_scale: float = 0.0, drop_path: float = 0.0, stem: str = "linear",
         positions: str = "sincos",
-    ):
+    ):  # fmt: skip
         super().__init__()
         self.settings = dict(
             image_size=image_size, patch_size=patch_size, width=width, depth=depth, heads=heads,
             layer_scale=layer_scale, drop_path=drop_path, stem=stem, positions=positions,
         )  # fmt: skip
         H, W = pair(image_size)
-        self.image_size = image_size
         if H % patch_size or W % patch_size:
             raise InputError(f"image size {H}x{W} is not divisible by patch size {patch_size}")
-        self.width, self.patch_size, self.grid = width, patch_size, (H // patch_size, W // patch_size)
+        self.width, self.image_size, self.patch_size = width, image_size, patch_size
+        self.grid = H // patch_size, W // patch_size
+        self.patches = self.grid[0] * self.grid[1]
         self.patch_embed = {"linear": PatchEmbed, "conv": ConvEmbed}[stem](patch_size, width)
         self.cls_token = nn.Parameter(torch.empty(1, 1, width))
         absolute = {"sincos": True, "relative": False}[positions]
@@ -360,10 +336,6 @@ class ViT(nn.Module):
         self.blocks = nn.ModuleList(Block(width, heads, 4, layer_scale, rate) for rate in rates)
         self.norm = nn.LayerNorm(width, eps=1e-6)
         initialize(self)
-
-    @property
-    def patches(self) -> int:
-        return self.grid[0] * self.grid[1]
 
     def embed(self, images: Tensor, visible: Tensor | None = None) -> Tensor:
         """(B, 3, H, W) → (B, N, D) patch embeddings with positions, or the (B, V) chosen ones: (B, V, D)."""
@@ -412,7 +384,7 @@ def initialize(module: nn.Module) -> None:
                 nn.init.normal_(parameter, std=0.02)
 
 
-# ------------------------------------------------------------------------------------------------ heads and contrast
+# -------------------------------------------------------------------------------------- heads, contrast, the teacher
 
 
 class BatchNorm(nn.Module):
@@ -458,10 +430,8 @@ class Head(nn.Module):
 def info_nce(queries: Tensor, keys: Tensor, tau: float) -> Tensor:
     """CMAE's Eq. (7), (B, d), (B, d) → scalar: -log(exp(ρ⁺/τ) / Σ_j exp(ρ_j/τ)), averaged over the queries.
 
-    ρ are cosine similarities, Eq. (6) of CMAE.
-
-    Key b of the same rank is query b's positive; the keys of all other images of all ranks are its negatives. Keys
-    carry no gradient.
+    ρ are cosine similarities, Eq. (6) of CMAE. Key b of the same rank is query b's positive; the keys of all other
+    images of all ranks are its negatives. Keys carry no gradient.
     """
     with torch.autocast(queries.device.type, enabled=False):
         queries = F.normalize(queries.float(), dim=-1)
@@ -470,9 +440,6 @@ def info_nce(queries: Tensor, keys: Tensor, tau: float) -> Tensor:
             raise InputError("one image at a time: has no others to be contrasted with; give a larger --batch-size")
         positives = torch.arange(len(queries), device=queries.device) + rank() * len(queries)
         return F.cross_entropy(queries @ keys.T / tau, positives)
-
-
-# ---------------------------------------------------------------------------------------- teacher, schedule, optimizer
 
 
 @torch.no_grad()
@@ -484,23 +451,3 @@ def ema_update(teacher: nn.Module, student: nn.Module, mu: float) -> None:
 def cosine(start: float, end: float, progress: float) -> float:
     """From `start` at progress 0 to `end` at progress 1 along half a cosine."""
     return end + (start - end) * (1 + math.cos(math.pi * progress)) / 2
-
-
-def learning_rate(step: int, steps: int, warmup: int, peak: float, floor: float = 0.0) -> float:
-    """Linear from 0 over `warmup` steps, then a cosine from `peak` to `floor` at `steps`; per step, as in MAE."""
-    if step < warmup:
-        return peak * step / warmup
-    return cosine(peak, floor, min(1.0, (step - warmup) / max(1, steps - warmup)))
-
-
-def parameter_groups(module: nn.Module, weight_decay: float, no_decay: tuple[str, ...] = ()) -> list[dict]:
-    """Two AdamW groups: vectors and biases are not decayed, nor what has a part of its name in `no_decay`."""
-    decayed, exempt = [], []
-    for part in no_decay:
-        if not any(part in name for name, _ in module.named_parameters()):
-            raise InputError(f"no decay {part!r}: no parameter has that in its name; give cls_token, for example")
-    for name, parameter in module.named_parameters():
-        if parameter.requires_grad:
-            free = parameter.ndim <= 1 or name.endswith("bias") or any(part in name for part in no_decay)
-            (exempt if free else decayed).append(parameter)
-    return [dict(params=decayed, weight_decay=weight_decay), dict(params=exempt, weight_decay=0.0)]

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from common import StepRandom, ViT, learning_rate, parameter_groups
+from common import StepRandom, ViT
 from downstream.protocols import evaluate
 from inputs import image_sets
 from methods import METHODS
@@ -33,6 +33,7 @@ from runtime.command_line import build_encoder, pretraining_options, settle
 from runtime.encoder_import import untrained
 from runtime.errors import InputError
 from runtime.log import Meter, say
+from runtime.optimization import learning_rate, parameter_groups
 from runtime.pictures import Pictures
 from runtime.randomness import epoch_order
 from runtime.ranks import rank, world_size

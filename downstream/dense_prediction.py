@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from common import ViT, learning_rate, parameter_groups
+from common import ViT
 from downstream.optimizers import take_step
 from inputs import augment, images_in_files
 from runtime.errors import InputError
+from runtime.optimization import learning_rate, parameter_groups
 from runtime.randomness import epoch_order
 
 

@@ -19,7 +19,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from common import learning_rate
 from downstream.augmentations import augmented
 from downstream.classifier import Classifier, trainable_parameters
 from downstream.optimizers import optimizer_for, take_step
@@ -27,6 +26,7 @@ from downstream.recipes import Recipe
 from runtime import files
 from runtime.errors import InputError
 from runtime.fast import upload
+from runtime.optimization import learning_rate
 from runtime.randomness import StepRandom, epoch_order
 from runtime.ranks import rank, sum_over_ranks, world_size
 

@@ -11,10 +11,11 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from common import SIZES, StepRandom, ViT, normalize_patches, parameter_groups
+from common import SIZES, StepRandom, ViT, normalize_patches
 from methods import METHODS
 from reporting.timing import held, in_a_child, interleave
 from runtime import fast, process
+from runtime.optimization import parameter_groups
 
 PEERS = {"hf": "transformers", "lightly": "lightly", "torchvision": "torchvision"}  # and the package each needs
 

@@ -5,7 +5,7 @@ import time
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 # Whether `linear` computes float32 products as convolutions. A run sets it once, before its first step.
 as_convolution = False
@@ -39,6 +39,13 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return F.linear(x, weight, bias)
     columns = x[:, :, None].permute(0, 3, 1, 2)  # (B, D, T, 1)
     return F.conv2d(columns, weight[:, :, None, None], bias).permute(0, 2, 3, 1)[:, :, 0]
+
+
+class Linear(nn.Linear):
+    """`nn.Linear`, computed by `linear`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -13,10 +13,11 @@ from test_common import naive_info_nce
 import cmae
 import mae
 from cmae import CMAE, RECIPES, Batch, Config, byol_loss, shift_bounds
-from common import StepRandom, ViT, parameter_groups, patchify, random_mask, unpatchify
+from common import StepRandom, ViT, patchify, random_mask, unpatchify
 from inputs import augment
 from inputs.augment import denormalize
 from runtime.errors import InputError
+from runtime.optimization import parameter_groups
 from train import options
 
 SMALL = dict(decoder_width=16, decoder_depth=3, decoder_heads=2, projector_width=24, projector_out=8)

@@ -30,9 +30,7 @@ from common import (
     ema_update,
     info_nce,
     initialize,
-    learning_rate,
     normalize_patches,
-    parameter_groups,
     patchify,
     random_mask,
     reconstruction_loss,
@@ -45,6 +43,7 @@ from common import (
 from runtime import fast, ranks
 from runtime.errors import InputError
 from runtime.fast import attend, linear, take
+from runtime.optimization import learning_rate, parameter_groups
 from runtime.randomness import epoch_order
 from runtime.ranks import gather_over_ranks, rank, sum_over_ranks, world_size
 

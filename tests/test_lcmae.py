@@ -14,7 +14,7 @@ from test_cmae import plain_decoder, plain_encoder
 
 import lcmae
 import mae
-from common import Mask, StepRandom, ViT, normalize_patches, parameter_groups, patchify, random_mask, split
+from common import Mask, StepRandom, ViT, normalize_patches, patchify, random_mask, split
 from lcmae import (
     LCMAE,
     Batch,
@@ -26,6 +26,7 @@ from lcmae import (
     in_view_loss,
 )
 from runtime.errors import InputError
+from runtime.optimization import parameter_groups
 from train import options
 
 SMALL = dict(decoder_width=16, decoder_depth=2, decoder_heads=2, projector_out=8)
