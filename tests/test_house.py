@@ -101,6 +101,17 @@ def test_no_import_goes_in_a_circle():
         reached(name, ())
 
 
+def test_files_and_functions_stay_small():
+    """At most 500 lines a file, 60 a function."""
+    for name, tree in FILES.items():
+        lines = (ROOT / (name.replace(".", "/") + ".py")).read_text().splitlines()
+        assert len(lines) <= 500, f"{name}: {len(lines)} lines"
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef):
+                length = node.end_lineno - node.lineno + 1
+                assert length <= 60, f"{name}.{node.name}: {length} lines"
+
+
 @pytest.mark.parametrize("command", ["train", "evaluate"])
 def test_commands_run_from_any_working_directory(tmp_path, command):
     words = [sys.executable, str(ROOT / f"{command}.py"), "--help"]
