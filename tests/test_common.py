@@ -88,6 +88,23 @@ def test_draws_differ_between_steps_seeds_and_images():
     assert not torch.equal(same, step) and not torch.equal(same, seed) and not torch.equal(same[0], same[1])
 
 
+def test_streams_of_neighbouring_seeds_and_steps_share_nothing():
+    """62-bit numbers are all different by chance: a stream that is another's, or begins within it, shares some."""
+    pairs = list(itertools.product(range(8), range(8)))
+    streams = [rng(seed, step, total=50).integers(0, 2**62, 4).flatten().tolist() for seed, step in pairs]
+    assert len(set().union(*streams)) == 64 * 200
+
+
+def test_orders_of_neighbouring_epochs_share_nothing_with_each_other_or_with_a_step():
+    """Two permutations of a thousand have one place in common on average; all lags are tried."""
+    pairs, n = list(itertools.product(range(4), range(4))), 1000
+    orders = [epoch_order(seed, epoch, n) for seed, epoch in pairs]
+    orders += [torch.from_numpy(rng(seed, step).generator.permutation(n)) for seed, step in pairs]
+    for one, other in itertools.combinations(orders, 2):
+        lags = (one.argsort() - other.argsort()) % n  # by how much each image is moved
+        assert lags.bincount().max() < 20
+
+
 def test_draws_have_their_ranges_types_and_rates():
     r = rng(total=20_000)
     u, i, b, c = r.uniform(low=2.0, high=5.0), r.integers(3, 7), r.beta(0.5, 0.5), r.chance(0.2)

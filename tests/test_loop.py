@@ -27,6 +27,7 @@ TINY = "--image-size 32 --patch-size 8 --width 16 --depth 2 --heads 2 --layer-sc
 KNOBS = {name: " ".join(words) for name, words in OWN.items()}  # each method's own, to keep it small
 KNOBS["cae"] = "--regressor-depth 1 --decoder-depth 1 --tokenizer {}"
 KNOBS["dvae"] += " --kl-warmup 0.9 --tau-anneal 1 --tau-end 0.5"
+KNOBS["cmae_loc"] += " --crop-warmup 2"  # epochs, so that the number of the epoch matters
 for name in ("cmae", "cmae_loc", "conmim"):
     KNOBS[name] += " --momentum 0.7"  # a teacher that moves visibly in ten steps
 
@@ -61,7 +62,7 @@ class ImageSet:
         yield from ((PIXELS[order], order) for order in orders)
 
 
-def plain_loop(method, o, ranks: int = 1, dtype=None, loss_scale: float = 1.0):
+def plain_loop(method, o, ranks: int = 1, dtype=None, loss_scale: float = 1.0, adam: bool = True):
     """Pretraining as the papers say it: the rates and mean losses of the steps; `method` holds the weights after them.
 
     `o` are the options by their names; `o.batch_size` images a step, in `o.accumulate` parts on each of `ranks`.
@@ -95,14 +96,14 @@ def plain_loop(method, o, ranks: int = 1, dtype=None, loss_scale: float = 1.0):
         gradients = {name: w.grad.double() / loss_scale for name, w in weights.items() if w.grad is not None}
         norm = math.sqrt(sum(g.square().sum() for g in gradients.values()))
         clip = min(1.0, o.clip_grad / norm) if o.clip_grad else 1.0
-        for name, g in gradients.items():  # AdamW
+        for name, g in gradients.items():
             weight, (first, second) = weights[name], moments[name]
             exempt = weight.ndim <= 1 or name.endswith("bias") or any(part in name for part in o.no_decay)
-            weight.data *= 1 - rates[-1] * (0 if exempt else o.weight_decay)
             first += (1 - o.betas[0]) * (clip * g - first)
             second += (1 - o.betas[1]) * ((clip * g) ** 2 - second)
             root = (second / (1 - o.betas[1] ** (step + 1))).sqrt()
-            weight.data -= rates[-1] * first / (1 - o.betas[0] ** (step + 1)) / (root + 1e-8)
+            descent = first / (1 - o.betas[0] ** (step + 1)) / (root + 1e-8) if adam else clip * g
+            weight.data -= rates[-1] * (descent + (0 if exempt else o.weight_decay) * weight.data)  # AdamW or SGD
             weight.grad = None
         method.update_teacher((step + 1) / steps)
         if place == per_epoch - 1 and step < steps - 1:
@@ -166,11 +167,23 @@ def train_here(words):
 @example(ALL)
 @pytest.mark.parametrize("method", METHODS)
 def test_pretraining_is_that_of_a_plain_loop(method, place, given):
-    """Float32. Weights differ by rounding, 3e-6 at most where it was measured; a step moves them by 5e-4 or more."""
+    """In float32. Rounding was seen to come to 5e-6 in weights and 2e-5 in losses; a step is as long as the rate."""
     with tempfile.TemporaryDirectory() as run:
         words, plain, o = prepared(method, given, place, "--precision", "fp32", "--out", run)
         train_here(words)
         assert_alike(Path(run), plain, *plain_loop(plain, o), 1e-4)
+
+
+@pytest.mark.training
+@pytest.mark.parametrize("clip_grad", [0.0, 0.3])
+@pytest.mark.parametrize("method", ["mae", "conmim"])
+def test_by_gradient_descent_the_size_of_gradients_shows(method, clip_grad, place, tmp_path, monkeypatch):
+    """AdamW would take the same steps if all gradients were twice as large. Some of these steps are clipped."""
+    given = ALL | dict(clip_grad=clip_grad, lr=0.05, weight_decay=0.1)
+    words, plain, o = prepared(method, given, place, "--precision", "fp32", "--out", tmp_path)
+    monkeypatch.setattr(torch.optim, "AdamW", lambda groups, lr, **_: torch.optim.SGD(groups, lr=lr))
+    train_here(words)
+    assert_alike(tmp_path, plain, *plain_loop(plain, o, adam=False), 1e-4)
 
 
 @pytest.mark.training
@@ -205,4 +218,4 @@ def test_low_precision_is_autocast_to_it_and_a_scaled_loss(precision, dtype, sca
         train_here(words)
     assert set(seen[:9]) == {dtype}
     assert all(w.dtype == torch.float32 for n, w in files.load(tmp_path / "checkpoint.pt")["method"].items())
-    assert_alike(tmp_path, plain, *plain_loop(plain, o, dtype=dtype, loss_scale=scale), 3e-4)
+    assert_alike(tmp_path, plain, *plain_loop(plain, o, dtype=dtype, loss_scale=scale), 5e-4)
