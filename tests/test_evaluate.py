@@ -81,6 +81,17 @@ def test_the_last_line_is_the_result_and_the_run_keeps_it(run, monkeypatch, caps
     assert not trains or len(list((run / name).glob("seed-*"))) == found["seeds"]
 
 
+def test_what_is_trained_is_kept_and_trained_anew_only_if_asked_to(run, monkeypatch):
+    words = "--run", run, "--protocol", "attentive", "--precision", "fp32", *TRAIN, "--epochs", 2
+    kept, written = run / "attentive" / "seed-1" / "checkpoint.pt", []
+    for more in ((), ("--resume", "auto"), ("--resume", "never")):
+        call(monkeypatch, *words, *more)
+        written.append(kept.stat().st_mtime_ns)
+    assert written[0] == written[1] < written[2]
+    with pytest.raises(InputError, match=r"with other settings \(accumulate 1 there, 2 here"):
+        call(monkeypatch, *words, "--accumulate", 2)
+
+
 IDLE = {
     "--k: does nothing to protocol linear without --paper": "linear --k 5",
     "--epochs: does nothing to protocol linear without --paper": "linear --epochs 5",

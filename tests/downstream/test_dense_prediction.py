@@ -1,5 +1,6 @@
 """Segmentation and detection: scores against loops, labels on their pixels, the grid's orientation."""
 
+import argparse
 import json
 from pathlib import Path
 
@@ -100,6 +101,18 @@ def test_an_image_is_fitted_into_the_square_and_labels_stay_on_its_pixels(H, W):
     assert len(views) > 10
 
 
+def test_half_of_the_views_are_mirrored_and_tests_are_not():
+    image = torch.zeros(3, 16, 16, dtype=torch.uint8)
+    image[:, :, :4] = 255
+    labels, mirrored = (image[:1] > 0).byte(), 0
+    for seed in range(80):
+        square, planes, _ = dense_prediction.fit(image, labels, 255, 16, np.random.default_rng(seed))
+        assert torch.equal(square[0] > 0, planes[0] == 1)
+        mirrored += torch.equal(planes, labels.flip(2))
+    assert 25 < mirrored < 55
+    assert all((dense_prediction.fit(image, labels, 255, 16, None)[0][0, :, :4] > 0).all() for _ in range(9))
+
+
 def test_ade_labels_are_reduced_by_one_and_0_is_no_class(tmp_path):
     for part, values in (("training", [0, 1, 2, 150]), ("validation", [0, 1, 2, 151])):
         for kind in ("images", "annotations"):
@@ -146,6 +159,46 @@ def test_a_bright_patch_lights_up_its_own_cell():
     changed = (features(bright) - features(dark)).abs().sum(dim=1)[0]
     assert features(dark).shape == (1, 16, 4, 4)
     assert changed[1, 3] > 0 and changed.count_nonzero() == 1
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_bf16_is_the_encoders_alone_and_ends_in_float32(bf16):
+    features, seen = dense_prediction.Features(small_vit(), bf16=bf16), []
+    features.encoder.blocks[0].mlp.fc1.register_forward_hook(lambda part, x, y: seen.append(y.dtype))
+    assert features(torch.randn(1, 3, 32, 32)).dtype == torch.float32
+    assert seen == [torch.bfloat16 if bf16 else torch.float32]
+
+
+def test_a_segmenters_loss_is_the_mean_over_pixels_that_have_a_label():
+    torch.manual_seed(0)
+    model = segmentation.Segmenter(dense_prediction.Features(small_vit()), 3).eval()
+    labels = torch.randint(0, 3, (2, 1, 32, 32))
+    labels[0, :, :20] = labels[1, :, :, 5:] = segmentation.IGNORE
+    samples = [dense_prediction.Sample(i, torch.randn(3, 32, 32), labels[i], None, (32, 32), (32, 32)) for i in (0, 1)]
+    loss, total, count = model.loss(samples, "cpu"), 0.0, 0
+    for s in samples:
+        shares = model(s.image[None])[0].detach().double().softmax(dim=0)
+        for row, column in (s.planes[0] != segmentation.IGNORE).nonzero().tolist():
+            total -= shares[s.planes[0, row, column], row, column].log().item()
+            count += 1
+    assert loss.item() == pytest.approx(total / count, rel=1e-5)
+
+
+def test_what_is_measured_does_not_train():
+    class Model(torch.nn.Module):
+        def measure(self, images, batches, device):
+            return dict(
+                training=self.training, grad=torch.is_grad_enabled(), seen=[s.index for b in batches for s in b]
+            )
+
+    class Three:
+        fill = 0
+        __len__ = lambda self: 3  # noqa: E731
+        read = lambda self, i: (torch.zeros(3, 8, 8, dtype=torch.uint8), torch.zeros(1, 8, 8), torch.zeros(1))  # noqa: E731
+
+    args = argparse.Namespace(batch_size=2, workers=0)
+    found = dense_prediction.measure(Model().train(), dense_prediction.Reader(Three(), 8), args, torch.device("cpu"))
+    assert found == dict(training=False, grad=False, seen=[0, 1, 2], n=3)
 
 
 def test_freezing_trains_the_heads_only_and_drops_no_paths():
