@@ -4,9 +4,9 @@
     python analyze.py --run runs/mae runs/mae-45 --figure attention-distance  several runs on one axis
     python analyze.py --run runs/cae --figure attention-map --to map.png
 
-`--figure all` draws every figure that the run can have: a reconstruction needs a decoder, token usage needs a codebook.
-It names the others with the reason. Images come from the validation set of the first run: evenly spaced, central
-squares, the same for every run. Only `views` shows training images, cropped as a training step crops them.
+`--figure all` draws every figure that the run can have, and names the others with the reason: an encoder without a
+decoder has no reconstruction. Images come from the validation set of the first run: evenly spaced, central squares, the
+same for every run. Only `views` shows training images, cropped as a training step crops them.
 The JSON says which images and references were used. Needs matplotlib: pip install ".[plots]".
 
 figures/measures.py defines what is measured, and says where the papers are unclear.
@@ -28,7 +28,7 @@ from runtime.errors import InputError
 FIGURES = {function.__name__.replace("_", "-"): function for function in (
     plots.reconstruction, plots.curves, plots.views, plots.attention_map, plots.attention_distance,
     plots.decoder_similarity, plots.semantic_similarity, plots.decoder_attention, plots.class_distances, plots.features,
-    plots.latent_reconstruction, plots.token_usage, plots.neighbours,
+    plots.latent_reconstruction,
 )}  # fmt: skip
 
 WITH_REFERENCE = {"attention-map", "attention-distance", "semantic-similarity", "class-distances", "features"}
@@ -37,8 +37,6 @@ OPTIONS = [
     ("images", None, int, "N", set(FIGURES) - {"curves"}, "how many images to use; each figure has its own default"),
     ("reference", [], str, "PATH", WITH_REFERENCE, "encoders to compare with: runs, or files of weights"),
     ("keep-visible", True, bool, None, {"reconstruction"}, "show visible patches as they are, not as predicted [yes]"),
-    ("statistics", "visible", ["visible", "true"], None, {"reconstruction"},
-     "hidden patches get mean and variance of visible neighbours, or their true ones, which no model knows [visible]"),
     ("query", None, str, "ROW,COLUMN", {"attention-map"}, "the patch that attends [the class token]"),
     ("mass", 0.5, float, "SHARE", {"attention-map"}, "the share of attention inside the outline [0.5]"),
     ("classes", 50, int, "K", {"class-distances"}, "how many classes to use [50]"),

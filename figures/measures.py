@@ -228,14 +228,14 @@ def tsne(x: Tensor, seed: int) -> Tensor:
 # ------------------------------------------------------------------------------------------------------------- pixels
 
 
-def to_pixels(predicted: Tensor, patches: Tensor, mask: Mask, grid: tuple[int, int], true_statistics: bool) -> Tensor:
+def to_pixels(predicted: Tensor, patches: Tensor, mask: Mask | None, grid: tuple[int, int]) -> Tensor:
     """Predictions standardised patch by patch → pixels, both (B, N, P) in raster order.
 
-    Visible patches get back their own mean and variance; hidden ones those of the visible around them, or their own
-    (`true_statistics`), which no model knows.
+    Visible patches, without a mask all, get back their own mean and variance; hidden ones those of the visible around
+    them, as no model knows their own.
     """
     variance, mean = torch.var_mean(patches, dim=2, keepdim=True)
-    if not true_statistics:
+    if mask is not None:
         around = reconstruction.visible_statistics(patches, mask, grid)  # (B, M, 1) each
         index = mask.masked[:, :, None]
         mean, variance = mean.scatter(1, index, around[0]), variance.scatter(1, index, around[1])

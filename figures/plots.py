@@ -1,7 +1,7 @@
 """The figures, one function each: (study) → the matplotlib figure, and the numbers that it shows.
 
 First what a run does, then where it looks, then what its encoder has learned. A run that cannot have a figure is told
-so by `Absent`: runs are asked for a decoder, a codebook or a heat map, not for the name of their method.
+so by `Absent`: runs are asked for a decoder, a regressor or a heat map, not for the name of their method.
 """
 
 import re
@@ -51,8 +51,8 @@ def reconstruction(study: Study):
     run, args, images = study.only(), study.args, study.pictures(study.args.images or 8)
     mask, rows = pixel_mask(run, images), None
     if mask is None:
-        if not args.keep_visible or args.statistics == "true":
-            raise InputError(f"{run.label} predicts no patches of pixels; leave out --no-keep-visible and --statistics")
+        if not args.keep_visible:
+            raise InputError(f"{run.label} predicts no patches of pixels; leave out --no-keep-visible")
         rows = run.method.picture(run.draw(images))
         if rows is None:
             raise Absent(f"{run.label} was taught nothing that can be seen; give a run that predicts pixels or tokens")
@@ -60,24 +60,17 @@ def reconstruction(study: Study):
         rows = {f"row {i}": row for i, row in enumerate(rows, start=1)}
         return gallery(f"Reconstruction by {run.label}", rows, f"Rows: {about}")[0], {"rows": about}
     method, encoder, norm = run.method, run.encoder, run.method.config.norm_pixels
-    if not norm and args.statistics == "true":
-        raise InputError(f"{run.label} predicts pixels as they are; leave out --statistics")
-    p, grid, x, V = (
-        encoder.patch_size,
-        encoder.grid,
-        centred(images, encoder.image_size),
-        mask.visible.shape[1],
-    )
+    x, V = centred(images, encoder.image_size), mask.visible.shape[1]
+    p, grid = encoder.patch_size, encoder.grid
     with torch.no_grad():
         predicted = method.decoder.predict(method.decoder.features(encoder(x, mask.visible), mask)).float()
     predicted, patches = restore(predicted[:, :V], predicted[:, V:], mask), patchify(x, p)  # (B, N, P), raster order
     if norm:
-        predicted = to_pixels(predicted, patches, mask, grid, args.statistics == "true")
+        predicted = to_pixels(predicted, patches, mask, grid)
     hidden = mask.hidden[:, :, None]
     made = torch.where(hidden, predicted, patches) if args.keep_visible else predicted
     made, original = (augment.denormalize(unpatchify(y, p, grid)) for y in (made, patches))
-    source = dict(true="TRUE ones, which the model cannot know", visible="those of visible neighbours")
-    caption = f"mean and variance of hidden patches: {source[args.statistics]}" if norm else "pixels as predicted"
+    caption = "mean and variance of hidden patches: those of visible neighbours" if norm else "pixels as predicted"
     kept = "visible patches kept" if args.keep_visible else "visible patches predicted too"
     rows = {"original": original, "masked": greyed(original, mask, p, grid), f"decoded, {kept}": made}
     error = (patchify(made - original, p).square() * hidden).sum(dim=(1, 2)) / (hidden.sum(dim=(1, 2)) * 3 * p * p)
@@ -146,7 +139,7 @@ def latent_reconstruction(study: Study):
             made = run.method.reconstruct(x).float()  # (B, N, codes or P)
         if tokenizer is None:
             if run.method.config.norm_pixels:  # nothing is hidden: each patch may have its own statistics back
-                made = to_pixels(made, patchify(x, encoder.patch_size), None, encoder.grid, true_statistics=True)
+                made = to_pixels(made, patchify(x, encoder.patch_size), None, encoder.grid)
             made = augment.denormalize(unpatchify(made, encoder.patch_size, encoder.grid)).clamp(0, 1)
         elif tokenizer.decoder is None:
             raise Absent(f"{run.label} predicts tokens that nothing here can draw; give a run with pixels or a dvae")
@@ -163,30 +156,6 @@ def latent_reconstruction(study: Study):
 
 def token_images(images, grid: tuple[int, int]) -> Tensor:
     return augment.center_crop_resize(images, dvae.STRIDE * grid[0])
-
-
-def token_usage(study: Study):
-    """Which codes a d-VAE uses, most frequent first; a codebook in full use would follow the dashed line."""
-    images, numbers = study.batches(study.args.images or 500), {}
-    figure, ((axis,),) = canvas()
-    for run in study.runs:
-        own = hasattr(run.method.encoder, "tokens")
-        tokenizer = run.method.encoder if own else getattr(run.method, "tokenizer", None)
-        if tokenizer is None:
-            raise Absent(f"{run.label} has no codebook; give a run of a d-VAE, or of a method that uses one")
-        grid, codes = run.method.grid if own else run.encoder.grid, tokenizer.settings["codes"]
-        tokens = torch.cat([tokenizer.tokens(token_images(part, grid)) for part in images])
-        count, code = tokens.flatten().bincount(minlength=codes).sort(descending=True)
-        used, perplexity, share = int((count > 0).sum()), dvae.perplexity(tokens, codes).item(), count / tokens.numel()
-        label = f"{run.label}: {used} of {codes} used, perplexity {perplexity:.0f}"
-        axis.plot(range(1, used + 1), share[:used].tolist(), label=label, markersize=3)
-        axis.axhline(1 / codes, color="0.4", linestyle="--", linewidth=1)
-        numbers[run.label] = {"codes": codes, "used": used, "perplexity": perplexity}
-        numbers[run.label] |= {"by_frequency": code[:used].tolist(), "shares": rounded(share[:used])}
-    axis.set(yscale="log", xlabel="code, by frequency", ylabel="share of all tokens")
-    axis.set_title(f"Use of the codebook over {len(images)} images (dashed: all codes alike)")
-    axis.legend()
-    return figure, numbers
 
 
 # ----------------------------------------------------------------------------------------------------- where it looks
@@ -356,27 +325,3 @@ def features(study: Study):
         axis.set(title=label, xlabel=names[0], ylabel=names[1])
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=5, markerscale=1.5)
     return figure, numbers
-
-
-def neighbours(study: Study, k: int = 6):
-    """The training images closest to validation images, by the cosine of their features: what kNN votes by."""
-    run, val, train = study.only(), study.val, study.train
-    queries, bank = study.batches(study.args.images or 6), study.take("train", spaced(len(train), 1000))
-    x, y = (F.normalize(measures.features(run.encoder, some), dim=1).cpu() for some in (queries, bank))
-    cosines, at = (x @ y.T).topk(min(k, len(bank)), dim=1)  # (queries, k)
-    at, size = bank.index[at], run.encoder.image_size  # positions in the training set
-    own, theirs = val.labels.cpu()[queries.index], train.labels.cpu()[at]
-    same = theirs == own[:, None]
-    right, rows = same.double().mean().item(), {}
-    for i, query in enumerate(queries.index):
-        pictures = [val.images(query[None]), *(train.images(one[None]) for one in at[i])]
-        rows[f"{short(val.classes[own[i]])} {query}"] = [augment.center_crop_resize(x, size)[0] for x in pictures]
-    title = f"Nearest of {len(bank)} training images by {run.label}; boxed: of the same class ({right:.0%})"
-    figure, axes = gallery(title, rows)
-    for i, row in enumerate(axes[:, 1:]):
-        for j, axis in enumerate(row):
-            axis.set_title(f"{cosines[i, j]:.3f}\n{short(train.classes[theirs[i, j]])}", fontsize=9)
-            if same[i, j]:
-                frame(axis, (0, 0, 1, 1), size)
-    numbers = {"queries": queries.index.tolist(), "neighbours": at.tolist(), "cosines": rounded(cosines)}
-    return figure, numbers | {"same_class": right}

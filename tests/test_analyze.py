@@ -34,7 +34,7 @@ RUNS = {
     "conmim": "--method conmim --projector-width 8 --projector-out 4",
     "dvae": "--method dvae --patch-size 8 --codes 8 --hidden 4 --blocks 1 --first-stride 8",
 }
-VIT = {"attention-map", "attention-distance", "class-distances", "features", "neighbours"}
+VIT = {"attention-map", "attention-distance", "class-distances", "features"}
 EVERY, DECODED = {"curves", "views"}, {"decoder-similarity", "decoder-attention"}
 CAN = {
     "mae": EVERY | VIT | DECODED | {"reconstruction"},
@@ -46,10 +46,10 @@ CAN = {
     "lcmae-average": EVERY | VIT | {"reconstruction"},
     "autoencoder": EVERY | VIT | {"reconstruction"},
     "cross": EVERY | VIT | DECODED,
-    "cae": EVERY | VIT | {"reconstruction", "latent-reconstruction", "token-usage"},
+    "cae": EVERY | VIT | {"reconstruction", "latent-reconstruction"},
     "pixels": EVERY | VIT | {"reconstruction", "latent-reconstruction"},
     "conmim": EVERY | VIT | {"reconstruction"},
-    "dvae": EVERY | {"reconstruction", "token-usage"},
+    "dvae": EVERY | {"reconstruction"},
 }
 
 
@@ -125,7 +125,7 @@ def test_all_draws_what_can_be_and_says_why_not_the_rest(runs, monkeypatch, caps
         assert rest == str(runs / "mae" / "figures" / f"{figure}.png")
         picture, about = Image.open(rest), json.loads(Path(rest).with_suffix(".json").read_text())
         assert picture.width == 900 and len(set(picture.convert("L").resize((90, 90)).tobytes())) > 20
-        shown = {"curves": set(), "views": {"train"}, "neighbours": {"train", "val"}}.get(figure, {"val"})
+        shown = {"curves": set(), "views": {"train"}}.get(figure, {"val"})
         assert set(about.get("images", ())) == shown, "images of another figure"
         assert about["figure"] == figure and about["runs"] == [str(runs / "mae")] and len(about) > 2
 
@@ -148,12 +148,10 @@ def test_several_runs_share_the_axes(runs, monkeypatch, tmp_path, capsys):
     [
         ("conmim", "decoder-similarity", "decoder-similarity: conmim has no decoder whose mask tokens"),
         ("autoencoder", "decoder-attention", "autoencoder hides nothing"),
-        ("mae", "token-usage", "token-usage: mae has no codebook"),
         ("mae", "latent-reconstruction", "latent-reconstruction: mae has no regressor"),
         ("dvae", "features", "features: dvae keeps no ViT"),
         ("cross", "reconstruction", "cross was taught nothing that can be seen"),
-        ("conmim", "reconstruction --statistics true", "conmim predicts no patches of pixels"),
-        ("raw", "reconstruction --statistics true", "raw predicts pixels as they are; leave out --statistics"),
+        ("conmim", "reconstruction --no-keep-visible", "conmim predicts no patches of pixels; leave out --no-keep"),
         ("mae", "semantic-similarity", "give --reference PATH"),
         ("mae", "curves --images 3", "--images: does nothing to curves; leave it out, or draw attention-"),
         ("mae", "features --mass 0.5", "--mass: does nothing to features; leave it out, or draw attention-map"),
@@ -199,7 +197,7 @@ def test_weights_stand_beside_runs_and_alone(runs, monkeypatch, tmp_path):
     assert both["mae, reference deit.pt"] == one["mae"] != both["mae, reference dino.pt"]
     with pytest.raises(InputError, match=r"data: dino\.pt does not say which images to show; give --data"):
         numbers("--run", *weights, *figure)
-    for name in ("curves", "views", "reconstruction", "decoder-similarity", "token-usage", "latent-reconstruction"):
+    for name in ("curves", "views", "reconstruction", "decoder-similarity", "latent-reconstruction"):
         with pytest.raises(InputError, match=r"dino\.pt holds the weights of an encoder alone; give a run"):
             run_command(monkeypatch, "--run", weights[0], "--figure", name, "--data", runs / "data")
 
@@ -217,7 +215,6 @@ def test_the_json_says_which_images_and_references(runs, monkeypatch, tmp_path):
         assert found["images"] == {split: [0, 11]} and found["data"] == str(runs / "data")
         assert found.get("reference") == (more[1:] or None)
     assert about("class-distances", "--classes", 2, "--images", 4)["images"] == {"val": [0, 3, 8, 11]}
-    assert set(about("neighbours")["images"]) == {"train", "val"}
     assert "images" not in about("curves")
 
 
