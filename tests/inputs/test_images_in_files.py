@@ -200,6 +200,7 @@ def test_greys_of_12_bits_are_scaled_by_the_range_of_the_training_images(tmp_pat
         for image, i in zip(val.images(torch.arange(2)), (1, 11), strict=True):  # by the training images' range, too
             assert torch.equal(image, scaled(scans[i], 100, 4090)), i
         assert torch.stack(list(train.images(torch.arange(10)))).unique().numel() > 60
+        assert torch.equal(train.first(2).images(torch.tensor([1]))[0], scaled(scans[2], 100, 4090))
         assert [name for name in caches(cache) if name.startswith("set-range-")], again
         monkeypatch.setattr(images_in_files.Files, "extremes", lambda _: pytest.fail("looked for twice"))
 
