@@ -184,6 +184,18 @@ def test_a_segmenters_loss_is_the_mean_over_pixels_that_have_a_label():
     assert loss.item() == pytest.approx(total / count, rel=1e-5)
 
 
+def test_scores_are_taken_at_an_images_own_size_without_the_padding():
+    """A model that reads the labels off the image; in padding or stretched they would be wrong."""
+    labels = torch.zeros(1, 40, 20, dtype=torch.uint8)
+    labels[:, 20:, 10:] = 1
+    image = (255 * labels).repeat(3, 1, 1)
+    square, planes, fitted = dense_prediction.fit(image, labels, 255, 32, None)
+    model = segmentation.Segmenter(dense_prediction.Features(small_vit()), 2)
+    model.forward = lambda images: torch.stack([-images[:, 0], images[:, 0]], dim=1)
+    samples = [dense_prediction.Sample(0, square, planes, None, (40, 20), fitted)]
+    assert model.measure(None, iter([samples]), "cpu")["pixel_accuracy"] > 95
+
+
 def test_what_is_measured_does_not_train():
     class Model(torch.nn.Module):
         def measure(self, images, batches, device):
