@@ -172,3 +172,12 @@ def test_an_images_part_does_not_depend_on_who_prepares_it():
             parts.append(augmentations.augmented(images[rows], y[rows], 3, RICH, 16, StepRandom(1, 2, 8, rows), probe))
         for one, halves in zip(whole, zip(*parts, strict=True), strict=True):
             torch.testing.assert_close(one, torch.cat(halves), rtol=1e-5, atol=1e-5)
+
+
+def test_an_image_is_erased_with_the_chance_of_its_recipe():
+    images, y = Images(64).pixels, Images(64).labels
+    plain, often, always = (
+        augmentations.augmented(images, y, 3, replace(CALM, erase=chance), 16, StepRandom(1, 2, 64), False)[0]
+        for chance in (0.0, 0.6, 1.0)
+    )
+    assert 26 < (often != plain).flatten(1).any(dim=1).sum() < 51 and (always != plain).flatten(1).any(dim=1).all()
