@@ -7,12 +7,13 @@ Where the papers are unclear, and what stands here
   the norm) with the last layer of the reference (after its norm). The decoder works on masked images, the reference on
   whole ones.
 - LC-MAE Eq. (8) takes a "normalized cosine similarity matrix", "following CutLER". Here that matrix holds the cosines
-  as they are, the diagonal included, without another normalisation or CutLER's threshold. CutLER compares the keys of
-  DINO's last attention; Eq. (8) speaks of features, and so the outputs of the last block are compared here.
+  as they are, the diagonal included, without CutLER's threshold. CutLER compares the keys of DINO's last attention;
+  Eq. (8) speaks of features, and so the outputs of the last block are compared here.
 - CMAE's class distances (§4.7) do not say which distance: here 1 - cosine, of the mean of the patch tokens.
 """
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
 
 import torch
 import torch.nn.functional as F
@@ -23,8 +24,6 @@ from common import Attention, Mask, ViT, take
 from inputs import augment
 from runtime import reconstruction
 from runtime.errors import InputError
-
-# -------------------------------------------------------------------------------------------- what the models compute
 
 
 def centred(images, size: int) -> Tensor:
@@ -44,12 +43,10 @@ def features(encoder: ViT, batches: Iterable, of: str = "images") -> Tensor:
 def calls(parts, work: Callable) -> list[tuple]:
     """(module, its arguments, its named arguments, its result) of each of the modules while `work()` runs them."""
     found = []
-    hooks = [part.register_forward_hook(lambda *call: found.append(call), with_kwargs=True) for part in parts]
-    try:
+    with ExitStack() as hooks:
+        for part in parts:
+            hooks.enter_context(part.register_forward_hook(lambda *call: found.append(call), with_kwargs=True))
         work()
-    finally:
-        for hook in hooks:
-            hook.remove()
     return found
 
 
@@ -72,34 +69,29 @@ def encoder_maps(encoder: ViT, images, blocks) -> list[Tensor]:
     return attention_maps([block.attn for block in blocks], lambda: encoder(x))
 
 
-def decoder_order(decoder: mae.Decoder, mask: Mask) -> Tensor:
-    """(B, 1 + N): where in the decoder's sequence class token and patches, in raster order, stand.
+def decoding(run, images, mask: Mask) -> tuple[Callable, Tensor]:
+    """What applies a run's decoder, and where its sequence has class token and patches, in raster order: (B, 1 + N).
 
     MAE's has the visible patches first; one with a `features` of its own works in raster order (cmae_loc.py).
     """
+    decoder, x = run.decoder, centred(images, run.encoder.image_size)
     first = type(decoder).features is mae.Decoder.features
     places = mask.order.argsort(dim=1) if first else mask.order.sort(dim=1).values
-    return F.pad(places + 1, (1, 0))
-
-
-@torch.no_grad()
-def decode(run, images, mask: Mask) -> None:
-    run.decoder.features(run.encoder(centred(images, run.encoder.image_size), mask.visible), mask)
+    return lambda: decoder.features(run.encoder(x, mask.visible), mask), F.pad(places + 1, (1, 0))
 
 
 def decoder_maps(run, images, mask: Mask) -> list[Tensor]:
     """Attention of each layer of a run's decoder that attends, in raster order: (B, heads, 1 + N, 1 + N) each."""
-    parts = [block.attn for block in run.decoder.blocks if isinstance(block.attn, Attention)]
-    maps = attention_maps(parts, lambda: decode(run, images, mask))
-    order = decoder_order(run.decoder, mask)
+    work, order = decoding(run, images, mask)
+    maps = attention_maps([block.attn for block in run.decoder.blocks if isinstance(block.attn, Attention)], work)
     rows, columns = order[:, None, :, None], order[:, None, None, :]
     return [m.gather(2, rows.expand_as(m)).gather(3, columns.expand_as(m)) for m in maps]
 
 
 def decoder_features(run, images, mask: Mask) -> list[Tensor]:
     """What leaves each block of a run's decoder, patches in raster order: (B, N, width) each."""
-    found, order = calls(run.decoder.blocks, lambda: decode(run, images, mask)), decoder_order(run.decoder, mask)
-    return [take(x, order[:, 1:]) for *_, x in found]
+    work, order = decoding(run, images, mask)
+    return [take(x, order[:, 1:]) for *_, x in calls(run.decoder.blocks, work)]
 
 
 def mask_token_maps(run, batches: Iterable) -> Iterator[list[Tensor]]:
@@ -108,13 +100,10 @@ def mask_token_maps(run, batches: Iterable) -> Iterator[list[Tensor]]:
     (B, k, heads, n) a layer, for k mask tokens and n patches: A_l of Eq. (7).
     """
     mask = None
-    for images in batches:
-        mask = mask or (run.decoder and Mask(*(side[:1] for side in run.masks(images))))
-        maps = decoder_maps(run, images, Mask(*(side.expand(len(images), -1) for side in mask)))
+    for images in batches:  # the first batch is the largest
+        mask = mask or (run.decoder and run.masks(images, alike=True))
+        maps = decoder_maps(run, images, Mask(*(side[: len(images)] for side in mask)))
         yield [m[:, :, 1 + mask.masked[0], 1:].transpose(1, 2) for m in maps]
-
-
-# ---------------------------------------------------------------------------------------------------------- attention
 
 
 def attention_distance(maps: Tensor, grid: tuple[int, int], p: int) -> Tensor:
@@ -122,8 +111,7 @@ def attention_distance(maps: Tensor, grid: tuple[int, int], p: int) -> Tensor:
 
     Σ_j a_ij d_ij / Σ_j a_ij over the patches j, averaged over the patches i; d_ij lies between their centres.
     """
-    places = torch.arange(grid[0] * grid[1], device=maps.device)
-    place = torch.stack([places // grid[1], places % grid[1]], dim=1).float()  # (N, 2) row and column
+    place = torch.cartesian_prod(*(torch.arange(side, device=maps.device).float() for side in grid))  # (N, 2)
     apart = (place[:, None] - place).square().sum(dim=2).sqrt() * p  # (N, N)
     among = maps[:, :, 1:, 1:]
     return ((among * apart).sum(dim=3) / among.sum(dim=3)).mean(dim=2)
@@ -168,9 +156,6 @@ def semantic_similarity(reference: Tensor, features: Tensor) -> Tensor:
     return F.cosine_similarity((x @ x.mT).flatten(1), (y @ y.mT).flatten(1), dim=1)
 
 
-# ----------------------------------------------------------------------------------------------------------- features
-
-
 def class_distances(features: Tensor, labels: Tensor) -> dict[str, Tensor]:
     """CMAE §4.7 and Figure 6, for each class: mean and standard deviation of the distances between its images (intra),
     and of those from its centre to the other centres (inter). (n, D), (n,) → float64 (classes,) each.
@@ -181,22 +166,16 @@ def class_distances(features: Tensor, labels: Tensor) -> dict[str, Tensor]:
     if len(groups) < 2 or min(map(len, groups)) < 2:
         raise InputError("class distances: need two classes with two images each; give more --images")
     centres = torch.stack([group.mean(dim=0) for group in groups])
-    pairs = [torch.ones(len(group), len(group), dtype=torch.bool).triu(1) for group in groups]
-    inside = [cosine_distances(group)[each.to(group.device)] for group, each in zip(groups, pairs, strict=True)]
-    other = ~torch.eye(len(groups), dtype=torch.bool, device=features.device)
-    between = cosine_distances(centres)[other].view(len(groups), -1)  # (classes, classes - 1)
+    units = [F.normalize(group, dim=1) for group in (*groups, centres)]
+    *inside, between = (1 - unit @ unit.T for unit in units)
+    inside = [d[tuple(torch.triu_indices(*d.shape, 1))] for d in inside]  # each pair of images once
+    between = between[~torch.eye(len(groups), dtype=torch.bool)].view(len(groups), -1)  # (classes, classes - 1)
     return {
         "intra_mean": torch.stack([d.mean() for d in inside]),
         "intra_std": torch.stack([d.std(correction=0) for d in inside]),
         "inter_mean": between.mean(dim=1),
         "inter_std": between.std(dim=1, correction=0),
     }
-
-
-def cosine_distances(x: Tensor) -> Tensor:
-    """(n, D) → (n, n): 1 - cosine of every two rows."""
-    x = F.normalize(x, dim=1)
-    return 1 - x @ x.T
 
 
 def patch_labels(labels: Tensor, size: int, p: int) -> Tensor:
@@ -208,11 +187,11 @@ def patch_labels(labels: Tensor, size: int, p: int) -> Tensor:
     return torch.where(share > 0.5, kinds[kind], 255)
 
 
-def pca(x: Tensor, k: int = 2) -> tuple[Tensor, Tensor]:
-    """(n, D) → its first k principal components (n, k), and the share of variance in each (k,). Signs are fixed."""
+def pca(x: Tensor) -> tuple[Tensor, Tensor]:
+    """(n, D) → its first two principal components (n, 2), and the share of variance in each (2,). Signs are fixed."""
     u, s, v = torch.linalg.svd((x - x.mean(dim=0)).double(), full_matrices=False)
     signs = v.gather(1, v.abs().argmax(dim=1, keepdim=True)).sign()[:, 0]  # a direction's largest entry is positive
-    return (u * s * signs)[:, :k], (s.square() / s.square().sum())[:k]
+    return (u * s * signs)[:, :2], (s.square() / s.square().sum())[:2]
 
 
 def tsne(x: Tensor, seed: int) -> Tensor:
@@ -223,9 +202,6 @@ def tsne(x: Tensor, seed: int) -> Tensor:
         raise InputError('scikit-learn: missing, and t-SNE needs it; pip install ".[plots]"') from None
     perplexity = min(30.0, (len(x) - 1) / 3)
     return torch.from_numpy(TSNE(perplexity=perplexity, init="pca", random_state=seed).fit_transform(x.cpu().numpy()))
-
-
-# ------------------------------------------------------------------------------------------------------------- pixels
 
 
 def to_pixels(predicted: Tensor, patches: Tensor, mask: Mask | None, grid: tuple[int, int]) -> Tensor:

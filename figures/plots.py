@@ -14,16 +14,14 @@ from torch import Tensor
 import cmae_loc
 import dvae
 import mae
-from common import Mask, patchify, restore, unpatchify
+from common import Mask, patchify, take, unpatchify
 from figures import measures
 from figures.drawing import canvas, circle, frame, gallery, greyed, lines, outline, rounded, short
 from figures.measures import centred, to_pixels
-from figures.study import Absent, Run, Study, spaced
+from figures.study import Absent, Study, spaced
 from inputs import augment
 from runtime.command_line import field_comments
 from runtime.errors import InputError
-
-# ------------------------------------------------------------------------------------------------------ what it does
 
 
 def curves(study: Study):
@@ -48,51 +46,40 @@ def curves(study: Study):
 
 def reconstruction(study: Study):
     """What the decoder makes of what is hidden (as MAE's Figure 2); other methods draw what they do predict."""
-    run, args, images = study.only(), study.args, study.pictures(study.args.images or 8)
-    mask, rows = pixel_mask(run, images), None
-    if mask is None:
-        if not args.keep_visible:
+    run, keep, images = study.only(), study.args.keep_visible, study.pictures(study.args.images or 8)
+    method, encoder, batch = run.method, run.method.encoder, run.draw(images)
+    picture, decoder = method.picture(batch), getattr(method, "decoder", None)
+    if picture is None:
+        raise Absent(f"{run.label} was taught nothing that can be seen; give a run that predicts pixels or tokens")
+    pixels = isinstance(decoder, mae.Decoder) and decoder.predict.out_features == 3 * encoder.patch_size**2
+    if not pixels or not batch.mask.masked.shape[1]:  # not the pixels of hidden patches
+        if not keep:
             raise InputError(f"{run.label} predicts no patches of pixels; leave out --no-keep-visible")
-        rows = run.method.picture(run.draw(images))
-        if rows is None:
-            raise Absent(f"{run.label} was taught nothing that can be seen; give a run that predicts pixels or tokens")
-        about = " ".join(run.method.picture.__doc__.split("\n\n")[0].split()).split(": ", 1)[-1]
-        rows = {f"row {i}": row for i, row in enumerate(rows, start=1)}
+        about = " ".join(method.picture.__doc__.split("\n\n")[0].split()).split(": ", 1)[-1]
+        rows = {f"row {i}": row for i, row in enumerate(picture, start=1)}
         return gallery(f"Reconstruction by {run.label}", rows, f"Rows: {about}")[0], {"rows": about}
-    method, encoder, norm = run.method, run.encoder, run.method.config.norm_pixels
-    x, V = centred(images, encoder.image_size), mask.visible.shape[1]
-    p, grid = encoder.patch_size, encoder.grid
+    x, mask, norm = centred(images, encoder.image_size), batch.mask, method.config.norm_pixels
+    p, grid, hidden = encoder.patch_size, encoder.grid, mask.hidden[:, :, None]
     with torch.no_grad():
-        predicted = method.decoder.predict(method.decoder.features(encoder(x, mask.visible), mask)).float()
-    predicted, patches = restore(predicted[:, :V], predicted[:, V:], mask), patchify(x, p)  # (B, N, P), raster order
+        predicted = decoder.predict(decoder.features(encoder(x, mask.visible), mask)).float()
+    predicted, patches = take(predicted, mask.order.argsort(dim=1)), patchify(x, p)  # (B, N, P), raster order
     if norm:
         predicted = to_pixels(predicted, patches, mask, grid)
-    hidden = mask.hidden[:, :, None]
-    made = torch.where(hidden, predicted, patches) if args.keep_visible else predicted
+    made = torch.where(hidden, predicted, patches) if keep else predicted
     made, original = (augment.denormalize(unpatchify(y, p, grid)) for y in (made, patches))
     caption = "mean and variance of hidden patches: those of visible neighbours" if norm else "pixels as predicted"
-    kept = "visible patches kept" if args.keep_visible else "visible patches predicted too"
+    kept = "visible patches kept" if keep else "visible patches predicted too"
     rows = {"original": original, "masked": greyed(original, mask, p, grid), f"decoded, {kept}": made}
     error = (patchify(made - original, p).square() * hidden).sum(dim=(1, 2)) / (hidden.sum(dim=(1, 2)) * 3 * p * p)
     numbers = {"statistics": caption, "visible": kept, "squared_error_of_hidden_pixels": rounded(error)}
     return gallery(f"Reconstruction by {run.label}", rows, caption)[0], numbers
 
 
-def pixel_mask(run: Run, images) -> Mask | None:
-    """Masks for a method with MAE's decoder that predicts the pixels of hidden patches; None for others."""
-    decoder = getattr(run.method, "decoder", None)
-    if not isinstance(decoder, mae.Decoder) or decoder.predict is None:
-        return None
-    mask, taught = run.draw(images).mask, run.method.picture(run.draw(images)) is not None
-    pixels = decoder.predict.out_features == 3 * run.encoder.patch_size**2
-    return mask if taught and pixels and mask.masked.shape[1] else None
-
-
 def views(study: Study):
     """What each branch sees of the training images: crops, shifts, colours, masks; ContrastiveCrop's map and box."""
     run, method, at = study.only(), study.runs[0].method, spaced(len(study.train), study.args.images or 6)
-    images, size = study.train.images(study.take("train", at).index, study.device), run.settings.image_size
-    grid, p = (size // run.settings.patch_size,) * 2, run.settings.patch_size
+    size, p = run.settings.image_size, run.settings.patch_size
+    images = study.train.images(study.take("train", at).index, study.device)
     spies = (mock.patch.object(augment, f, wraps=getattr(augment, f)) for f in ("crop_resize", "shift_crop"))
     with next(spies) as crop, next(spies) as shift:  # remember where the views are cut from
         batch = run.draw(images, None if study.args.data else at)
@@ -105,14 +92,14 @@ def views(study: Study):
         about = re.sub(r"\(B, 3, [^)]*\)|in \[0, 1\]|, normalised|;.*|None:.*", "", comments.get(name, "")).strip(" ,")
         about = name.replace("_", " ") + (f": {about}" if about else "")
         if isinstance(value, Mask):
-            rows[about] = greyed(view, value, p, grid)
+            rows[about] = greyed(view, value, p, (size // p, size // p))
         elif isinstance(value, Tensor) and value.ndim == 4:
             rows[about] = view = value if value.min() >= 0 else augment.denormalize(value)  # below 0: normalised
     numbers = {"crops": [c.tolist() for c in crops], "shifts": [call.args[1].tolist() for call in shift.call_args_list]}
-    located = getattr(method.config, "crop_by", "none") != "none"
-    if located:
+    crop_by = getattr(method.config, "crop_by", "none")
+    if crop_by != "none":
         with torch.no_grad():
-            heat = cmae_loc.HEAT[method.config.crop_by](method.encoder, augment.normalize(whole)).unflatten(1, grid)
+            heat = cmae_loc.HEAT[crop_by](method.encoder, augment.normalize(whole)).unflatten(1, (size // p, size // p))
         boxes = cmae_loc.locate(heat, (size, size), method.config.crop_threshold)  # top, left, bottom, right
         rows["heat map and box"] = heat
         numbers |= {"heat": rounded(heat), "boxes": rounded(boxes)}
@@ -120,9 +107,9 @@ def views(study: Study):
     for places, line in zip(crops, ("-", "--", ":"), strict=False):
         for axis, box in zip(axes[0], places / sizes.repeat(1, 2), strict=True):
             frame(axis, box, size, line)
-    for axis, box in zip(axes[-1], boxes if located else (), strict=False):
-        frame(axis, (*box[:2], *(box[2:] - box[:2])), grid[0])
-    for axis, (down, right) in zip(axes[-1], numbers["shifts"][0] if numbers["shifts"] else (), strict=False):
+    for axis, (top, left, bottom, right) in zip(axes[-1], numbers.get("boxes", ()), strict=False):
+        frame(axis, (top, left, bottom - top, right - left), size // p)
+    for axis, (down, right) in zip(axes[-1], next(iter(numbers["shifts"]), ()), strict=False):
         axis.set_xlabel(f"shifted by {down}, {right}", fontsize=9, labelpad=1)
     return figure, numbers
 
@@ -144,7 +131,8 @@ def latent_reconstruction(study: Study):
         elif tokenizer.decoder is None:
             raise Absent(f"{run.label} predicts tokens that nothing here can draw; give a run with pixels or a dvae")
         else:
-            tokens, made = tokenizer.tokens(token_images(images, encoder.grid)), made.argmax(dim=2)
+            small = augment.center_crop_resize(images, dvae.STRIDE * encoder.grid[0])
+            tokens, made = tokenizer.tokens(small), made.argmax(dim=2)
             numbers[f"{run.label}: tokens right"] = (made == tokens).float().mean().item()
             rows["from its true tokens"] = tokenizer.images(tokens, encoder.grid)
             made = tokenizer.images(made, encoder.grid)
@@ -152,13 +140,6 @@ def latent_reconstruction(study: Study):
         error = F.interpolate(made, original.shape[2:]) - original
         numbers[f"{run.label}: squared error"] = rounded(error.square().mean(dim=(1, 2, 3)))
     return gallery("Encoded whole, decoded without the regressor (CAE, Figure 4)", rows)[0], numbers
-
-
-def token_images(images, grid: tuple[int, int]) -> Tensor:
-    return augment.center_crop_resize(images, dvae.STRIDE * grid[0])
-
-
-# ----------------------------------------------------------------------------------------------------- where it looks
 
 
 def attention_map(study: Study):
@@ -173,17 +154,16 @@ def attention_map(study: Study):
         attention = maps[:, :, 1 + query[0] * w + query[1] if query else 0, 1:].mean(dim=1)  # (B, N)
         region = measures.mass_region(attention, mass)
         rows[label], share = attention.unflatten(1, (h, w)), region.double().mean(dim=1)
-        regions.append(region.unflatten(1, (h, w)))
+        regions += region.unflatten(1, (h, w))
         numbers[label] = {"share_of_patches": rounded(share), "mean": share.mean().item(), "maps": rounded(rows[label])}
     asks = f"patch {query[0]},{query[1]}" if query else "the class token"
     title = f"Attention of {asks} in the last block, mean over heads; outlined: {mass:.0%} of its mass"
     figure, axes = gallery(title, rows, "share of the patches inside the outline")
-    for row, kept in zip(axes[1:], regions, strict=True):
-        for axis, region in zip(row, kept, strict=True):
-            outline(axis, region)
-            axis.set_xlabel(f"{region.double().mean():.0%}", labelpad=1)
-            if query:
-                circle(axis, *query)
+    for axis, region in zip(axes[1:].flat, regions, strict=True):
+        outline(axis, region)
+        axis.set_xlabel(f"{region.double().mean():.0%}", labelpad=1)
+        if query:
+            circle(axis, *query)
     return figure, numbers
 
 
@@ -256,9 +236,6 @@ def layers_of_figure_4(depth: int) -> list[int]:
     return sorted({round(depth ** (i / 4)) for i in range(5)})
 
 
-# --------------------------------------------------------------------------------------------------- what it learned
-
-
 def class_distances(study: Study):
     """CMAE §4.7, Figure 6: distances within and between classes, a dot a class, means in the legend.
 
@@ -294,9 +271,9 @@ def features(study: Study):
     A patch has the colour of its image's class, or with --label-maps, as in the paper, of most of its own pixels: then
     the ten most frequent labels are drawn, at most 1000 patches of each.
     """
-    maps, by = study.args.label_maps, study.args.projection
-    of, n = "patches" if maps else study.args.of, study.args.images
-    images, labels = study.label_maps(n or 50) if maps else study.labelled(n or (500 if of == "images" else 50), 10)
+    maps, of = study.args.label_maps, "patches" if study.args.label_maps else study.args.of
+    n = study.args.images or (500 if of == "images" else 50)
+    images, labels = study.label_maps(n) if maps else study.labelled(n, 10)
     figure, axes = canvas(1, len(study.encoders), height=1.6 + 6 / len(study.encoders) ** 0.7)
     numbers = {} if maps else {"labels": labels.tolist()}
     figure.suptitle(f"Features of {len(images)} images" + (", patch by patch" if of == "patches" else ""))
@@ -304,14 +281,14 @@ def features(study: Study):
         x = measures.features(encoder, images, of).cpu()
         if maps:
             every = torch.cat([measures.patch_labels(one, encoder.image_size, encoder.patch_size) for one in labels])
-            count = every[every < 255].long().bincount()
-            chosen = count.argsort(descending=True, stable=True)[: min(10, int((count > 0).sum()))]
-            at = torch.cat([(every == c).nonzero()[:1000, 0] for c in chosen])
+            kinds, count = every[every < 255].unique(return_counts=True)
+            most = kinds[count.argsort(descending=True, stable=True)[:10]]
+            at = torch.cat([(every == c).nonzero()[:1000, 0] for c in most])
             every, x = every[at], x.flatten(0, 1)[at]
         else:
             every, x = labels.repeat_interleave(x[..., 0].numel() // len(x)), x.flatten(0, -2)
         names, numbers[label] = ["t-SNE 1", "t-SNE 2"], {"labels": every.tolist()} if maps else {}
-        if by == "pca":
+        if study.args.projection == "pca":
             points, share = measures.pca(x)
             names = [f"component {i} ({v:.0%})" for i, v in enumerate(share, 1)]
             numbers[label]["variance"] = rounded(share)

@@ -29,10 +29,7 @@ class Absent(InputError):
 
 
 class Run:
-    """A run directory: its settings, its log, and its method with the weights of its last checkpoint.
-
-    Or a file of weights: of those there is an encoder, and nothing else.
-    """
+    """A run directory: its settings, its log, and its method as last saved. Or a file of an encoder's weights."""
 
     def __init__(self, path, device):
         self.path, self.device, self.label = Path(path), device, Path(path).resolve().name
@@ -53,14 +50,11 @@ class Run:
         if self.path.is_file():
             raise Absent(f"{self.label} holds the weights of an encoder alone; give a run")
         file = self.directory / "checkpoint.pt"
-        saved = files.load(file)
         try:
             config = without_retired(self.config, inspect.signature(self.Method.Config).parameters, file)
             method = self.Method(build_encoder(self.settings), self.Method.Config(**config))
-            method.load_state_dict(saved["method"])
-        except InputError:
-            raise
-        except (LookupError, TypeError, ValueError, AttributeError, RuntimeError):
+            method.load_state_dict(files.load(file)["method"])
+        except (LookupError, TypeError, AttributeError, RuntimeError):
             raise InputError(f"{file}: does not fit its config.json and this version; train the run anew") from None
         return method.to(self.device).eval()
 
@@ -188,11 +182,12 @@ class Study:
 
     def references(self, grid: tuple[int, int] | None = None) -> Iterator[tuple[str, ViT]]:
         """The encoders of --reference; where a grid is given, for images so large that they have as many patches."""
-        for path in self.args.reference:
+        names = [Path(path).name for path in self.args.reference]
+        for path, name in zip(self.args.reference, names, strict=True):
             encoder = encoder_import.load_encoder(path, self.device)
             if grid and encoder.grid != grid:
                 encoder = encoder_import.load_encoder(path, self.device, grid[0] * encoder.patch_size)
-            yield f"reference {Path(path).name}", encoder
+            yield f"reference {name if names.count(name) == 1 else path}", encoder
 
     @cached_property
     def encoders(self) -> list[tuple[str, ViT]]:
