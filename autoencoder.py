@@ -85,12 +85,6 @@ class Autoencoder(nn.Module):
             blocks = (blocks - mean) / (variance + 1e-6).sqrt()
         return blocks, inside
 
-    def update_teacher(self, progress: float) -> None:
-        """An autoencoder has no teacher."""
-
-    def end_epoch(self, epoch: int, image_set) -> None:
-        """Nothing to recompute."""
-
     @torch.no_grad()
     def picture(self, batch: Batch) -> Tensor:
         """(2, B, 3, H, W) in [0, 1]: the originals, and of the blocks predicted the patches at their centres."""

@@ -278,14 +278,6 @@ class CAE(nn.Module):
             return self.tokenizer.tokens(batch.token_images).gather(1, batch.mask.masked)
         return mae.masked_pixels(batch.images, batch.mask, self.encoder.patch_size, self.config.norm_pixels)
 
-    def update_teacher(self, progress: float) -> None:
-        """CAE has no teacher: the alignment's target is the encoder itself."""
-
-    def end_epoch(self, epoch: int, image_set) -> None:
-        """Nothing to recompute."""
-
-    # ------------------------------------------------------------------------------------------------------- pictures
-
     def reconstruct(self, images: Tensor) -> Tensor:
         """Figure 4: encode all patches, skip the regressor, decode. (B, 3, H, W) → (B, N, codes or P)."""
         patches = torch.arange(self.encoder.patches, device=images.device).expand(len(images), -1)
@@ -302,12 +294,11 @@ class CAE(nn.Module):
             self.regress(self.encoder(batch.images, batch.mask.visible)[:, 1:], batch.mask), batch.mask.masked
         )
         if self.tokenizer is None:
-            rows = picture_rows(batch.images, batch.mask, predicted, self.encoder, self.config.norm_pixels)
             if self.config.norm_pixels:  # every patch was seen, so its own mean and variance may be used
                 var, mean = torch.var_mean(patchify(batch.images, self.encoder.patch_size), dim=-1, keepdim=True)
                 everything = everything * (var + 1e-6).sqrt() + mean
-            full = unpatchify(everything.float(), self.encoder.patch_size, self.encoder.grid)
-            return torch.cat([rows, augment.denormalize(full).clamp(0, 1)[None]])
+            full = unpatchify(everything, self.encoder.patch_size, self.encoder.grid)
+            return picture_rows(batch.images, batch.mask, predicted, self.encoder, self.config.norm_pixels, full)
         pixels = torch.zeros(*predicted.shape[:2], 3 * self.encoder.patch_size**2, device=predicted.device)
         rows = picture_rows(batch.images, batch.mask, pixels, self.encoder, norm=False)[:2]
         if self.tokenizer.decoder is None:

@@ -47,16 +47,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import mae
-from common import (
-    Head,
-    Mask,
-    ViT,
-    ema_update,
-    info_nce,
-    random_mask,
-    reconstruction_loss,
-    visible_count,
-)
+from common import Head, Mask, ViT, ema_update, info_nce, random_mask, reconstruction_loss, visible_count
 from inputs import augment
 from runtime.errors import InputError
 from runtime.knobs import Count, Part, Positive, Share, Size, Weight, check
@@ -160,10 +151,8 @@ class CMAE(nn.Module):
         boxes, flips = augment.crop_boxes(rng, augment.sizes(images), scale=(c.crop_scale, 1.0)), rng.chance(0.5)
         master = augment.crop_resize(images, boxes, size + p if c.pixel_shift else size, hflip=flips)
         view = augment.normalize(master[:, :, :size, :size])  # always the same corner
-        target = target_mask = None
-        if c.lambda_c:
-            target = self.draw_target(images, master, rng)
-        mask = random_mask(rng, self.encoder.grid, c.mask_ratio, c.mask_cell)
+        target = self.draw_target(images, master, rng) if c.lambda_c else None
+        mask, target_mask = random_mask(rng, self.encoder.grid, c.mask_ratio, c.mask_cell), None
         if c.lambda_c and c.target_mask_ratio:
             target_mask = random_mask(rng, self.encoder.grid, c.target_mask_ratio, c.mask_cell)
         return Batch(view, mask, target, target_mask)
@@ -222,17 +211,12 @@ class CMAE(nn.Module):
             ema_update(self.momentum_encoder, self.encoder, self.config.momentum)
             ema_update(self.momentum_projector, self.projector, self.config.momentum)
 
-    def end_epoch(self, epoch: int, image_set) -> None:
-        """Nothing to recompute."""
-
     @torch.no_grad()
     def picture(self, batch: Batch) -> Tensor:
         """(rows, B, 3, H, W) in [0, 1]: originals, what the encoder saw, reconstructions, any target views."""
         predicted = self.decoder(self.encoder(batch.images, batch.mask.visible), batch.mask)
-        rows = picture_rows(batch.images, batch.mask, predicted, self.encoder, self.config.norm_pixels)
-        if batch.target_images is None:
-            return rows
-        return torch.cat([rows, augment.denormalize(batch.target_images.float()).clamp(0, 1)[None]])
+        more = [] if batch.target_images is None else [batch.target_images]
+        return picture_rows(batch.images, batch.mask, predicted, self.encoder, self.config.norm_pixels, *more)
 
 
 def byol_loss(y: Tensor, z: Tensor) -> Tensor:

@@ -12,21 +12,25 @@ that, after some epochs, are drawn around the object that the encoder itself has
 
 Changes from mae.py: ContrastiveCrop, the second view, the location task, the momentum branch, the weaker decoders.
 
-Where the paper is silent or unclear, and what stands here (it has no code)
-- "q2 belongs to the unmasked vector" (§3.3) means the masked one. Every part has a class token; none enters Eq. 2-5.
-- Eq. 3: mean over h, then P of two layers, 128 values out and τ = 0.2 (MoCo v2's), L2-normalised; μ = 0.996, fixed;
-  x_q is contrasted with x_k, not x_k with x_q too; z_k- are the other images of the batch.
-- Eq. 4: two linear layers, GELU between. Eq. 5: its q is p; t is one-hot over all N places, not by row and column; no
-  softmax, summed over places, averaged over patches. E sees positions, which makes the task nearly trivial;
-  `withhold_positions` asks a second pass of E, without them.
-- The heat map: which of its two the paper kept is unsaid; here the class token's attention, mean of the heads. For
-  features, a token's L1 norm before the final layer norm: after it the channels' sum, ContrastiveCrop's map, is at
-  first 0 for every patch.
-- Threshold, schedule and Beta's α are ContrastiveCrop's for small images. No colour is named, so there is none.
-- MLP decoder: across tokens in attention's place, as in MLP-Mixer; patch by patch, masked ones would learn nothing of
-  the others. Convolution: likewise, depth-wise ("deep"). Norms, residuals and the MLP across channels stay in both.
-  Hybrid: all layers between the first and the last are replaced.
-- L_con is MAE's, of standardised patches. Recipe: crop and flip, patch size, warm-up and Adam's β are mae.py's too.
+The paper has no code. Where it is silent or unclear, this file reads it so:
+- Views: "q2 belongs to the unmasked vector" (§3.3) must mean the masked one. The encoder adds a class token to every
+  part; Eq. 2-5 use none of them. The paper names no change of colours, so there is none (`--key-color`).
+- Eq. 3: P takes the mean over h. It has two layers, and its 128 outputs are L2-normalised. τ = 0.2 is MoCo v2's, and
+  μ = 0.996 stays fixed. x_q is contrasted with x_k, but x_k is not contrasted with x_q. The other images of the batch
+  give the negatives z_k-.
+- Eq. 4: a GELU stands between the two linear layers.
+- Eq. 5: its q is the p of Eq. 4. t is one-hot over all N places, not over rows and columns. There is no softmax. The
+  error is summed over places and averaged over patches. E knows where each patch lies, which makes the task nearly
+  trivial; with `--withhold-positions` the task gets a second pass of E without positions.
+- Heat map: the paper tries two and does not say which it kept. The default is the class token's attention, averaged
+  over heads. For `--crop-by features` it is the L1 norm of each token before the final layer norm, since after that
+  norm ContrastiveCrop's own map, the sum of the channels, is 0 for every patch of a new encoder.
+- Crops: the threshold, the schedule and Beta's α are ContrastiveCrop's for small images.
+- MLP decoder: the MLP runs across tokens in attention's place, as in MLP-Mixer. An MLP on each patch alone would bring
+  nothing from the others to a masked patch. Norms, residuals and the MLP across channels stay.
+- Convolutional decoder: likewise, and "deep" is read as depth-wise.
+- Hybrid decoder: all layers but the first and the last are replaced.
+- L_con is MAE's, of standardised patches. Crop and flip, patch size, warm-up and Adam's β are those of mae.py too.
 
     python train.py --method cmae_loc        torchrun --nproc_per_node=8 train.py --method cmae_loc --data tiny-imagenet
 
@@ -200,9 +204,7 @@ class CMAELoc(nn.Module):
         super().__init__()
         c, D = config, encoder.width
         if c.decoder.startswith("hybrid") and c.decoder_depth < 3:
-            raise InputError(
-                f"decoder {c.decoder} of {c.decoder_depth} layers: has no middle; give it at least 3 layers"
-            )
+            raise InputError(f"decoder {c.decoder}: has no middle in {c.decoder_depth} layers; give at least 3")
         if c.crop_threshold == 1:  # as Eq. 1 has it
             raise InputError("crop threshold 1: no heat map exceeds it; give one from 0 to below 1")
         if c.withhold_positions and encoder.relative_table is not None:
@@ -324,8 +326,8 @@ class CMAELoc(nn.Module):
         if not self.config.lambda_con:
             return None
         predicted = self.decoder(self.encoder(batch.images, batch.mask.visible), batch.mask)
-        rows = picture_rows(batch.images, batch.mask, predicted, self.encoder, self.config.norm_pixels)
-        return torch.cat([rows, augment.denormalize(batch.key_images.float()).clamp(0, 1)[None]])
+        norm = self.config.norm_pixels
+        return picture_rows(batch.images, batch.mask, predicted, self.encoder, norm, batch.key_images)
 
 
 def location_loss(p: Tensor, visible: Tensor) -> Tensor:

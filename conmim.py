@@ -142,7 +142,7 @@ class ConMIM(nn.Module):
         self.config, self.student = c, encoder
         if c.masking != "none":
             cell = c.mask_cell if c.masking == "random" else 1
-            if cell < 1 or any(side % cell for side in encoder.grid):
+            if any(side % cell for side in encoder.grid):
                 raise InputError(f"mask cell {cell}: must divide the sides of {encoder.grid} patches; 1 always does")
             visible_count(encoder.patches // cell**2, c.mask_ratio)  # says at once if nothing would be left
             self.mask_token = nn.Parameter(torch.empty(1, 1, encoder.width).normal_(std=0.02))
@@ -158,8 +158,6 @@ class ConMIM(nn.Module):
         """What is kept after pretraining, without the projector (§4)."""
         return self.slow_encoder if self.config.keep_slow else self.student
 
-    # ------------------------------------------------------------------------------------------- views and masks
-
     def draw(self, images, index, rng) -> Batch:
         """uint8 images → one crop of each, perhaps flipped, in two colourings, and a mask (§4, asymmetric design)."""
         c = self.config
@@ -167,10 +165,8 @@ class ConMIM(nn.Module):
         basic = augment.crop_resize(images, boxes, self.student.image_size, hflip=rng.chance(0.5))
         mask = self.draw_mask(rng)
         strong = basic if c.augmentation == "basic" else self.strengthen(basic, rng)
-        seen, full = {
-            "asymmetric": (basic, strong), "strong": (strong, strong), "basic": (basic, basic),
-            "switched": (strong, basic),
-        }[c.augmentation]  # fmt: skip
+        seen = strong if c.augmentation in ("strong", "switched") else basic
+        full = strong if c.augmentation in ("strong", "asymmetric") else basic
         return Batch(augment.normalize(seen), mask, augment.normalize(full))
 
     def draw_mask(self, rng) -> Mask | None:
@@ -191,8 +187,6 @@ class ConMIM(nn.Module):
         sigma = host.uniform(low=0.1, high=2.0) * self.student.image_size / 224  # pixels
         images = augment.gaussian_blur(images, sigma, host.chance(0.1))
         return augment.solarize(images, 0.5, host.chance(0.2))
-
-    # --------------------------------------------------------------------------------------------------- the loss
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         anchors = self.anchors(batch.images, batch.mask)  # f(x̂): (B, K, d)
@@ -245,9 +239,6 @@ class ConMIM(nn.Module):
             alpha = cosine(self.config.momentum, 1.0, progress)
             ema_update(self.slow_encoder, self.student, alpha)
             ema_update(self.slow_projector, self.projector, alpha)
-
-    def end_epoch(self, epoch: int, image_set) -> None:
-        """Nothing to recompute."""
 
     @torch.no_grad()
     def picture(self, batch: Batch) -> Tensor | None:

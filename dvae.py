@@ -6,24 +6,26 @@ from relaxed samples of it, and both maximise the evidence lower bound; afterwar
     image ─ encoder ─ logits ─ Gumbel-softmax at τ ─ decoder ─ logit-Laplace ──── reconstruction   (App. A.3)
                          └──────────── KL to the uniform prior, times β ───────── L = -ELBO        (Eq. 1)
 
-CAE (arXiv 2202.03026v2, §G.1) finds a d-VAE trained on ImageNet-1K as good as DALL-E's (CAE's Table 7; with ViT-L
-a little worse) and says no more about it. Its code can load one of its own (three strided convolutions, two residual
-blocks, 8192 codes of 512 channels, squared or smooth L1 error) but does not say how that was trained. So DALL-E's is
-what stands here: its networks (released code), its likelihood, its β and its cosines of τ and β (App. A). The defaults
-are the released model, and `load_tokenizer` reads its encoder's weights.
+CAE (arXiv 2202.03026v2, §G.1) trains a d-VAE on ImageNet-1K and finds it as good as DALL-E's (CAE's Table 7; with ViT-L
+it is a little worse), but says no more about it. CAE's code can load such a d-VAE (three strided convolutions, two
+residual blocks, 8192 codes of 512 channels, squared or smooth L1 error), but does not say how it was trained. This file
+therefore follows DALL-E: its networks (released code), its likelihood, its β and its cosines of τ and β (App. A). The
+defaults are the released model, and `load_tokenizer` reads the weights of that model's encoder.
 
-Differences from DALL-E: τ falls over half of training (DALL-E: 150,000 of 3 million steps) and β rises over a twentieth
-(5,000 steps), as there are fewer steps; the rate's cosine ends with training, not before; no average of the weights;
-crops and flips are CAE's, of 112 pixels, not of 256; smaller and shorter, with β = 1, in "tiny" and "demo". Initial
-weights are common.py's, scaled (see `Tokenizer`).
-The Gumbel noise is a hash of two integers per image and the place in the grid of logits, computed in the forward pass:
-a draw of images x tokens x codes numbers on the CPU would take longer than the step.
+Differences from DALL-E
+- Training is much shorter. τ falls over half of it (DALL-E: 150,000 of 3 million steps), β rises over a twentieth of it
+  (DALL-E: 5,000 steps), and the learning rate falls until its end. The weights are not averaged.
+- Images are cropped and flipped as in CAE, to 112 pixels instead of 256.
+- The recipes "tiny" and "demo" are smaller and shorter still, and their β is 1.
+- Initial weights are those of common.py, scaled (see `Tokenizer`).
+- The Gumbel noise is a hash of two integers per image and the place in the grid of logits, computed in the forward
+  pass. To draw images x tokens x codes numbers on the CPU would take longer than the step.
 
     python train.py --method dvae    torchrun --nproc_per_node=8 train.py --method dvae --data imagenet --data-root DIR
 
-Its encoder.pt holds the `Tokenizer`, not a ViT: `train.py --method cae --tokenizer` reads it, evaluate.py does not.
-Measured for CAE's row in docs/results.md, 195 steps of 128 on ten classes of Tiny-ImageNet: 11 of 128 codes in use,
-squared error 0.026 of pixels in [0, 1]; the released model's size: not run.
+Its encoder.pt holds the `Tokenizer` and not a ViT: `train.py --method cae --tokenizer` reads it, evaluate.py does not.
+Measured for CAE's row in docs/results.md, in 195 steps of 128 images of ten classes of Tiny-ImageNet: 11 of 128 codes
+are in use, and the squared error of pixels in [0, 1] is 0.026. The released model's size: not run.
 """
 
 import math
@@ -132,14 +134,6 @@ class Stack(nn.Module):
             return self.output(F.relu(x).to(self.output.weight.dtype))
 
 
-def halve(x: Tensor) -> Tensor:
-    return F.max_pool2d(x, 2)
-
-
-def double(x: Tensor) -> Tensor:
-    return F.interpolate(x, scale_factor=2, mode="nearest")
-
-
 class Tokenizer(nn.Module):
     """DALL-E's encoder and, unless only tokens are wanted, its decoder. Pixels are in [0, 1] outside of it."""
 
@@ -149,19 +143,17 @@ class Tokenizer(nn.Module):
         super().__init__()
         if codes < 2:
             raise InputError(f"codes {codes}: must be at least 2")
-        if hidden < 4 or hidden % 4:
+        if hidden % 4:
             raise InputError(f"hidden {hidden}: must be a multiple of 4 channels")
-        if blocks < 1:
-            raise InputError(f"blocks {blocks}: must be at least 1")
         if first_stride not in (1, 2, 4, 8):
             raise InputError(f"first stride {first_stride}: must be 1, 2, 4 or 8")
         self.settings = dict(codes=codes, hidden=hidden, blocks=blocks, first_stride=first_stride, decoder=decoder)
         widths = [hidden * 2**i for i in range(5 - first_stride.bit_length())]  # four from 1 pixel to 8, three from 2 …
         first = nn.Conv2d(3, hidden, max(7, first_stride), stride=first_stride, padding=3 if first_stride < 8 else 0)
-        self.encoder = Stack(first, widths, codes, blocks, (3, 3, 3, 1), halve)
+        self.encoder = Stack(first, widths, codes, blocks, (3, 3, 3, 1), nn.MaxPool2d(2))
         self.decoder = None
         if decoder:  # its first layer is the codebook: 128 numbers a code
-            first = nn.Conv2d(codes, min(128, widths[-1]), 1)
+            first, double = nn.Conv2d(codes, min(128, widths[-1]), 1), nn.Upsample(scale_factor=2)
             self.decoder = Stack(first, widths[::-1], 6 * first_stride**2, blocks, (1, 3, 3, 3), double)
         initialize(self)
         # At first grey gives zero, and pictures logits of order one, as the Gumbel noise: otherwise all places have the
@@ -193,12 +185,9 @@ def load_tokenizer(file: str) -> Tokenizer:
         raise InputError(f"tokenizer {path}: no such file; {WANTED}")
     try:
         saved = files.load(path)
-        if "state_dict" in saved:
-            tokenizer = Tokenizer(**saved["settings"])
-            tokenizer.load_state_dict(saved["state_dict"])
-            return tokenizer
-        settings, weights = dalle.encoder(saved)
-        tokenizer = Tokenizer(**settings, decoder=False)
+        ours = "state_dict" in saved
+        settings, weights = (saved["settings"], saved["state_dict"]) if ours else dalle.encoder(saved)
+        tokenizer = Tokenizer(**settings)
         tokenizer.load_state_dict(weights)
         return tokenizer
     except (LookupError, TypeError, ValueError, AttributeError, RuntimeError):  # InputError is a ValueError
@@ -299,9 +288,6 @@ class DVAE(nn.Module):
         c = self.config
         self.tau.fill_(cosine(c.tau, c.tau_end, min(1.0, progress / c.tau_anneal) if c.tau_anneal else 1.0))
         self.beta.fill_(cosine(0.0, c.kl_weight, min(1.0, progress / c.kl_warmup) if c.kl_warmup else 1.0))
-
-    def end_epoch(self, epoch: int, image_set) -> None:
-        """Nothing to recompute."""
 
     @torch.no_grad()
     def picture(self, batch: Batch) -> Tensor:

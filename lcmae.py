@@ -45,18 +45,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import mae
-from common import (
-    MLP,
-    Mask,
-    ViT,
-    initialize,
-    patchify,
-    random_mask,
-    reconstruction_loss,
-    restore,
-    take,
-    visible_count,
-)
+from common import MLP, Mask, ViT, initialize, patchify, random_mask, reconstruction_loss, restore, take, visible_count
 from inputs import augment
 from runtime.errors import InputError
 from runtime.knobs import Count, Part, Share, Size, Weight, check
@@ -146,12 +135,6 @@ class LCMAE(nn.Module):
         tokens = self.decoder.features(latents, mask)[:, mask.visible.shape[1] :]
         return tokens, self.decoder.predict and self.decoder.predict(tokens)
 
-    def update_teacher(self, progress: float) -> None:
-        """LC-MAE has no teacher: §3.3 uses none, nor a predictor, nor a stop-gradient."""
-
-    def end_epoch(self, epoch: int, image_set) -> None:
-        """Nothing to recompute."""
-
     @torch.no_grad()
     def picture(self, batch: Batch) -> Tensor | None:
         """(rows, B, 3, H, W) in [0, 1]: originals, then what is seen and what is made of it, for each mask."""
@@ -178,7 +161,7 @@ def both_views(batch: Batch) -> tuple[Tensor, Mask]:
 def cross_view_loss(v: Tensor, w: Tensor, mask: Mask, second: Mask) -> Tensor:
     """Eq. (5), as a mean: 1 - cos(v_i, w_i) over the patches i masked in both views, then over images.
 
-    v, w: (B, M, d), in the order of `mask.masked` and of `second.masked`. The gradient flows into both.
+    v, w: (B, M, d), in the order of `mask.masked` and of `second.masked`. The gradient flows into both (§3.3).
     """
     # Unit vectors in their places in the image, zero where a patch is visible: the product of two is the cosine.
     v, w = (on_grid(F.normalize(x.float(), dim=-1), m) for x, m in ((v, mask), (w, second)))  # (B, N, d)
@@ -244,8 +227,7 @@ class LocalDecoder(mae.Decoder):
 
 def gaussian_weights(grid: tuple[int, int], sigma: float = 1.0, reach: int = 2) -> Tensor:
     """(N, N): row i weighs the patches around patch i by exp(-d²/2σ²), `reach` to each side; each row sums to one."""
-    places = torch.arange(grid[0] * grid[1])
-    place = torch.stack([places // grid[1], places % grid[1]], dim=1)  # (N, 2) row and column
+    place = torch.cartesian_prod(*(torch.arange(side) for side in grid))  # (N, 2) row and column
     apart = (place[:, None] - place).abs()  # (N, N, 2)
     weights = torch.exp(-apart.square().sum(-1) / (2 * sigma**2)) * (apart <= reach).all(-1)
     return weights / weights.sum(dim=1, keepdim=True)

@@ -136,12 +136,6 @@ class MAE(nn.Module):
         predicted = self.decoder(latents, batch.mask)  # (B, M, P)
         return {"loss": reconstruction_loss(predicted, self.target(batch))}
 
-    def update_teacher(self, progress: float) -> None:
-        """MAE has no teacher."""
-
-    def end_epoch(self, epoch: int, image_set) -> None:
-        """Nothing to recompute."""
-
     @torch.no_grad()
     def picture(self, batch: Batch) -> Tensor:
         """(3, B, 3, H, W) in [0, 1]: the originals, what the encoder saw, what the decoder made of it."""

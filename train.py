@@ -4,9 +4,9 @@
     python train.py --method cmae --data tiny-imagenet --download    one GPU
     torchrun --nproc_per_node=8 train.py --method cmae --data imagenet --data-root DIR --recipe paper
 
-`train` is the loop that every method runs in. The method draws all that is random in a step (`draw`), computes its
-losses (called as a module), moves its teacher (`update_teacher`), may look at the whole image set between two epochs
-(`end_epoch`), and may ask for another method to be trained before it (`prepare`).
+`train` is the loop that every method runs in. The method draws all that is random in a step (`draw`) and computes its
+losses (called as a module). A method that has these members also moves its teacher (`update_teacher`), looks at the
+whole image set between two epochs (`end_epoch`), and asks for another method to be trained before it (`prepare`).
 
 A run lives in its directory (`--out`): config.json, log.jsonl, checkpoint.pt, encoder.pt, reconstruction.png. The same
 command continues it. Everything random in step t comes from (seed, t) and the order of epoch e from (seed, e), so a
@@ -114,11 +114,12 @@ def loop(args, plan: "Plan", run: Run, images: image_sets.ImageSet, device: torc
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad(set_to_none=True)
-            method.update_teacher((step + 1) / plan.steps)
+            if hasattr(method, "update_teacher"):
+                method.update_teacher((step + 1) / plan.steps)
 
             done = step + 1
             epochs, rest = divmod(done, plan.steps_per_epoch)  # an epoch ends where the rest is 0
-            if rest == 0 and done < plan.steps:  # nothing follows the last
+            if rest == 0 and done < plan.steps and hasattr(method, "end_epoch"):  # nothing follows the last
                 method.end_epoch(epochs - 1, images)
             meter.update(done, losses, rate)
             stopping = run.asked_to_stop()

@@ -38,7 +38,7 @@ def draw(args, method, B: int, device: torch.device):
 def our_loss(args, name: str, B: int, device: torch.device):
     method = build_method(args, name).to(device).train()
     batch = draw(args, method, B, device)
-    return method, lambda network: network(batch)["loss"], method.update_teacher
+    return method, lambda network: network(batch)["loss"], getattr(method, "update_teacher", lambda progress: None)
 
 
 def peer_loss(args, name: str, B: int, device: torch.device):

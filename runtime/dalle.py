@@ -13,7 +13,7 @@ def encoder(saved: dict) -> tuple[dict, dict]:
     weights = {our_name(name): value for name, value in saved.items()}
     (codes, _, _, _), (hidden, _, _, _) = (weights[f"encoder.{end}.weight"].shape for end in ("output", "input"))
     blocks = sum(name.startswith("encoder.groups.0") for name in weights) // 8  # four weights and biases in each
-    return dict(codes=codes, hidden=hidden, blocks=blocks), weights
+    return dict(codes=codes, hidden=hidden, blocks=blocks, decoder=False), weights
 
 
 def our_name(theirs: str) -> str:

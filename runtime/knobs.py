@@ -6,9 +6,8 @@ __post_init__ = check
 """
 
 import math
-import typing
 from collections.abc import Callable
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 from runtime.errors import InputError
 
@@ -29,9 +28,9 @@ Size = Annotated[int, Domain(lambda x: x >= 1, "1 or more")]
 
 def check(config) -> None:
     """Refuse the first knob whose value is outside of the domain of its type. NaN is outside of all of them."""
-    for name, kind in typing.get_type_hints(type(config), include_extras=True).items():
+    for name, kind in get_type_hints(type(config), include_extras=True).items():
         value, knob = getattr(config, name), name.replace("_", " ")
-        if typing.get_origin(kind) is Literal and value not in (words := typing.get_args(kind)):
+        if get_origin(kind) is Literal and value not in (words := get_args(kind)):
             raise InputError(f"{knob} {value!r}: unknown; choose {', '.join(words[:-1])} or {words[-1]}")
         for domain in getattr(kind, "__metadata__", ()):
             if not domain.holds(value):

@@ -13,15 +13,14 @@ def visible_statistics(patches: Tensor, mask: Mask, grid: tuple[int, int]) -> tu
     Un-normalising a prediction with the true mean and variance of the hidden patch would show what the model never saw.
     """
     variance, mean = torch.var_mean(patches, dim=-1, keepdim=True)  # (B, N, 1)
-    places = torch.arange(grid[0] * grid[1], device=patches.device)
-    place = torch.stack([places // grid[1], places % grid[1]], dim=-1).float()  # (N, 2) row and column
+    place = torch.cartesian_prod(*(torch.arange(side, device=patches.device).float() for side in grid))  # (N, 2)
     distance = torch.cdist(place[mask.masked], place[mask.visible])  # (B, M, V)
     weight = (-distance.square() / 2).softmax(dim=-1)
     return weight @ take(mean, mask.visible), weight @ take(variance, mask.visible)
 
 
-def picture_rows(images: Tensor, mask: Mask, predicted: Tensor, encoder: ViT, norm: bool) -> Tensor:
-    """Originals, masked, and reconstructed images (true visible patches kept): (3, B, 3, H, W) in [0, 1]."""
+def picture_rows(images: Tensor, mask: Mask, predicted: Tensor, encoder: ViT, norm: bool, *more) -> Tensor:
+    """Originals, masked, reconstructed (true visible patches kept) and `more` images: (rows, B, 3, H, W) in [0, 1]."""
     patches, p = patchify(images.float(), encoder.patch_size), encoder.patch_size
     predicted = predicted.float()
     if norm:
@@ -29,5 +28,5 @@ def picture_rows(images: Tensor, mask: Mask, predicted: Tensor, encoder: ViT, no
         predicted = predicted * (variance + 1e-6).sqrt() + mean
     index = mask.masked[:, :, None].expand_as(predicted)
     masked, filled = patches.scatter(1, index, 0.0), patches.scatter(1, index, predicted)
-    rows = [images, *(unpatchify(x, p, encoder.grid) for x in (masked, filled))]
+    rows = [images, *(unpatchify(x, p, encoder.grid) for x in (masked, filled)), *more]
     return torch.stack([augment.denormalize(x.float()) for x in rows]).clamp(0, 1)

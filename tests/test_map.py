@@ -148,8 +148,10 @@ def traces(name: str, knobs: dict) -> list:
             seen += [round(loss.item(), 5) for loss in losses.values()]
             for weight in method.parameters():
                 weight += 0.05 * torch.randn(weight.shape) if weight.requires_grad else 0.0
-        method.update_teacher((step + 1) / 4)
-        method.end_epoch(step, images)
+        if hasattr(method, "update_teacher"):
+            method.update_teacher((step + 1) / 4)
+        if hasattr(method, "end_epoch"):
+            method.end_epoch(step, images)
     shapes = [tuple(weight.shape) for weight in method.parameters()]
     kept = [round(weight.abs().sum().item(), 3) for weight in method.encoder.parameters()]
     return [asked, seen, shapes, kept]

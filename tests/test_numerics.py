@@ -410,7 +410,8 @@ def test_many_small_patches_train_in_half_precision(method, precision):
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
-        model.update_teacher(step / 4)
+        if hasattr(model, "update_teacher"):
+            model.update_teacher(step / 4)
         seen.append(loss.item())
     assert all(map(math.isfinite, seen)) and min(seen) < seen[0]
     assert all(weight.isfinite().all() for weight in model.parameters())
@@ -518,7 +519,7 @@ def test_ema_of_a_moving_student_has_its_closed_form(seed, mu, n):
     torch.testing.assert_close(teacher.weight.double(), expected, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [name for name in METHODS if hasattr(METHODS[name], "update_teacher")])
 def test_a_teacher_equal_to_its_student_stays_so_to_the_bit(method):
     """The fixed point, at the start, in the middle and at the end of the schedule."""
     model = build(method)
