@@ -28,12 +28,10 @@ import torch
 
 from common import SIZES
 from methods import METHODS
-from reporting.input_speed import bench_input
-from reporting.machine import HERE, folder, processor
-from reporting.run_speed import bench_epoch, bench_start
-from reporting.scale_estimate import bench_scale
-from reporting.speed_table import columns
-from reporting.step_speed import PEERS, bench_step
+from reporting import HERE
+from reporting.run_speed import bench_epoch, bench_input, bench_start
+from reporting.speed import columns, folder, processor
+from reporting.step_speed import PEERS, bench_scale, bench_step
 from runtime import files, process
 from runtime.command_line import Parser
 from runtime.errors import InputError

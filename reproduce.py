@@ -18,9 +18,9 @@ from pathlib import Path
 
 import analyze
 from inputs import image_sets
+from reporting import HERE
 from reporting.documents import generated, problems
 from reporting.experiments import EPOCHS, TUNE_EPOCHS, plan
-from reporting.machine import HERE
 from reporting.measures import MEASURES
 from reporting.runner import Runner, say
 from runtime import files, process

@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 from methods import METHODS
-from reporting.machine import HERE
+from reporting import HERE
 from reporting.tables import table
 
 ITEM = r"\(?(?:[A-Z]\.?)?\d+(?:\.\d+)*[a-e]?(?!\w)\)?"

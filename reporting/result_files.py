@@ -17,7 +17,8 @@ from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 
-from reporting.machine import HERE, processor
+from reporting import HERE
+from reporting.speed import processor
 from runtime import files
 from runtime.errors import InputError
 

@@ -13,8 +13,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from inputs import image_cache
+from reporting import HERE
 from reporting.experiments import Work
-from reporting.machine import HERE
 from reporting.result_files import about, changed, keep, sources, stands
 from runtime import files
 from runtime.errors import InputError

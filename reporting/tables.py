@@ -6,7 +6,7 @@ from pathlib import Path
 
 from reporting.claims import CLAIMS, VARIANTS, sides, verdict
 from reporting.result_files import BASELINES, ROWS, read, runs_of, values
-from reporting.speed_table import columns
+from reporting.speed import columns
 
 
 def table(head: str, rows: list[list]) -> str:

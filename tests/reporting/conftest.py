@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 
-from reporting import machine, result_files, runner
+from reporting import HERE, result_files, runner
 
 
 @pytest.fixture
@@ -13,7 +13,7 @@ def checkout(tmp_path, monkeypatch):
     place = tmp_path / "checkout"
     for folder in ("", "inputs", "runtime", "downstream", "figures", "reporting"):
         (place / folder).mkdir()
-        for file in (machine.HERE / folder).glob("*.py"):
+        for file in (HERE / folder).glob("*.py"):
             shutil.copy(file, place / folder)
     monkeypatch.setattr(result_files, "HERE", place)
     monkeypatch.setattr(runner, "HERE", place)

@@ -9,7 +9,7 @@ import torch
 from torchvision.datasets.folder import default_loader
 
 import bench
-from reporting import input_speed, machine, run_speed, scale_estimate, speed_table, step_speed, timing
+from reporting import run_speed, speed, step_speed
 from runtime import fast
 from runtime.errors import InputError
 
@@ -69,14 +69,14 @@ def test_the_peer_has_our_sizes_target_and_share_of_masked_patches():
 
 def test_contenders_take_turns_and_medians_are_reported(monkeypatch):
     now, order = [0.0], []
-    monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(speed.time, "perf_counter", lambda: now[0])
     costs = {"a": iter([9, 9, 1, 5, 2]), "b": iter([9, 9, 4, 4, 7])}  # the first two warm up
 
     def call(name):
         order.append(name)
         now[0] += next(costs[name])
 
-    found = timing.interleave({n: lambda n=n: call(n) for n in costs}, 3, CPU)
+    found = speed.interleave({n: lambda n=n: call(n) for n in costs}, 3, CPU)
     assert found == {"a": 2, "b": 4} and order[-6:] == ["a", "b"] * 3
 
 
@@ -95,20 +95,20 @@ def test_step_rows_share_ratios_and_costs(monkeypatch):
 @pytest.mark.slow
 def test_memory_is_measured_beyond_the_imports_and_grows_with_the_batch():
     args = parse()
-    small, large = (timing.in_a_child(step_speed.peak_memory, args, "mae", B, "fp32", False, CPU) for B in (2, 512))
+    small, large = (speed.in_a_child(step_speed.peak_memory, args, "mae", B, "fp32", False, CPU) for B in (2, 512))
     assert large - small > 20e6  # the encoder alone keeps over 40 kB an image
 
 
 def test_input_rows_and_the_torchvision_path(tmp_path, monkeypatch):
-    files, args = input_speed.picture_folder(tmp_path, 4, 32), parse()
+    files, args = run_speed.picture_folder(tmp_path, 4, 32), parse()
     image = default_loader(files[0])
-    assert input_speed.torchvision_views(args, "mae")(image).shape == (3, 32, 32)
-    views = input_speed.torchvision_views(args, "cmae")(image)
+    assert run_speed.torchvision_views(args, "mae")(image).shape == (3, 32, 32)
+    views = run_speed.torchvision_views(args, "cmae")(image)
     assert [v.shape for v in views] == [(3, 32, 32)] * 2 and not torch.equal(*views)
     seconds = {True: 4.0, False: 1.0}  # of calls that go image by image, and of the others
     sort = lambda calls, *_: {k: seconds[type(calls[k]()) is list] for k in calls}  # noqa: E731
-    monkeypatch.setattr(input_speed, "interleave", sort)
-    *parts, mae, cmae = input_speed.bench_input(parse("--method mae cae --peer torchvision --cpu-time"), CPU)
+    monkeypatch.setattr(run_speed, "interleave", sort)
+    *parts, mae, cmae = run_speed.bench_input(parse("--method mae cae --peer torchvision --cpu-time"), CPU)
     assert [part["name"] for part in parts] == ["decode", "cache", "crop", "colour", "blur"]
     for part in parts:  # one batch, one image of it after the other at torchvision's; its cache has no peer
         assert part["images_per_second"] in (2, 2 / 4)
@@ -119,7 +119,7 @@ def test_input_rows_and_the_torchvision_path(tmp_path, monkeypatch):
 
 def test_scale_halves_a_gpus_share_and_all_reduces_a_ring():
     args = bench.parse(f"{TINY} --batch-size 64 --what scale --method cmae".split())
-    few, many = scale_estimate.bench_scale(args, CPU)
+    few, many = step_speed.bench_scale(args, CPU)
     method = step_speed.build_method(args, "cmae")
     trained = sum(p.numel() for p in method.parameters() if p.requires_grad)
     assert few["all_reduce_megabytes"] == pytest.approx(2 * 7 / 8 * 4 * trained / 1e6)
@@ -142,7 +142,7 @@ def test_activations_count_each_storage_once_and_no_weights():
             y = x * self.w  # keeps x, and w, which does not count
             return {"loss": (y * y).sum()}  # keeps y twice
 
-    assert scale_estimate.activations(parse(), Twice(), 3) == 2 * 3 * 1000 * 4
+    assert step_speed.activations(parse(), Twice(), 3) == 2 * 3 * 1000 * 4
 
 
 def test_command_prints_80_columns_and_writes_every_figure(monkeypatch, capsys, tmp_path):
@@ -167,7 +167,7 @@ def test_a_machine_has_a_folder_of_its_own_and_adds_to_it(monkeypatch, tmp_path)
     monkeypatch.setattr(bench, "HERE", tmp_path)
     for model in models:
         (tmp_path / "cpuinfo").write_text(f"processor\t: 0\nmodel name\t: {model}\n")
-        monkeypatch.setattr(machine, "Path", lambda name: tmp_path / "cpuinfo")
+        monkeypatch.setattr(speed, "Path", lambda name: tmp_path / "cpuinfo")
         words = f"bench.py {TINY} --batch-size 2 --repeats 1 --precision fp32 --no-memory --device cpu --json"
         monkeypatch.setattr(sys, "argv", words.split())
         bench.main()
@@ -186,7 +186,7 @@ def test_tables_stay_within_80_columns():
                  compute_ms=123.0, all_reduce_megabytes=1234.0, all_reduce_ms=12.3, gathered_keys_megabytes=4.1,
                  memory_gb=79.0, first_limit="all-reduce")  # fmt: skip
     for one in (row, start, scale):
-        text = speed_table.columns([one])
+        text = speed.columns([one])
         assert max(map(len, text.splitlines())) <= 80 and "cmae_loc" in text
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import reproduce
-from reporting import citations, claims, documents, experiments, machine, result_files, tables
+from reporting import HERE, citations, claims, documents, experiments, result_files, tables
 from runtime.errors import InputError
 
 PARTS = [(name, part) for name, parts in documents.BLOCKS.items() for part in parts]
@@ -258,7 +258,7 @@ def test_a_broken_result_is_one_line(results):
 
 
 def test_documents_and_results_of_this_repository_agree():
-    assert documents.problems(machine.HERE, machine.HERE / "results") == []
+    assert documents.problems(HERE, HERE / "results") == []
 
 
 # ------------------------------------------------------------------------------------------------------------- stale
@@ -379,7 +379,7 @@ def test_every_line_of_the_index_leads_to_its_citation(cited):
         for link in links:
             shown, line, file, again = re.match(r"\[(\S+):(\d+)\]\((\S+)#L(\d+)\)", link).groups()
             assert (f"../{shown}", line) == (file, again)
-            text = (machine.HERE / shown).read_text().splitlines()[int(line) - 1]
+            text = (HERE / shown).read_text().splitlines()[int(line) - 1]
             last = re.search(r"\d+", number)[0]
             spans = re.findall(r"(\d+)(?:-| to )(\d+)", text)
             assert number in text or any(int(a) <= int(last) <= int(b) for a, b in spans), (key, link)

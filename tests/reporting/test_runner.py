@@ -9,7 +9,7 @@ import pytest
 import evaluate
 import reproduce
 from methods import METHODS
-from reporting import experiments, machine, measures, result_files, runner
+from reporting import HERE, experiments, measures, result_files, runner
 from runtime.errors import InputError
 from train import options
 
@@ -77,8 +77,8 @@ def test_without_tiny_imagenet_the_built_in_images_stand_in_and_it_says_so(tmp_p
     [
         ("shapes", ["cpu"], "out/results"),
         ("shapes", ["cpu", "--results", "mine"], "mine"),
-        ("tiny-imagenet", ["cpu"], machine.HERE / "results"),
-        ("tiny-imagenet", ["demo"], machine.HERE / "results"),
+        ("tiny-imagenet", ["cpu"], HERE / "results"),
+        ("tiny-imagenet", ["demo"], HERE / "results"),
     ],
 )
 def test_results_of_built_in_images_never_replace_those_of_tiny_imagenet(monkeypatch, name, flags, where):
