@@ -20,11 +20,11 @@ import analyze
 from inputs import image_sets
 from reporting import HERE
 from reporting.documents import generated, problems
-from reporting.experiments import EPOCHS, TUNE_EPOCHS, plan
+from reporting.experiments import EPOCHS, TUNE_EPOCHS, Runner, plan
 from reporting.measures import MEASURES
-from reporting.runner import Runner, say
 from runtime import files, process
 from runtime.errors import InputError
+from runtime.log import say
 
 
 def choose_data(root: str | None) -> str:

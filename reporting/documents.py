@@ -1,19 +1,252 @@
-"""The generated parts of the documents: each lies between `<!-- name -->` and `<!-- /name -->`."""
+"""The generated parts of the documents: tables of the result files, and the index of what the code cites.
 
+A part lies between `<!-- name -->` and `<!-- /name -->`.
+"""
+
+import ast
+import json
+import re
+import statistics
 from pathlib import Path
 
-from reporting import tables
-from reporting.citations import index_block
-from reporting.result_files import changed, read
+from methods import METHODS
+from reporting import HERE
+from reporting.claims import CLAIMS, VARIANTS, sides, verdict
+from reporting.result_files import BASELINES, ROWS, changed, read, runs_of, values
+from reporting.speed import columns
 from runtime.errors import InputError
+
+ITEM = r"\(?(?:[A-Z]\.?)?\d+(?:\.\d+)*[a-e]?(?!\w)\)?"
+LIST = rf"{ITEM}(?:(?:, | and |-| to ){ITEM})*"
+CITATION = re.compile(rf"(Eqs?\.|Tables?|Fig(?:ure|ures|\.|s\.)|Algorithm) ?({LIST})|(§)({ITEM})")
+PLACES = ["", "inputs/", "runtime/", "downstream/", "figures/", "reporting/measures"]  # other than tests and claims
+KINDS = {"E": "Eq. ", "T": "Table ", "F": "Figure ", "A": "Algorithm ", "§": "§"}  # by first letter
+
+
+def table(head: str, rows: list[list]) -> str:
+    names = head.split(" | ")
+    return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in [names, ["---"] * len(names), *rows])
+
+
+def spell(numbers: list[float], digits: int | None = None) -> str:
+    """Mean ± sample standard deviation; three significant digits unless told how many decimals."""
+    if not numbers:
+        return ""
+    mean = statistics.mean(numbers)
+    digits = max(0, 2 - int(f"{mean:e}".split("e")[1])) if digits is None else digits
+    return f"{mean:.{digits}f}" + (f" ± {statistics.stdev(numbers):.{digits}f}" if len(numbers) > 1 else "")
+
+
+def names_of(results: Path, folder: str) -> list[str]:
+    """The results of a budget, in the order of the table."""
+    files = sorted(results.glob(f"{folder}/*.json"))
+    return [f"{folder}/{file.stem}" for row in ROWS for file in files if file.stem.split("-")[0] == row]
+
+
+def commits(runs: list[dict]) -> str:
+    return ", ".join(sorted({(run.get("commit") or "?")[:7] + "*" * bool(run.get("dirty")) for run in runs}))
+
+
+def results_block(results: Path) -> str:
+    parts = []
+    for folder in ("cpu", "gpu"):
+        rows, notes, machines, name = [], {}, set(), None
+        for name in names_of(results, folder):
+            found, label = read(results / f"{name}.json"), f"`{name.split('/')[1]}`"
+            runs, last = found["runs"], spell(values(results, f"{name} loss.loss"))
+            pixels = [spell(x, 1) for k in ("knn", "linear") if (x := values(results, f"{name} pixels.{k}"))]
+            if pixels:
+                label, last = "untrained; supervised from scratch", ""
+                rows.append(["pixels", len(runs), *pixels, "", "", "", "", ""])
+            if "stale" in found:
+                notes.setdefault(found["stale"], []).append(name)
+                label += " †"
+            cells = [spell(values(results, f"{name} {k}.top1"), 1) for k in ("knn", "linear", "attentive", "finetune")]
+            minutes = f"{statistics.mean(run['seconds'] for run in runs) / 60:.0f}"
+            rows.append([label, len(runs), *cells, last, minutes, f"[{commits(runs)}](../results/{name}.json)"])
+            machines |= {run["machine"] for run in runs}
+        if name is None:
+            parts.append(f"`python reproduce.py --budget {folder}`: not run yet.")
+            continue
+        config = found["config"]
+        size = f"{config['classes']} classes of " if "classes" in config else ""
+        head = "method | seeds | kNN | linear | attentive | fine-tuned | loss | minutes | commit, log"
+        parts += [
+            f"`python reproduce.py --budget {folder}`: {size}{config['data']}, {config['model']} encoder, "
+            f"{config['epochs']} epochs, on {' or '.join(sorted(machines))}. Top-1 in per cent, mean ± standard "
+            "deviation over seeds; minutes of a seed with its evaluation; * some files had changes after the commit.",
+            table(head, rows), *(f"† {', '.join(names)}: {why}." for why, names in notes.items()),
+        ]  # fmt: skip
+    return "\n\n".join(parts)
+
+
+def curves(results: Path, folder: str) -> dict[str, list[tuple[float, float]]]:
+    """Method → (epoch, loss), mean over seeds."""
+    found = {}
+    for name in names_of(results, folder):
+        if BASELINES not in name:
+            together = zip(*(run["loss"] for run in runs_of(results, name)), strict=True)
+            found[name.split("/")[1]] = [(at[0]["epoch"], statistics.mean(x["loss"] for x in at)) for at in together]
+    return found
+
+
+def demo_block(results: Path) -> str:
+    """What `train.py --method NAME` does on the built-in images: losses by share of the run, the encoder's gain."""
+    rows, drawn, machines = [], curves(results, "demo"), set()
+    for name in names_of(results, "demo"):
+        runs, points = runs_of(results, name), drawn[name.split("/")[1]]
+        shown = [spell([points[round(i * (len(points) - 1) / 4)][1]]) for i in range(5)]
+        gains = [" → ".join(spell(values(results, f"{name} {k}.top1"), 1) for k in (f"{probe}-untrained", probe))
+                 for probe in ("knn", "linear")]  # fmt: skip
+        minutes = f"{statistics.mean(run['seconds'] for run in runs) / 60:.1f}"
+        label = f"[`--method {name.split('/')[1]}`](../results/{name}.json)"
+        rows.append([label, points[-1][0], *shown, *gains, minutes, len(runs), commits(runs)])
+        machines |= {run["machine"] for run in runs}
+    if not rows:
+        return "`python reproduce.py --budget demo`: not run yet."
+    head = "`train.py` | epochs | first loss | ¼ | ½ | ¾ | last | kNN, % | linear, % | minutes | seeds | commit"
+    return f"`python reproduce.py --budget demo`, on {' or '.join(sorted(machines))}; minutes with evaluation.\n\n{table(head, rows)}"
+
+
+def losses_block(results: Path) -> str:
+    parts = []
+    for folder in ("cpu", "gpu"):
+        if found := curves(results, folder):
+            epochs = [epoch for epoch, _ in next(iter(found.values()))]
+            shown = sorted({epochs[round(i * (len(epochs) - 1) / 6)] for i in range(7)})
+            rows = [[f"`{name}`", *(spell([dict(points)[e]]) if e in dict(points) else "" for e in shown)]
+                    for name, points in found.items()]  # fmt: skip
+            head = " | ".join([f"loss, {folder}", "first step", *(f"epoch {e}" for e in shown[1:])])
+            parts += [table(head, rows)]
+    return "\n\n".join(parts) or "Not run yet."
+
+
+def claims_block(results: Path) -> str:
+    rows, verdicts = [], []
+    for claim in CLAIMS:
+        found = [values(results, side) for side in sides(claim)]
+        names = dict.fromkeys(claim.runs)
+        links = [f"[{name}](../results/{name}.json)" if runs_of(results, name) else name for name in names]
+        counts = [len(x) for x in found]
+        seeds = " → ".join(map(str, counts if len(set(counts)) > 1 else counts[:1]))
+        measured = " → ".join(spell(x) for x in found) if all(found) else ""
+        measure = ", ".join(f"`{measure}`" for measure in claim.measure.split())
+        said = verdict(found[0], found[-1])
+        verdicts.append(f"- **{said}** {claim.paper}, {claim.where}: {claim.statement}.")
+        rows.append([f"{claim.paper}, {claim.where}", claim.statement, claim.reported, measure, measured, seeds,
+                     said, " < ".join(links)])  # fmt: skip
+    head = "paper | claim, from lower to higher | its numbers | measure | mean ± deviation | seeds | verdict | runs"
+    differs = [[f"claims/{name}", f"`--method {v['method']} {v['differs']}`"] for name, v in VARIANTS.items()]
+    runs = table("run | in place of its method's row in the cpu table", differs)
+    return "\n\n".join(["\n".join(verdicts), table(head, rows), runs])
+
+
+def speed_block(results: Path) -> str:
+    """What `bench.py --json` wrote, machine by machine, as it printed it; then figures that were only reported."""
+    parts = []
+    for folder in sorted(path for path in results.glob("bench/*") if path.is_dir()):
+        parts.append(f"### {folder.name}")
+        for file in sorted(folder.glob("*.json")):
+            found, link = json.loads(file.read_text()), f"../results/bench/{folder.name}/{file.name}"
+            if "figures" in found:
+                parts.append(f"[These figures]({link}) were {found['note']}.")
+                parts.append(table("what | float32 | bf16", found["figures"]))
+                continue
+            where = f"{found['device']}, {found['threads']} threads, torch {found['versions']['torch']}, "
+            lines = [found["command"].split(" --json")[0], *columns(found["rows"]).splitlines()]
+            parts += [
+                f"{where}commit [{commits([found['git']])}]({link})",
+                "\n".join(f"    {line}".rstrip() for line in lines),
+            ]
+    return "\n\n".join(parts) or "Not run yet."
+
+
+def first_block(results: Path) -> str:
+    """README's first command on every machine where it was timed."""
+    rows, log = [], "[log](../results/demo/cmae.json)"
+    for run in runs_of(results, "demo/cmae"):
+        top1 = [run["measured"][probe]["top1"] for probe in ("knn", "linear")]
+        rows.append([run["machine"], round(run["seconds"] / 60, 1), *(round(x, 1) for x in top1), log])
+    for file in sorted(results.glob("bench/*/reported.json")):
+        rows += json.loads(file.read_text())["first_command"]
+    if not rows:
+        return "Not run yet."
+    low, high = min(row[1] for row in rows), max(row[1] for row in rows)
+    head = "machine and precision | minutes (from a log: with evaluation) | kNN, % | linear, % | source"
+    return f"It took {low} to {high} minutes on the machines below.\n\n{table(head, rows)}"
+
+
+def papers() -> dict[str, str]:
+    """Method file → its paper's name, as its header begins."""
+    return {name: ast.get_docstring(ast.parse((HERE / f"{name}.py").read_text())).split(":")[0] for name in METHODS}
+
+
+def citations() -> dict[tuple[str, str], list[str]]:
+    """(paper, "Eq. 5") → all that cite it, each a link to its file and its name there: "CMAE.forward", "header".
+
+    A method's file cites its own paper unless it names another; the other files cite the last that a line names.
+    """
+    own, found = papers(), {}
+    name = "|".join(sorted(map(re.escape, own.values()), key=len, reverse=True))
+    files = [file for place in PLACES for file in HERE.glob(f"{place}*.py")]
+    for file in sorted(files, key=lambda file: (file.stem not in own, file)):
+        text, path = file.read_text(), file.relative_to(HERE)
+        tree = ast.parse(text)
+        inside = [(1, tree.body[0].end_lineno, "header"), *places(tree)] if tree.body else []
+        for number, line in enumerate(text.splitlines(), 1):
+            for match in CITATION.finditer(line):
+                before = line[: match.start()]
+                paper = re.match(rf" of ({name})(?!\w)", line[match.end() :])
+                paper = paper or re.search(rf"(?<![\w-])({name})(?:'s)?(?: \(arXiv [\d.v]+)?,? ?\(?$", before)
+                if file.stem not in own:
+                    paper = paper or re.search(rf".*(?<![\w-])({name})(?!\w)", before)
+                if not (paper := paper[1] if paper else own.get(file.stem)):
+                    continue
+                label = max([place for place in inside if place[0] <= number <= place[1]], default=(0, 0, ""))[2]
+                for item in items(match[2] or match[4]):
+                    links = found.setdefault((paper, KINDS[match[0][0]] + item), [])
+                    links += [link] if (link := f"[`{path}`](../{path}) {label}".strip()) not in links else []
+    return found
+
+
+def places(tree, prefix: str = ""):
+    """(first line, last line, name) of every function, class, method, field and constant."""
+    for node in tree.body:
+        target = node.targets[0] if isinstance(node, ast.Assign) else getattr(node, "target", node)
+        if name := getattr(target, "name", None) or getattr(target, "id", None):
+            yield node.lineno, node.end_lineno, prefix + name
+        if isinstance(node, ast.ClassDef):
+            yield from places(node, f"{node.name}.")
+
+
+def items(text: str) -> list[str]:
+    """ "(4), (5)" → 4, 5; "2 to 6" and "4-9": all between."""
+    listed = []
+    for part in re.split(r", | and ", text.replace("(", "").replace(")", "")):
+        ends = re.split(r"-| to ", part)
+        listed += map(str, range(int(ends[0]), int(ends[1]) + 1)) if len(ends) == 2 else ends
+    return listed
+
+
+def index_block(results: Path) -> str:
+    def order(key: str):
+        return list(KINDS).index(key[0]), [int(n) for n in re.findall(r"\d+", key)], key
+
+    found, parts = citations(), []
+    for paper in dict.fromkeys(papers().values()):
+        keys = sorted((key for of, key in found if of == paper), key=order)
+        rows = table("cited | where", [[key, ", ".join(found[paper, key])] for key in keys])
+        parts.append(f"<details><summary>{paper}</summary>\n\n{rows}\n\n</details>")
+    return "\n\n".join(parts)
+
 
 BLOCKS = {  # document: its generated parts, and the function of the results that writes each
     "docs/results.md": {
-        "results": tables.results_block, "losses": tables.losses_block, "first": tables.first_block,
-        "demo": tables.demo_block,
+        "results": results_block, "losses": losses_block, "first": first_block,
+        "demo": demo_block,
     },
-    "docs/claims.md": {"claims": tables.claims_block},
-    "docs/speed.md": {"speed": tables.speed_block},
+    "docs/claims.md": {"claims": claims_block},
+    "docs/speed.md": {"speed": speed_block},
     "docs/equations.md": {"index": index_block},
 }  # fmt: skip
 

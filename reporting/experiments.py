@@ -1,10 +1,28 @@
-"""Which commands make each result: every method under a budget, and the variants that claims compare."""
+"""Experiments: the commands of each result, for every method and for the variants that claims compare, and their runs.
 
+Commands run several at a time and within a time limit; what they measure is kept in result files.
+"""
+
+import json
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 
+from inputs import image_cache
+from reporting import HERE
 from reporting.claims import CLAIMS, VARIANTS
-from reporting.result_files import BASELINES, ROWS
+from reporting.result_files import BASELINES, ROWS, about, changed, keep, sources, stands
+from runtime import files
 from runtime.errors import InputError
+from runtime.log import say
 
 EPOCHS = {"cpu": 18, "gpu": 40}  # of pretraining, the same for every method
 TUNE_EPOCHS = {"cpu": 15, "gpu": 20}  # of fine-tuning, and of supervised training from scratch
@@ -22,7 +40,7 @@ def plan(args) -> list[Work]:
     budget = args.budget or "cpu"
     names = [f"{budget}/{name}" for name in ROWS if budget != "demo" or name != BASELINES]
     if args.claims:
-        needed = {name for claim in CLAIMS for name in claim.order}
+        needed = {name for claim in CLAIMS for name in claim.runs}
         names = [name for name in [*names, *(f"claims/{name}" for name in VARIANTS)] if name in needed]
     if args.methods:
         chosen, known = args.methods.split(","), [name.split("/")[1] for name in names]
@@ -47,7 +65,7 @@ def work_of(folder: str, name: str, budget: str, args) -> Work:
         measured = "knn linear attentive finetune classes"
     method, differs, untrained = name, "", ""
     if folder == "claims":
-        method, differs, measured = VARIANTS[name]
+        method, differs, measured = (VARIANTS[name][key] for key in ("method", "differs", "measured"))
     elif name == "cmae_loc" and budget == "gpu":  # a fifth of training, as the recipe's are of its own epochs
         differs = "--crop-warmup {0} --crop-interval {0}".format(max(1, epochs // 5))
     elif name == BASELINES:  # one step, for the shape of an encoder
@@ -73,3 +91,103 @@ def work_of(folder: str, name: str, budget: str, args) -> Work:
             else f"reproduce.py --measure {key} --run RUN"
         )  # fmt: skip
     return Work(f"{folder}/{name}" + "-base" * (args.model == "base"), method, commands)
+
+
+class Runner:
+    """Pieces, each a work and a seed, `jobs` at a time, for `minutes`: then what runs is asked to save and end."""
+
+    def __init__(self, args):
+        self.args, self.out, self.results = args, Path(args.out), Path(args.results)
+        self.deadline = time.monotonic() + args.minutes * 60 if args.minutes else float("inf")
+        self.threads = max(1, (os.cpu_count() or 1) // args.jobs)
+        self.wish, self.writing = threading.Event(), threading.Lock()
+
+    def over(self) -> bool:
+        return self.wish.is_set() or time.monotonic() > self.deadline
+
+    def all(self, works: list[Work]) -> None:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: self.wish.set())
+        pieces = [(work, seed) for seed in range(self.args.seeds) for work in works]
+        with ThreadPoolExecutor(self.args.jobs) as pool:
+            ends = list(pool.map(lambda piece: self.piece(*piece), pieces))
+        say(", ".join(f"{ends.count(end)} {end}" for end in ("done", "stood already", "left for later")))
+        if failed := [end for end in ends if isinstance(end, InputError)]:
+            raise InputError(f"{len(failed)} of {len(pieces)} failed, the first: {failed[0]}")
+
+    def piece(self, work: Work, seed: int) -> str | InputError:
+        """What became of it."""
+        name, result = f"{work.name}, seed {seed}", self.results / f"{work.name}.json"
+        try:
+            if stands(result, work.commands, seed):
+                return "stood already"
+            if self.over():  # before there is a directory
+                return "left for later"
+            folder = self.out / f"{work.name}-{seed}"
+            state = self.begin(folder, work)
+            for key, command in work.commands.items():
+                if key in state["measured"]:
+                    continue
+                if self.over():
+                    return "left for later"
+                say(f"{name}: {key}")
+                begin = time.monotonic()
+                try:
+                    state["measured"][key] = self.call(command, folder, seed)
+                finally:
+                    state["seconds"] += time.monotonic() - begin
+                    files.write_text(folder / "reproduce.json", json.dumps(state))
+            with self.writing:
+                keep(result, work.method, work.commands, about(folder, seed, state, self.threads))
+            return "done"
+        except InputError as error:
+            if self.over():  # a command that was asked to end has failed
+                return "left for later"
+            say(f"{name}: {error}")
+            return InputError(f"{name}: {error}")
+
+    def begin(self, folder: Path, work: Work) -> dict:
+        """What is done of a piece already; nothing of it, nor of its run, if commands or code have changed since."""
+        file = folder / "reproduce.json"
+        if file.exists():
+            state = json.loads(file.read_text())
+            if state["commands"] == work.commands and not changed(state["sources"]):
+                return state
+            shutil.rmtree(folder)
+        elif folder.exists() and any(folder.iterdir()):
+            raise InputError(f"{folder}: holds what reproduce.py did not make; give another --out")
+        folder.mkdir(parents=True, exist_ok=True)
+        made_by = sources(work.method, work.commands.values(), self.args.data)
+        state = dict(commands=work.commands, sources=made_by, measured={}, seconds=0.0)
+        files.write_text(file, json.dumps(state))
+        return state
+
+    def call(self, command: str, folder: Path, seed: int) -> dict:
+        """Run it as a user would. The answer is the last line that a measure prints, in JSON."""
+        where = self.args.data_root or str(image_cache.cache_folder())
+        places = {"RUN": str(folder), "SEED": str(seed), "DIR": where}
+        script, *words = [places.get(word, word) for word in shlex.split(command)]
+        environment = os.environ | {"OMP_NUM_THREADS": str(self.threads)}
+        with open(folder / "output.txt", "ab") as output:
+            process = subprocess.Popen(
+                [sys.executable, str(HERE / script), *words], stdout=subprocess.PIPE, stderr=output, env=environment,
+                start_new_session=True,
+            )  # fmt: skip
+            asked, printed = False, None
+            while printed is None:
+                try:
+                    printed, _ = process.communicate(timeout=0.5)
+                except subprocess.TimeoutExpired:
+                    if self.over() and not asked:  # once: train.py then saves, but a second time it ends at once
+                        process.terminate()
+                        asked = True
+        if process.returncode:
+            lines = (folder / "output.txt").read_text(errors="replace").split("\n")
+            why = next((line for line in reversed(lines) if line.strip()), "it said nothing")
+            raise InputError(f"{script} ended with status {process.returncode}: {why}")
+        if script == "train.py":  # by --no-evaluate it has measured nothing
+            file = folder / "summary.json"
+            found = json.loads(file.read_text()) if file.exists() else {}
+            return {probe + "-untrained" * (of == "untrained"): found[of][probe] for of in found for probe in found[of]}
+        answer = json.loads(printed.decode().splitlines()[-1])
+        return {k: answer[k] for k in ("top1", "top5", "n")} if "protocol" in answer else answer

@@ -9,8 +9,8 @@ import torch
 
 from common import SIZES, ViT
 from methods import METHODS
+from reporting.documents import spell
 from reporting.result_files import TABLE, runs_of, values
-from reporting.tables import spell
 from train import options
 
 ROOT = Path(__file__).parent.parent

@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 
-from reporting import HERE, result_files, runner
+from reporting import HERE, experiments, result_files
 
 
 @pytest.fixture
@@ -16,5 +16,5 @@ def checkout(tmp_path, monkeypatch):
         for file in (HERE / folder).glob("*.py"):
             shutil.copy(file, place / folder)
     monkeypatch.setattr(result_files, "HERE", place)
-    monkeypatch.setattr(runner, "HERE", place)
+    monkeypatch.setattr(experiments, "HERE", place)
     return place

@@ -1,5 +1,6 @@
 """README's generated parts say what the result files say, stale results are found, and stopped work goes on."""
 
+import ast
 import json
 import re
 import subprocess
@@ -8,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import reproduce
-from reporting import HERE, citations, claims, documents, experiments, result_files, tables
+from reporting import HERE, claims, documents, experiments, result_files
 from runtime.errors import InputError
 
 PARTS = [(name, part) for name, parts in documents.BLOCKS.items() for part in parts]
@@ -53,7 +54,7 @@ def row(text: str, start: str) -> list[str]:
 
 
 def test_results_table_is_the_files_means_and_deviations(results):
-    block = tables.results_block(results)
+    block = documents.results_block(results)
     assert row(block, "`mae`") == [
         "`mae`", "2", "41.0 ± 1.4", "", "", "60.5 ± 0.7", "1.50 ± 0.71", "2", "[0123456](../results/cpu/mae.json)",
     ]  # fmt: skip
@@ -65,21 +66,21 @@ def test_results_table_is_the_files_means_and_deviations(results):
 def test_pixels_and_training_from_scratch_have_rows_of_their_own(results):
     measured = top1(knn=30.0, linear=39.0, finetune=55.0) | {"pixels": {"knn": 20.0, "linear": 25.0}}
     result(results, "cpu/scratch", {0: (measured, LOSS)})
-    block = tables.results_block(results)
+    block = documents.results_block(results)
     assert row(block, "pixels")[:5] == ["pixels", "1", "20.0", "25.0", ""]
     assert row(block, "untrained; supervised from scratch")[1:7] == ["1", "30.0", "39.0", "", "55.0", ""]
     assert block.index("pixels") < block.index("`mae`")
-    assert "scratch" not in tables.losses_block(results)
+    assert "scratch" not in documents.losses_block(results)
 
 
 def test_a_stale_result_is_marked_with_its_reason(results):
     result(results, "cpu/cae", {0: (top1(knn=1.0), LOSS)}, stale="made before the norm")
-    block = tables.results_block(results)
+    block = documents.results_block(results)
     assert "† cpu/cae: made before the norm" in block and row(block, "`cae` †")
 
 
 def test_losses_are_means_over_seeds_at_each_epoch(results):
-    block = tables.losses_block(results)
+    block = documents.losses_block(results)
     assert row(block, "loss, cpu") == ["loss, cpu", "first step", "epoch 1", "epoch 2"]
     assert row(block, "`mae`") == ["`mae`", "3.00", "2.00", "1.50"]
 
@@ -88,10 +89,12 @@ def test_demo_table_shows_losses_by_share_of_the_run_and_what_the_encoder_gained
     measured = top1(**{"knn-untrained": 20.0, "knn": 30.04, "linear-untrained": 40.0, "linear": 55.5})
     loss = [{"loss": 8.0 / (1 + epoch)} for epoch in range(9)]
     result(tmp_path, "demo/cae", {0: (measured, loss)}, "cae")
-    assert row(tables.demo_block(tmp_path), "[`--method cae`](../results/demo/cae.json)")[1:] == [
+    assert row(documents.demo_block(tmp_path), "[`--method cae`](../results/demo/cae.json)")[1:] == [
         "8", "8.00", "2.67", "1.60", "1.14", "0.889", "20.0 → 30.0", "40.0 → 55.5", "1.5", "1", "0123456",
     ]  # fmt: skip
-    assert "on a laptop." in tables.demo_block(tmp_path) and "not run yet" in tables.demo_block(tmp_path / "cpu")
+    assert "on a laptop; minutes with evaluation." in documents.demo_block(
+        tmp_path
+    ) and "not run yet" in documents.demo_block(tmp_path / "cpu")
 
 
 @pytest.mark.parametrize(
@@ -100,7 +103,7 @@ def test_demo_table_shows_losses_by_share_of_the_run_and_what_the_encoder_gained
      ([123.4], None, "123"), ([1.5], None, "1.50")],
 )  # fmt: skip
 def test_numbers_are_spelt_as_mean_and_deviation(numbers, digits, spelt):
-    assert tables.spell(numbers, digits) == spelt
+    assert documents.spell(numbers, digits) == spelt
 
 
 # ------------------------------------------------------------------------------------------------------------ claims
@@ -126,7 +129,7 @@ def test_claims_are_judged_by_what_was_measured(results):
     result(results, "cpu/cmae_loc", seeds, "cmae_loc")
     for n, said in ((2, "not judged: fewer than three seeds"), (3, "shown")):
         result(results, "cpu/mae", {i: (top1(knn=40.0, finetune=60.0 + i), LOSS) for i in range(n)})
-        block = tables.claims_block(results)
+        block = documents.claims_block(results)
         (line,) = [line for line in block.splitlines() if "| it is better than MAE (here" in line]
         cells = [cell.strip() for cell in line.strip("|").split("|")]
         assert cells[6] == said
@@ -138,14 +141,14 @@ def test_claims_are_judged_by_what_was_measured(results):
 
 @pytest.mark.parametrize("claim", claims.CLAIMS, ids=lambda claim: f"{claim.paper} {claim.where} {claim.measure}")
 def test_every_claim_compares_what_its_runs_measure(claim):
-    budget = "gpu" if claim.order[0].startswith("gpu/") else None
+    budget = "gpu" if claim.runs[0].startswith("gpu/") else None
     args = reproduce.options(["--budget", "gpu"] if budget else ["--claims"])
     args.data = "tiny-imagenet"
     works = {work.name: work for work in experiments.plan(args)}
     for side in claims.sides(claim):
         name, measure = side.split()
         assert measure.split(".")[0] in {*works[name].commands, "loss"}
-    assert len(set(claims.sides(claim))) == len(claim.order) >= 2
+    assert len(set(claims.sides(claim))) == len(claim.runs) >= 2
 
 
 def test_the_gpu_row_of_the_other_cmae_places_its_crops_as_often_as_its_recipe():
@@ -186,14 +189,14 @@ def write(root, results):
 
 
 def test_the_speeds_are_what_bench_printed_machine_by_machine(results, root):
-    assert tables.speed_block(results) == "Not run yet."
+    assert documents.speed_block(results) == "Not run yet."
     found = dict(device="a laptop", threads=2, versions=dict(torch="2.9"), git=dict(commit="0123456789", dirty=True))
     rows = [dict(name="mae", batch=64, precision="fp32", images_per_second=259.4, ms=3.0), dict(name="hf", batch=64)]
     for name in ("a", "b"):
         (results / "bench" / name).mkdir(parents=True)
         file = results / f"bench/{name}/step.json"
         file.write_text(json.dumps(found | dict(command="python bench.py --peer hf --json step.json", rows=rows)))
-    head, *lines = tables.speed_block(results).split("### b")[0].strip().splitlines()
+    head, *lines = documents.speed_block(results).split("### b")[0].strip().splitlines()
     assert head == "### a" and lines[1] == (
         "a laptop, 2 threads, torch 2.9, commit [0123456*](../results/bench/a/step.json)"
     )
@@ -210,9 +213,9 @@ def test_figures_that_were_only_reported_say_so(results):
     told = dict(note="told by a friend; not remade", figures=[["a product", 363, 184]])
     told["first_command"] = [["a friend's, bf16", 5.5, 32.6, 57.4, "no"]]
     (results / "bench/x/reported.json").write_text(json.dumps(told))
-    assert "were told by a friend; not remade." in tables.speed_block(results)
-    assert row(tables.speed_block(results), "a product") == ["a product", "363", "184"]
-    block = tables.first_block(results)
+    assert "were told by a friend; not remade." in documents.speed_block(results)
+    assert row(documents.speed_block(results), "a product") == ["a product", "363", "184"]
+    block = documents.first_block(results)
     assert "took 1.5 to 5.5 minutes" in block
     assert row(block, "a laptop") == ["a laptop", "1.5", "31.0", "56.8", "[log](../results/demo/cmae.json)"]
     assert "| 5.5 | 32.6 | 57.4 | no |" in block
@@ -254,7 +257,7 @@ def test_a_number_changed_on_either_side_is_a_problem(results, root):
 def test_a_broken_result_is_one_line(results):
     (results / "cpu/cae.json").write_text('{"method": "cae", "runs": [')
     with pytest.raises(InputError, match=r"cae\.json: not a result"):
-        tables.results_block(results)
+        documents.results_block(results)
 
 
 def test_documents_and_results_of_this_repository_agree():
@@ -362,7 +365,7 @@ MUST = {  # every equation of the papers that has code, and the tables that have
 
 @pytest.fixture(scope="module")
 def cited():
-    return citations.citations()
+    return documents.citations()
 
 
 @pytest.mark.parametrize("paper", MUST)
@@ -372,29 +375,47 @@ def test_every_equation_and_table_is_in_the_index(paper, cited):
             assert (paper, f"{kind} {number}") in cited
 
 
-def test_every_line_of_the_index_leads_to_its_citation(cited):
+def piece(text: str, name: str) -> str:
+    """The lines of a file's docstring ("header"), or of "function", "Class.method", "Class.field", "CONSTANT"."""
+
+    def names(node) -> list[str]:
+        its = [node, getattr(node, "target", None), *getattr(node, "targets", [])]
+        return [getattr(x, key, "") for x in its for key in ("name", "id")]
+
+    node = ast.parse(text)
+    if name == "header":
+        return ast.get_docstring(node)
+    for part in name.split("."):
+        (node,) = [inner for inner in node.body if part in names(inner)]
+    return "\n".join(text.splitlines()[node.lineno - 1 : node.end_lineno])
+
+
+def test_every_name_in_the_index_is_of_code_that_cites_the_entry(cited):
     assert len(cited) > 60
     for (_, key), links in cited.items():
+        assert len(set(links)) == len(links)
         number = re.search(r"[\dA-Z.]*\d[a-e]?$", key)[0]
         for link in links:
-            shown, line, file, again = re.match(r"\[(\S+):(\d+)\]\((\S+)#L(\d+)\)", link).groups()
-            assert (f"../{shown}", line) == (file, again)
-            text = (HERE / shown).read_text().splitlines()[int(line) - 1]
-            last = re.search(r"\d+", number)[0]
+            shown, file, name = re.fullmatch(r"\[`(\S+)`\]\((\S+)\) ?(\S*)", link).groups()
+            assert file == f"../{shown}"
+            text = (HERE / shown).read_text()
+            text = piece(text, name) if name else text
+            last = int(re.findall(r"\d+", number)[-1])
             spans = re.findall(r"(\d+)(?:-| to )(\d+)", text)
-            assert number in text or any(int(a) <= int(last) <= int(b) for a, b in spans), (key, link)
+            cites = re.search(rf"(?<![\w.]){re.escape(number)}(?!\w)", text)
+            assert cites or any(int(a) <= last <= int(b) for a, b in spans), (key, link)
 
 
 def test_the_index_names_the_object_and_the_paper(cited):
     def names(paper, key):
-        return [re.sub(r"\[(\S+):\d+\]\(\S+\)", r"\1", link) for link in cited[paper, key]]
+        return [re.sub(r"\[`(\S+)`\]\(\S+\)", r"\1", link) for link in cited[paper, key]]
 
     assert "cmae.py CMAE.forward" in names("CMAE", "Eq. 8") and "cmae.py Config.lambda_c" in names("CMAE", "Eq. 8")
     assert "common.py reconstruction_loss" in names("CMAE", "Eq. 5")  # "Eq. (5) of CMAE"
     assert "cmae_loc.py location_loss" in names("The other CMAE", "Eq. 5")
     assert "figures/measures.py decoder_similarity" in names("LC-MAE", "Eq. 7")  # a file of no paper, which names it
     assert "dvae.py header" in names("CAE", "§G.1")  # "CAE (arXiv 2202.03026v2, §G.1)", in another paper's file
-    assert not any(link.startswith("[common.py") for link in cited["LC-MAE", "Eq. 5"])
+    assert not any(link.startswith("[`common.py") for link in cited["LC-MAE", "Eq. 5"])
 
 
 @pytest.mark.parametrize(
@@ -404,5 +425,5 @@ def test_the_index_names_the_object_and_the_paper(cited):
      ("Fig. 5)", ["5"]), ("§3.5, 1)", ["3.5"]), ("Table 2, 5x5", ["2"])],
 )  # fmt: skip
 def test_lists_and_ranges_of_citations(text, found):
-    match = citations.CITATION.search(text)
-    assert citations.items(match[2] or match[4]) == found
+    match = documents.CITATION.search(text)
+    assert documents.items(match[2] or match[4]) == found

@@ -9,7 +9,7 @@ import pytest
 import evaluate
 import reproduce
 from methods import METHODS
-from reporting import HERE, experiments, measures, result_files, runner
+from reporting import HERE, experiments, measures, result_files
 from runtime.errors import InputError
 from train import options
 
@@ -171,7 +171,7 @@ def bench(checkout, tmp_path):
         args = reproduce.options([*given, "--seeds", str(seeds), *words])
         args.data = "shapes"
         commands = commands or {"train": "train.py --seed SEED --out RUN"} | KNN
-        runner.Runner(args).all([experiments.Work("cpu/mae", "mae", commands)])
+        experiments.Runner(args).all([experiments.Work("cpu/mae", "mae", commands)])
         file = tmp_path / "out/cpu/calls.txt"
         called = file.read_text().splitlines() if file.exists() else []
         file.unlink(missing_ok=True)
@@ -242,7 +242,7 @@ def test_when_the_minutes_are_over_training_is_asked_to_save_and_goes_on_later(b
 
 
 def test_jobs_share_the_cores(bench, monkeypatch):
-    monkeypatch.setattr(runner.os, "cpu_count", lambda: 8)
+    monkeypatch.setattr(experiments.os, "cpu_count", lambda: 8)
     assert all(line.endswith("threads 4") for line in bench("--jobs", "2", seeds=2) if line.startswith("train"))
     assert {run["machine"].split(", ")[1] for run in json.loads(bench.file.read_text())["runs"]} == {"4 of 8 cores"}
 
