@@ -105,7 +105,8 @@ def demo_block(results: Path) -> str:
     if not rows:
         return "`python reproduce.py --budget demo`: not run yet."
     head = "`train.py` | epochs | first loss | ¼ | ½ | ¾ | last | kNN, % | linear, % | minutes | seeds | commit"
-    return f"`python reproduce.py --budget demo`, on {' or '.join(sorted(machines))}; minutes with evaluation.\n\n{table(head, rows)}"
+    where = f"on {' or '.join(sorted(machines))}; minutes with evaluation."
+    return f"`python reproduce.py --budget demo`, {where}\n\n{table(head, rows)}"
 
 
 def losses_block(results: Path) -> str:
