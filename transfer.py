@@ -29,7 +29,7 @@ from downstream.detection import Detector, Instances
 from downstream.segmentation import Segmenter, Segments
 from inputs import builtin_scenes
 from runtime import encoder_import, files, process
-from runtime.command_line import Help, Parser
+from runtime.command_line import Help, Parser, fastest
 from runtime.errors import InputError
 
 
@@ -56,7 +56,7 @@ def options() -> argparse.Namespace:
     add("--workers", type=int, metavar="N", help="processes that read; if not given, 8 for a GPU, none otherwise")
     add("--device", default="auto", choices=["auto", "cpu", "cuda"], metavar="NAME", help="auto, cpu, cuda")
     add("--precision", default="auto", choices=["auto", "fp32", "bf16"], metavar="NAME",
-        help="of the encoder: auto (bf16 on CUDA), fp32, bf16")  # fmt: skip
+        help="of the encoder: auto (what is fastest), fp32, bf16")  # fmt: skip
     args = parser.parse_args()
     for name, least in dict(n=1, image_size=1, epochs=1, batch_size=1, workers=0).items():
         if getattr(args, name) is not None and getattr(args, name) < least:
@@ -94,8 +94,9 @@ def main() -> None:
         if sets[0].categories != sets[1].categories:
             raise InputError(f"{root}: categories to learn and to test differ; give both files of one set")
     torch.manual_seed(args.seed)
-    bf16 = args.precision == "bf16" or (args.precision == "auto" and process.has_bf16(device))
-    model = Task(Features(encoder, args.freeze, bf16), sets[0].classes).to(device)
+    if args.precision == "auto":
+        args.precision = "bf16" if fastest(device)["precision"] == "bf16" else "fp32"
+    model = Task(Features(encoder, args.freeze, args.precision == "bf16"), sets[0].classes).to(device)
     fine_tune(model, Reader(sets[0], args.image_size, args.seed, args.jitter), args, device)
     result = measure(model, Reader(sets[1], args.image_size), args, device)
     del args.make_scenes, args.n

@@ -23,7 +23,7 @@ from downstream.augmentations import augmented
 from downstream.classifier import Classifier, trainable_parameters
 from downstream.optimizers import optimizer_for, take_step
 from downstream.recipes import Recipe
-from runtime import files
+from runtime import fast, files
 from runtime.errors import InputError
 from runtime.fast import upload
 from runtime.optimization import learning_rate
@@ -53,6 +53,7 @@ def train(
     settings = dict(
         asdict(recipe), kind=classifier.kind, blocks=classifier.blocks, classes=classes, images=len(source), seed=seed,
         precision=precision, accumulate=accumulate, encoder=checksum(classifier.encoder),
+        linear="convolution" if fast.as_convolution else "product",
     )  # fmt: skip
     run = Progress(directory, settings, classifier, dict(optimizer=optimizer, scaler=scaler), resume)
 
@@ -177,7 +178,7 @@ class Progress:
         if not isinstance(saved, dict) or "settings" not in saved:
             raise InputError(f"{path}: not a checkpoint of evaluate.py; give --resume never to start over")
         theirs = dict(positions="fixed") | saved["settings"]  # they were before they could be learned
-        if differs := files.differences(theirs, self.settings):
+        if differs := files.differences(theirs, self.settings, {"linear"}):
             raise InputError(f"{path}: with other settings ({differs}); give --resume never to start over")
         return saved
 

@@ -13,7 +13,7 @@ import transfer
 from common import ViT
 from downstream import dense_prediction, detection, segmentation
 from inputs import builtin_scenes
-from runtime import files
+from runtime import fast, files
 from runtime.errors import InputError
 
 pytest.importorskip("pycocotools.mask")
@@ -56,6 +56,7 @@ def chance(folder: Path) -> float:
 @pytest.mark.slow
 def test_training_raises_miou_above_chance_and_repeats_itself(run, folder, monkeypatch, capsys):
     words = "--run", run, "--task", "segment", "--data", folder, "--device", "cpu", "--batch-size", 8
+    words += "--precision", "fp32"  # auto depends on the machine
     result = call(monkeypatch, capsys, *words, "--epochs", 40, "--lr", 3e-3, "--jitter", 1, 1)
     assert result["miou"] > chance(folder) + 1, result  # over seeds by 6 to 16
     assert json.loads((run / "transfer-segment.json").read_text()) == result
@@ -64,11 +65,17 @@ def test_training_raises_miou_above_chance_and_repeats_itself(run, folder, monke
     assert short[0] == short[1]  # nor does it matter who reads
 
 
-def test_detection_trains_and_measures(run, folder, monkeypatch, capsys):
+@pytest.mark.parametrize("fastest", ["fp32", "bf16"])
+def test_detection_trains_and_measures(run, folder, monkeypatch, capsys, fastest):
+    """In the precision that is the fastest here."""
+    monkeypatch.setattr(fast, "measured", lambda: dict(precision=fastest, linear="product"))
+    types, forward = set(), ViT.embed
+    monkeypatch.setattr(ViT, "embed", lambda *a: types.add(torch.is_autocast_enabled("cpu")) or forward(*a))
     words = "--task", "detect", "--data", folder, "--device", "cpu", "--epochs", 1, "--batch-size", 4, "--untrained"
     result = call(monkeypatch, capsys, "--run", run, *words, "--image-size", 32)
     assert all(0 <= result[f"{kind}_{score}"] <= 100 for kind in ("box", "mask") for score in ("ap", "ap50"))
     assert json.loads((run / "transfer-detect-untrained.json").read_text()) == result
+    assert result["precision"] == fastest and types == {fastest == "bf16"}
 
 
 @pytest.mark.training

@@ -14,6 +14,7 @@ from small import CALM, CPU, PROTOCOLS, RICH, Images, classifier_of, same, small
 import evaluate
 from downstream import protocols, recipes
 from downstream.recipes import Recipe, recipe_for
+from runtime import fast
 from runtime.encoder_import import untrained
 
 
@@ -40,6 +41,15 @@ def test_what_the_frozen_part_gives_may_be_kept(monkeypatch, protocol, blocks):
     evaluated(protocol, RICH, blocks=blocks, encoder=encoder, paper=True)  # what is augmented is never kept
     assert sum(kept) == (protocol != "finetune")
     assert all(torch.equal(value, before[name]) for name, value in encoder.state_dict().items())  # nor is it changed
+
+
+def test_a_training_goes_on_in_the_precision_and_with_the_products_that_it_began_with(monkeypatch, tmp_path):
+    monkeypatch.setattr(fast, "as_convolution", False)
+    for there, here in ((("fp32", "convolution"), ("bf16", "product")), (("bf16", "product"), ("fp32", "convolution"))):
+        for precision, linear in (there, here):
+            monkeypatch.setattr(fast, "measured", lambda p=precision, way=linear: dict(precision=p, linear=way))
+            found = evaluated("finetune", directory=tmp_path / there[0])
+            assert (found["precision"], fast.as_convolution) == (there[0], there[1] == "convolution")
 
 
 @pytest.mark.training

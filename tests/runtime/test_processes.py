@@ -290,37 +290,49 @@ mae.MAE.forward = spoiled
 
 # -------------------------------------------------------------------------------------- what each machine finds fastest
 
-# A stand-in for the measurement: rank 0 finds {0} and {1} the fastest, the other ranks the contrary.
+# A stand-in for the measurement: rank 0 finds {0} and {1} the fastest, the other ranks the contrary. Each rank says
+# what it then trains with.
 FINDS = """
+import sys
 from runtime import fast
 ways = dict(precision=["fp32", "bf16"], linear=["product", "convolution"])
 mine = dict(precision="{0}", linear="{1}")
 first = os.environ.get("RANK", "0") == "0"
 fast.measured = lambda: {{key: next(w for w in both if (w == mine[key]) == first) for key, both in ways.items()}}
+plain = train.loop
+def loop(args, *others):
+    print("trains in", args.precision, args.linear, fast.as_convolution, file=sys.stderr, flush=True)
+    plain(args, *others)
+train.loop = loop
 """
 
 
-@pytest.mark.parametrize("n", [1, 2])
-def test_a_run_goes_on_in_the_precision_that_the_machine_it_began_on_chose(ranks, tmp_path, n):
+@pytest.mark.parametrize("n, precision", [(1, "fp32"), (2, "fp32"), (2, "bf16")])
+def test_a_run_goes_on_in_the_precision_that_the_machine_it_began_on_chose(ranks, tmp_path, n, precision):
     """Under auto rank 0 chooses for all; the run that is continued decides, whatever the next machine would choose."""
-    here, there = FINDS.format("bf16", "convolution"), FINDS.format("fp32", "product")
-    flags = ["--precision", "auto", "--epochs", 40]
+    other = "fp32" if precision == "bf16" else "bf16"
+    here, there = FINDS.format(precision, "convolution"), FINDS.format(other, "product")
+    flags, trains = ["--precision", "auto", "--epochs", 40], f"trains in {precision} convolution True"
     assert_fine(ranks(*flags, n=n, out="whole", before=here))
     run = ranks(*flags, n=n, before=here)
     wait_for_lines(run, tmp_path / "run", 7)
     run.send_signal(signal.SIGTERM)
-    assert run.wait() == [128 + signal.SIGTERM] * n and "cpu in bf16, into" in run.stderr, run.stderr
-    refused = ranks("--epochs", 40, "--precision", "fp32", n=n, before=there)
-    assert refused.wait()[0] == 2 and "precision 'bf16' there, 'fp32' here" in refused.stderr
+    assert run.wait() == [128 + signal.SIGTERM] * n and run.stderr.count(trains) == n, run.stderr
+    refused = ranks("--epochs", 40, "--precision", other, n=n, before=there)
+    assert refused.wait()[0] == 2 and f"precision '{precision}' there, '{other}' here" in refused.stderr
     again = ranks(*flags, n=n, before=there)
     assert_fine(again)
-    assert "cpu in bf16, into" in again.stderr and "continuing" in again.stderr
+    assert "continuing" in again.stderr and again.stderr.count(trains) == n
     assert_same_bits(state(tmp_path / "run"), state(tmp_path / "whole"))
     settings = json.loads((tmp_path / "run" / "config.json").read_text())["settings"]
-    assert (settings["precision"], settings["linear"]) == ("bf16", "convolution")
+    assert (settings["precision"], settings["linear"]) == (precision, "convolution")
+    (tmp_path / "run/checkpoint.pt").unlink()  # as if killed before the first: config.json has the choice
+    before = ranks("--precision", "auto", "--max-steps", 1, n=n, before=there)
+    assert_fine(before)
+    assert before.stderr.count(trains) == n
     anew = ranks("--precision", "auto", "--epochs", 1, "--resume", "never", n=n, before=there)
     assert_fine(anew)
-    assert "cpu in fp32, into" in anew.stderr
+    assert anew.stderr.count(f"trains in {other} product False") == n
 
 
 # ------------------------------------------------------------------------------------------------- places to write to
