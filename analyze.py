@@ -6,10 +6,9 @@
 
 `--figure all` draws every figure that the run can have, and names the others with the reason: an encoder without a
 decoder has no reconstruction. Images come from the validation set of the first run: evenly spaced, central squares, the
-same for every run. Only `views` shows training images, cropped as a training step crops them.
-The JSON says which images and references were used. Needs matplotlib: pip install ".[plots]".
-
-figures/measures.py defines what is measured, and says where the papers are unclear.
+same for every run. Only `views` shows training images, cropped as a training step crops them. The JSON says which
+images and references were used. figures/measures.py defines what is measured, and says where the papers are unclear.
+Needs matplotlib: pip install ".[plots]".
 """
 
 import argparse
@@ -19,7 +18,6 @@ import re
 from pathlib import Path
 
 from figures import plots
-from figures.drawing import STYLE
 from figures.study import Absent, Study
 from runtime import files, process
 from runtime.command_line import Parser, add_option
@@ -86,7 +84,7 @@ def draw(name: str, study: Study, file: Path) -> None:
     """One figure to its PNG, and its numbers to the JSON beside it."""
     import matplotlib
 
-    with matplotlib.rc_context(STYLE):
+    with matplotlib.rc_context(plots.STYLE):
         study.shown.clear()
         figure, numbers = FIGURES[name](study)
         try:

@@ -4,8 +4,7 @@ Where the papers are unclear, and what stands here
 - LC-MAE's attention distance leaves out the class token as query and as key, and each query's weights over the patches
   are brought back to a sum of one: an average distance in pixels, between the centres of patches.
 - LC-MAE Eq. (7) compares the attention of mask tokens to patches. Eq. (8) compares what leaves a decoder block (before
-  the norm) with the last layer of the reference (after its norm). The decoder works on masked images, the reference on
-  whole ones.
+  the norm), on masked images, with the last layer of the reference (after its norm), on whole ones.
 - LC-MAE Eq. (8) takes a "normalized cosine similarity matrix", "following CutLER". Here that matrix holds the cosines
   as they are, the diagonal included, without CutLER's threshold. CutLER compares the keys of DINO's last attention;
   Eq. (8) speaks of features, and so the outputs of the last block are compared here.
@@ -33,8 +32,7 @@ def centred(images, size: int) -> Tensor:
 
 @torch.no_grad()
 def features(encoder: ViT, batches: Iterable, of: str = "images") -> Tensor:
-    """Batches of uint8 images → the means of their patch tokens (n, D), as evaluate.py has it, or of="patches":
-    (n, N, D)."""
+    """uint8 images → the mean of each one's patch tokens (n, D), as in evaluate.py, or of="patches": (n, N, D)."""
     parts = (encoder(centred(images, encoder.image_size))[:, 1:].float() for images in batches)
     return torch.cat([tokens if of == "patches" else tokens.mean(dim=1) for tokens in parts])
 
@@ -65,8 +63,7 @@ def attention_maps(parts, work: Callable) -> list[Tensor]:
 
 def encoder_maps(encoder: ViT, images, blocks) -> list[Tensor]:
     """Attention of these blocks of the encoder on whole images: (B, heads, 1 + N, 1 + N) each."""
-    x = centred(images, encoder.image_size)
-    return attention_maps([block.attn for block in blocks], lambda: encoder(x))
+    return attention_maps([block.attn for block in blocks], lambda: encoder(centred(images, encoder.image_size)))
 
 
 def decoding(run, images, mask: Mask) -> tuple[Callable, Tensor]:
@@ -138,13 +135,13 @@ def decoder_similarity(batches: Iterable[list[Tensor]]) -> list[float]:
     Batches of (B, k, heads, n) a layer, as `mask_token_maps` gives them. Unit vectors u_i make Eq. (7)
     (‖Σ u_i‖² - I) / (I (I - 1)), so that one vector a layer is kept, however many images there are.
     """
-    sums, images = [], 0
+    sums, images = 0, 0
     for layers in batches:
-        here = [F.normalize(maps.flatten(1).cpu().double(), dim=1).sum(dim=0) for maps in layers]
-        sums, images = [a + b for a, b in zip(sums, here, strict=True)] if sums else here, images + len(layers[0])
+        units = F.normalize(torch.stack(layers).flatten(2).cpu().double(), dim=2)  # (layers, B, k · heads · n)
+        sums, images = sums + units.sum(dim=1), images + units.shape[1]
     if images < 2:
         raise InputError(f"images {images}: cannot be compared with another; give at least 2")
-    return [((u.square().sum() - images) / (images * (images - 1))).item() for u in sums]
+    return ((sums.square().sum(dim=1) - images) / (images * (images - 1))).tolist()
 
 
 def semantic_similarity(reference: Tensor, features: Tensor) -> Tensor:
@@ -158,9 +155,8 @@ def semantic_similarity(reference: Tensor, features: Tensor) -> Tensor:
 
 def class_distances(features: Tensor, labels: Tensor) -> dict[str, Tensor]:
     """CMAE §4.7 and Figure 6, for each class: mean and standard deviation of the distances between its images (intra),
-    and of those from its centre to the other centres (inter). (n, D), (n,) → float64 (classes,) each.
-
-    Every class needs two images. The deviation divides by the number of distances.
+    and of those from its centre to the other centres (inter). Every class needs two images.
+    (n, D), (n,) → float64 (classes,) each. The deviation divides by the number of distances.
     """
     groups = [features[labels == c].double() for c in labels.unique()]
     if len(groups) < 2 or min(map(len, groups)) < 2:

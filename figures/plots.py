@@ -1,10 +1,11 @@
 """The figures, one function each: (study) → the matplotlib figure, and the numbers that it shows.
 
-First what a run does, then where it looks, then what its encoder has learned. A run that cannot have a figure is told
-so by `Absent`: runs are asked for a decoder, a regressor or a heat map, not for the name of their method.
+First what a run does, then where it looks, what its encoder has learned, and last how it is drawn. A run that cannot
+have a figure is told so by `Absent`: runs are asked for a decoder or a regressor, not for the name of their method.
 """
 
 import re
+import textwrap
 from unittest import mock
 
 import torch
@@ -16,12 +17,20 @@ import dvae
 import mae
 from common import Mask, patchify, take, unpatchify
 from figures import measures
-from figures.drawing import canvas, circle, frame, gallery, greyed, lines, outline, rounded, short
 from figures.measures import centred, to_pixels
 from figures.study import Absent, Study, spaced
 from inputs import augment
 from runtime.command_line import field_comments
 from runtime.errors import InputError
+
+WIDTH = 9.0  # inches, of 100 pixels
+STYLE = {  # colours differ in lightness, lines and classes also in their markers, so that grey prints tell them apart
+    "savefig.dpi": 100, "font.size": 10, "axes.titlesize": 10, "figure.titlesize": 12, "legend.frameon": False,
+    "axes.grid": True, "grid.alpha": 0.3, "axes.spines.top": False, "axes.spines.right": False,
+    "image.cmap": "cividis", "lines.markersize": 5,
+    "axes.prop_cycle": "cycler(color=['#0b3c6f', '#d55e00', '#009e73', '#cc79a7', '#56b4e9', '#8a6d00', '#000000', "
+    "'#e69f00', '#7f7f7f', '#7b3294'], marker=['o', 's', '^', 'D', 'v', 'P', 'X', '*', '<', '>'])",
+}  # fmt: skip
 
 
 def curves(study: Study):
@@ -79,7 +88,7 @@ def views(study: Study):
     """What each branch sees of the training images: crops, shifts, colours, masks; ContrastiveCrop's map and box."""
     run, method, at = study.only(), study.runs[0].method, spaced(len(study.train), study.args.images or 6)
     size, p = run.settings.image_size, run.settings.patch_size
-    images = study.train.images(study.take("train", at).index, study.device)
+    images, study.shown["train"] = study.train.images(at, study.device), at.tolist()
     spies = (mock.patch.object(augment, f, wraps=getattr(augment, f)) for f in ("crop_resize", "shift_crop"))
     with next(spies) as crop, next(spies) as shift:  # remember where the views are cut from
         batch = run.draw(images, None if study.args.data else at)
@@ -169,8 +178,8 @@ def attention_map(study: Study):
 
 def attention_distance(study: Study):
     """LC-MAE Figures 5 and 6: mean attention distance of each layer of the encoder; dots are heads."""
-    images = study.batches(study.args.images or 32)
-    heads = {label: measures.attention_distances(encoder, images) for label, encoder in study.encoders}
+    n = study.args.images or 32
+    heads = {label: measures.attention_distances(encoder, study.batches(n)) for label, encoder in study.encoders}
     series = {label: x.mean(dim=1).tolist() for label, x in heads.items()}
     figure, axis = lines("Attention distance of the encoder; dots: heads", "layer", "mean distance (pixels)", series)
     for line, x in zip(axis.get_lines(), heads.values(), strict=True):
@@ -181,8 +190,8 @@ def attention_distance(study: Study):
 
 def decoder_similarity(study: Study):
     """LC-MAE Figure 2, Eq. (7): how alike a decoder layer's attention is in different images, under one mask."""
-    images = study.batches(study.args.images or 32)
-    series = {run.label: measures.decoder_similarity(measures.mask_token_maps(run, images)) for run in study.runs}
+    maps = {run.label: measures.mask_token_maps(run, study.batches(study.args.images or 32)) for run in study.runs}
+    series = {label: measures.decoder_similarity(its) for label, its in maps.items()}
     title = "Attention of mask tokens: similarity between images (LC-MAE, Eq. 7)"
     return lines(title, "decoder layer that attends", "mean cosine", series)[0], series
 
@@ -191,11 +200,11 @@ def semantic_similarity(study: Study):
     """LC-MAE Figure 3, Eq. (8): how alike patches are to each other in a decoder layer and in a reference encoder."""
     if not study.args.reference:
         raise Absent("needs an encoder to compare with, as DINO's; give --reference PATH")
-    images, series, one = study.batches(study.args.images or 32), {}, len(study.args.reference) == 1
+    series, one = {}, len(study.args.reference) == 1
     for run in study.runs:
         for name, reference in study.references(run.decoder and run.encoder.grid):
             terms = []
-            for step, part in enumerate(images):
+            for step, part in enumerate(study.batches(study.args.images or 32)):
                 theirs = measures.features(reference, [part], of="patches")
                 layers = measures.decoder_features(run, part, run.masks(part, step=step))
                 terms.append(torch.stack([measures.semantic_similarity(theirs, layer) for layer in layers]))
@@ -241,19 +250,17 @@ def class_distances(study: Study):
 
     For each run after the first: in how many classes its distance to other centres is larger (the paper: 811 of 1000).
     """
-    images, labels = study.labelled(study.args.images or 500, study.args.classes)
-    names, numbers = [study.val.classes[c] for c in labels.unique()], {}
+    numbers, first = {}, {}
     figure, axes = canvas(2, 2, height=6.0)
-    figure.suptitle(f"1 - cosine of the features, {len(images)} images, {len(names)} classes (CMAE, Figure 6)")
     titles = {"intra": "between images of a class", "inter": "between class centres"}
     panels = [(f"{which}_{what}", f"{title}: {name}") for which, title in titles.items()
               for what, name in (("mean", "mean"), ("std", "standard deviation"))]  # fmt: skip
-    first = {}
     for label, encoder in study.encoders:
+        images, labels = study.labelled(study.args.images or 500, study.args.classes)
         found = measures.class_distances(measures.features(encoder, images).cpu(), labels)
-        numbers[label] = {key: {"mean": x.mean().item(), "of_classes": rounded(x)} for key, x in found.items()}
         first = first or found
         larger = int((found["inter_mean"] > first["inter_mean"]).sum())
+        numbers[label] = {key: {"mean": x.mean().item(), "of_classes": rounded(x)} for key, x in found.items()}
         numbers[label]["inter_larger_than_first"] = larger
         for axis, (key, title) in zip(axes.flat, panels, strict=True):
             more = f" (above {study.encoders[0][0]} in {larger})" * (key == "inter_mean" and found is not first)
@@ -262,6 +269,8 @@ def class_distances(study: Study):
     for axis in axes.flat:
         axis.set_ylim(0, max((1.1 + 0.14 * len(study.encoders)) * axis.dataLim.y1, 1e-6))  # the legend is above dots
         axis.legend(loc="upper right")
+    names = [study.val.classes[c] for c in labels.unique()]
+    figure.suptitle(f"1 - cosine of the features, {len(labels)} images, {len(names)} classes (CMAE, Figure 6)")
     return figure, {"classes": names} | numbers
 
 
@@ -272,12 +281,10 @@ def features(study: Study):
     the ten most frequent labels are drawn, at most 1000 patches of each.
     """
     maps, of = study.args.label_maps, "patches" if study.args.label_maps else study.args.of
-    n = study.args.images or (500 if of == "images" else 50)
-    images, labels = study.label_maps(n) if maps else study.labelled(n, 10)
+    n, numbers = study.args.images or (500 if of == "images" else 50), {}
     figure, axes = canvas(1, len(study.encoders), height=1.6 + 6 / len(study.encoders) ** 0.7)
-    numbers = {} if maps else {"labels": labels.tolist()}
-    figure.suptitle(f"Features of {len(images)} images" + (", patch by patch" if of == "patches" else ""))
     for axis, (label, encoder) in zip(axes[0], study.encoders, strict=True):
+        images, labels = study.label_maps(n) if maps else study.labelled(n, 10)
         x = measures.features(encoder, images, of).cpu()
         if maps:
             every = torch.cat([measures.patch_labels(one, encoder.image_size, encoder.patch_size) for one in labels])
@@ -286,6 +293,7 @@ def features(study: Study):
             at = torch.cat([(every == c).nonzero()[:1000, 0] for c in most])
             every, x = every[at], x.flatten(0, 1)[at]
         else:
+            numbers["labels"] = labels.tolist()
             every, x = labels.repeat_interleave(x[..., 0].numel() // len(x)), x.flatten(0, -2)
         names, numbers[label] = ["t-SNE 1", "t-SNE 2"], {"labels": every.tolist()} if maps else {}
         if study.args.projection == "pca":
@@ -296,9 +304,76 @@ def features(study: Study):
             points = measures.tsne(x, study.runs[0].settings.seed)
         numbers[label]["points"] = rounded(points)
         for c in every.unique().tolist():
-            name = f"label {c}" if maps else short(study.val.classes[c])
+            name = f"label {c}" if maps else textwrap.shorten(study.val.classes[c].split(",")[0], 17, placeholder="…")
             axis.plot(*points[every == c].T.numpy(), linestyle="", label=name, alpha=0.7,
                       markersize=5 if of == "images" else 2.5)  # fmt: skip
         axis.set(title=label, xlabel=names[0], ylabel=names[1])
+    figure.suptitle(f"Features of {len(labels)} images" + (", patch by patch" if of == "patches" else ""))
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=5, markerscale=1.5)
     return figure, numbers
+
+
+def canvas(rows: int = 1, columns: int = 1, height: float = 4.0):
+    """A figure and its axes, an array (rows, columns)."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(WIDTH, height), layout="constrained")
+    return figure, figure.subplots(rows, columns, squeeze=False)
+
+
+def lines(title: str, x_name: str, y_name: str, series: dict[str, list[float]]):
+    """One line per run over the layers 1, 2, …; returns the figure and its axis."""
+    figure, ((axis,),) = canvas()
+    for name, values in series.items():
+        axis.plot(range(1, len(values) + 1), values, label=name)
+    axis.set(title=title, xlabel=x_name, ylabel=y_name, xticks=range(1, 1 + max(map(len, series.values()))))
+    axis.legend()
+    return figure, axis
+
+
+def gallery(title: str, rows: dict[str, Tensor | list], caption: str = ""):
+    """Rows of n pictures (3, H, W) or maps (h, w), each named at its left; returns the figure and its axes."""
+    n = len(next(iter(rows.values())))
+    figure, axes = canvas(len(rows), n, height=0.8 + len(rows) * (WIDTH - 1.5) / max(n, 4))
+    figure.suptitle(title)
+    figure.supxlabel(textwrap.fill(caption, 120), fontsize=10)
+    for row, (name, pictures) in zip(axes, rows.items(), strict=True):
+        for axis, picture in zip(row, pictures, strict=True):
+            x = picture.detach().float().cpu()
+            axis.imshow((x.permute(1, 2, 0).clamp(0, 1) if x.ndim == 3 else x).numpy(), interpolation="nearest")
+            axis.set(xticks=[], yticks=[])
+            axis.spines[:].set_visible(False)
+            axis.grid(False)
+        row[0].set_ylabel(textwrap.fill(name, 18), rotation=0, ha="right", va="center", multialignment="right")
+    return figure, axes
+
+
+def frame(axis, box, size: int, style: str = "-") -> None:
+    """A rectangle (top, left, height, width), given as shares of what is shown at `size` pixels a side."""
+    from matplotlib.patches import Rectangle
+
+    top, left, height, width = (float(x) * size for x in box)
+    for color, line in (("white", 3.5), ("black", 1.5)):  # seen on any ground
+        how = dict(color=color, linewidth=line, linestyle=style if color == "black" else "-")
+        axis.add_patch(Rectangle((left - 0.5, top - 0.5), width, height, fill=False, clip_on=False, **how))
+
+
+def outline(axis, region: Tensor) -> None:
+    """The border of a region bool (h, w) of a map's cells."""
+    cells = region.cpu().float().repeat_interleave(16, 0).repeat_interleave(16, 1)  # so that corners are square
+    y, x = (((torch.arange(side + 2) - 0.5) / 16 - 0.5).tolist() for side in cells.shape)
+    for color, width in (("white", 3), ("#1f4fff", 1.5)):
+        axis.contour(x, y, F.pad(cells, (1, 1, 1, 1)).numpy(), levels=[0.5], colors=color, linewidths=width)
+
+
+def circle(axis, row: float, column: float) -> None:
+    axis.plot(column, row, "o", color="red", markersize=9, fillstyle="none", markeredgewidth=2)
+
+
+def greyed(pictures: Tensor, mask: Mask, p: int, grid: tuple[int, int]) -> Tensor:
+    """Pictures (B, 3, H, W) in [0, 1] with their hidden patches grey."""
+    return unpatchify(patchify(pictures, p).masked_fill(mask.hidden[:, :, None], 0.5), p, grid)
+
+
+def rounded(x) -> list:
+    return torch.as_tensor(x).cpu().double().mul(1e6).round().div(1e6).tolist()

@@ -3,7 +3,6 @@
 import inspect
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from types import SimpleNamespace
@@ -102,21 +101,6 @@ class Run:
         return rows
 
 
-@dataclass
-class Batches:
-    """Some images of a set, read a batch at a time whenever they are gone through, so that they may be many."""
-
-    of: image_sets.ImageSet
-    index: Tensor
-    device: torch.device
-
-    def __len__(self) -> int:
-        return len(self.index)
-
-    def __iter__(self):
-        return (self.of.images(part, self.device) for part in self.index.split(BATCH))
-
-
 class Study:
     """The runs of one command, the images that they are shown, and what was asked for."""
 
@@ -151,26 +135,27 @@ class Study:
         found, first = self.open("train"), getattr(self.runs[0].settings, "images", None)
         return found.first(first) if first and not self.args.data else found  # a run may train on few
 
-    def take(self, split: str, index: Tensor) -> Batches:
-        """Images of "train" or "val"; `shown` keeps which, for the JSON."""
-        self.shown[split] = index.tolist()
-        return Batches(getattr(self, split), index, self.device)
+    def take(self, index: Tensor) -> Iterator:
+        """Validation images, a batch at a time, so that they may be many. `shown` keeps which, for the JSON."""
+        self.shown["val"] = index.tolist()
+        return (self.val.images(part, self.device) for part in index.split(BATCH))
 
-    def batches(self, n: int) -> Batches:
+    def batches(self, n: int) -> Iterator:
         """n validation images, evenly spaced."""
-        return self.take("val", spaced(len(self.val), n))
+        return self.take(spaced(len(self.val), n))
 
     def pictures(self, n: int):
         """The same at once: uint8 (n, 3, H, W), or a list where sizes vary."""
-        return self.val.images(self.batches(n).index, self.device)
+        self.shown["val"] = spaced(len(self.val), n).tolist()
+        return self.val.images(torch.tensor(self.shown["val"]), self.device)
 
-    def labelled(self, n: int, classes: int) -> tuple[Batches, Tensor]:
+    def labelled(self, n: int, classes: int) -> tuple[Iterator, Tensor]:
         """About n validation images, equally many of each of at most `classes` classes, and their labels (n,)."""
         labels = self.val.labels.cpu()
         chosen = labels.unique()
         groups = [(labels == c).nonzero()[:, 0] for c in chosen[spaced(len(chosen), classes)]]
         at = torch.cat([group[spaced(len(group), max(2, n // len(groups)))] for group in groups])
-        return self.take("val", at), labels[at]
+        return self.take(at), labels[at]
 
     def label_maps(self, n: int) -> tuple[list, list[Tensor]]:
         """n validation images of --label-maps, as batches of one, and their maps (1, H, W)."""
