@@ -191,6 +191,9 @@ def test_weights_stand_beside_runs_and_alone(runs, monkeypatch, tmp_path):
     assert beside["dino.pt"] == alone["dino.pt"] == run["conmim"] != beside["deit.pt"]
     references = numbers("--run", runs / "mae", *figure, "--reference", *weights)
     assert references["reference deit.pt"] == beside["deit.pt"]
+    alike = [runs / name / "encoder.pt" for name in ("conmim", "cae")]
+    named = numbers("--run", runs / "mae", *figure, "--reference", *alike)
+    assert [named[f"reference {file}"] for file in alike] == [beside["dino.pt"], beside["deit.pt"]]
     both = numbers("--run", runs / "mae", "--figure", "semantic-similarity", "--reference", *weights)
     one = numbers("--run", runs / "mae", "--figure", "semantic-similarity", "--reference", weights[1])
     assert both["reference"] == [str(file) for file in weights]
