@@ -32,11 +32,11 @@ from runtime import files, process
 from runtime.command_line import build_encoder, pretraining_options, settle
 from runtime.encoder_import import untrained
 from runtime.errors import InputError
-from runtime.log import Meter, say
+from runtime.log import Meter
 from runtime.optimization import learning_rate, parameter_groups
 from runtime.pictures import Pictures
 from runtime.randomness import epoch_order
-from runtime.ranks import rank, world_size
+from runtime.ranks import rank, say, world_size
 from runtime.run import Run
 
 
@@ -225,8 +225,8 @@ def train_first(args, device: torch.device, name: str, **settings) -> nn.Module:
 def summary(args, encoder: nn.Module, run: Run, device: torch.device) -> None:
     """What a person wants to know at the end: the loss, the pictures, and whether the encoder learned something."""
     if run.log and run.log.losses:  # rank 0 has a log, and one that was lost is begun anew
-        say(f"\nloss      {run.log.losses[0]:.4f} -> {run.log.losses[-1]:.4f}")
-    say(f"pictures  {run.directory / 'reconstruction.png'}\nencoder   {run.directory / 'encoder.pt'}")
+        say("", f"loss      {run.log.losses[0]:.4f} -> {run.log.losses[-1]:.4f}")
+    say(f"pictures  {run.directory / 'reconstruction.png'}", f"encoder   {run.directory / 'encoder.pt'}")
     if not isinstance(encoder, ViT):  # a tokenizer, say
         return
     if not args.evaluate:

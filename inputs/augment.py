@@ -174,10 +174,6 @@ def shift_crop(master: Tensor, offsets: Tensor, size: int) -> Tensor:
     return windows[torch.arange(len(master), device=master.device), :, down, right]
 
 
-def hflip(images: Tensor, where: Tensor | None = None) -> Tensor:
-    return change(images, where, lambda x: x.flip(3))
-
-
 # ------------------------------------------------------------------------------------------------------------- colour
 
 
@@ -240,21 +236,13 @@ def draw_color_jitter(
     return ColorJitter(order, *factors, rng.uniform(low=-hue, high=hue), where)
 
 
-def color_jitter(
-    images: Tensor,
-    order: Tensor,
-    brightness: Tensor,
-    contrast: Tensor,
-    saturation: Tensor,
-    hue: Tensor,
-    where: Tensor | None = None,
-) -> Tensor:
-    """torchvision's ColorJitter, each image in its own order. Fastest with `order` and `where` on the CPU."""
+def color_jitter(images: Tensor, *jitter: Tensor | None) -> Tensor:
+    """torchvision's ColorJitter with the parameters of `ColorJitter`, each image in its own order."""
+    order, *factors, where = ColorJitter(*jitter)
     images, order = images.clone(), order.cpu()
     order = order if where is None else order.masked_fill(~where.cpu()[:, None], -1)
     adjusts = adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue
-    factors = torch.stack([brightness, contrast, saturation, hue])[:, :, None, None, None]
-    factors = upload(factors, images.device)
+    factors = upload(torch.stack(factors)[:, :, None, None, None], images.device)
     chosen = [(order[:, place] == kind).nonzero()[:, 0] for place in range(4) for kind in range(4)]
     for i, rows in enumerate(upload(torch.cat(chosen), images.device).split([len(rows) for rows in chosen])):
         images[rows] = adjusts[i % 4](images[rows], factors[i % 4, rows])

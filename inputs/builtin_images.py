@@ -20,6 +20,7 @@ COUNTS = {"train": 8000, "val": 2000}
 SIZE = 64
 CHUNK = 16  # images painted at a time: few enough to stay in a processor's cache
 DRAWS = 80  # numbers for an image's parameters; its textures' come after them
+CONTRAST = (0.2, 0.7)  # of a surface
 LATTICES = (3, 5, 9, 17, 33)  # points per side, from the coarsest octave of a texture to the finest
 
 # Four colours from top to bottom: upper edge, just above the horizon, just below it, lower edge.
@@ -190,18 +191,10 @@ def polygon(p, *corners):
 # What a part is made of shows in any small piece of it, wherever it lies: phase, size and contrast are chance.
 
 
-def contrast(p):
-    return p.uniform(0.2, 0.7)
-
-
-def fraction(t: np.ndarray) -> np.ndarray:
-    return t - np.floor(t)
-
-
 def stripes(p, across, period, bend=0.0):
     """Triangle waves along `across`, bent by the texture: planks, tiles, fur, feathers."""
     t = (across + bend * p.texture) / (period * p.uniform(0.8, 1.25)) + p.uniform(0, 1)
-    return contrast(p) * (4 * np.abs(fraction(t) - np.float32(0.5)) - 1)
+    return p.uniform(*CONTRAST) * (4 * np.abs(t % 1 - np.float32(0.5)) - 1)
 
 
 def bricks(p, high, wide):
@@ -209,8 +202,8 @@ def bricks(p, high, wide):
     size = p.uniform(0.8, 1.25)
     v = p.y / (high * size) + p.uniform(0, 1)
     u = p.x / (wide * size) + np.floor(v) / 2 + p.uniform(0, 1)
-    edge = np.maximum(np.abs(fraction(v) - np.float32(0.5)), np.abs(fraction(u) - np.float32(0.5)))
-    return contrast(p) * (1 - 2 * np.clip(12 * (edge - np.float32(0.36)), 0, 1))
+    edge = np.maximum(np.abs(v % 1 - np.float32(0.5)), np.abs(u % 1 - np.float32(0.5)))
+    return p.uniform(*CONTRAST) * (1 - 2 * np.clip(12 * (edge - np.float32(0.36)), 0, 1))
 
 
 def scales(p, size):
@@ -218,13 +211,13 @@ def scales(p, size):
     size = size * p.uniform(0.8, 1.25)
     u = p.x / size + p.uniform(0, 1)
     v = p.y / size + np.floor(u) / 2 + p.uniform(0, 1)
-    du, dv = fraction(u), fraction(v) - np.float32(0.5)
-    return contrast(p) * (np.float32(1.4) - np.float32(2.4) * np.sqrt(du * du + dv * dv))
+    du, dv = u % 1, v % 1 - np.float32(0.5)
+    return p.uniform(*CONTRAST) * (np.float32(1.4) - np.float32(2.4) * np.sqrt(du * du + dv * dv))
 
 
 def speckle(p):
     """Blots: leaves, down."""
-    return contrast(p) * np.clip(6 * p.fine, -1, 1)
+    return p.uniform(*CONTRAST) * np.clip(6 * p.fine, -1, 1)
 
 
 # ------------------------------------------------------------------------------------------------------- the objects
@@ -270,7 +263,7 @@ def car(p):
     p.paint(polygon(p, (-0.55 * w, h), (0.65 * w, h), (0.35 * w, h + roof), (-0.35 * w, h + roof)), body)
     windows = polygon(p, (-0.46 * w, h), (0.54 * w, h), (0.3 * w, h + roof - 0.05), (-0.3 * w, h + roof - 0.05))
     p.paint(np.maximum(windows, 0.03 - np.abs(p.x)), glass, bulge=0)
-    gloss = contrast(p) * np.clip(1 - 16 * np.abs(p.y - np.float32(0.09)), 0, 1)
+    gloss = p.uniform(*CONTRAST) * np.clip(1 - 16 * np.abs(p.y - np.float32(0.09)), 0, 1)
     p.paint(np.maximum(box(p, 0, 0, w, h), ellipse(p, 0, -0.1, w * 1.08, 0.45)), body, surface=gloss)
     p.paint(ellipse(p, w - 0.06, 0.04, 0.05, 0.05), lamp, bulge=0)
     for x in (-0.55 * w, 0.55 * w):

@@ -15,6 +15,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from inputs import builtin_images
+from inputs.builtin_images import DRAWS, SIZE, Picture, rotation
 from runtime import files
 from runtime.errors import InputError
 
@@ -22,17 +23,17 @@ KINDS = ("house", "tree", "car", "cat")  # labels 1 … 4; 0 is the ground
 HALVES = ("train", "val")
 
 
-class Scene(builtin_images.Picture):
+class Scene(Picture):
     """Two to four of the built-in objects in one setting, and the pixels (64, 64) that each still covers at the end."""
 
     def __init__(self, rng: np.random.Generator):
-        super().__init__(rng.random((1, 2 * builtin_images.SIZE**2), dtype=np.float32))  # more than enough
+        super().__init__(rng.random((1, 2 * SIZE**2), dtype=np.float32))  # more than enough
         self.rng, self.masks, self.solid = rng, [], False  # solid: what is painted belongs to the last object
         self.places = rng.permutation([(x, y) for x in (-0.5, 0.5) for y in (-0.4, 0.4)])
         self.kinds = rng.integers(0, len(KINDS), rng.integers(2, 5))
         for kind in self.kinds:
-            draws = rng.random((1, builtin_images.DRAWS), dtype=np.float32)
-            self.numbers[:, : builtin_images.DRAWS], self.drawn = draws, 0
+            draws = rng.random((1, DRAWS), dtype=np.float32)
+            self.numbers[:, :DRAWS], self.drawn = draws, 0
             getattr(builtin_images, KINDS[kind])(self)  # calls `scene`, then `paint` for each part
             self.solid = False
         self.image = self.finish()[0].transpose(1, 2, 0)
@@ -41,22 +42,22 @@ class Scene(builtin_images.Picture):
         """The first object brings the setting; each gets a quarter of the picture, roughly, and less than full size."""
         if not self.masks:
             super().scene(settings, tilt, low, high)
-        self.masks.append(np.zeros((builtin_images.SIZE, builtin_images.SIZE), bool))
+        self.masks.append(np.zeros((SIZE, SIZE), bool))
         self.solid = True
         x, y = self.places[len(self.masks) - 1] + self.rng.uniform(-0.15, 0.15, 2)
         size = self.rng.uniform(0.45, 0.75)
         dx, dy = self.frame[0] - np.float32(x), self.frame[1] - np.float32(y)
-        cos, sin = builtin_images.rotation(self.uniform(-tilt / 2, tilt / 2))
+        cos, sin = rotation(self.uniform(-tilt / 2, tilt / 2))
         mirror = self.rng.choice([-1, 1])
         self.glow = 1 + 0.08 * self.texture + (self.light[0] * dx + self.light[1] * dy) / np.float32(size)
         self.x = np.float32(mirror / size) * (cos * dx + sin * dy)
         self.y = np.float32(1 / size) * (cos * dy - sin * dx)
-        self.pixels = builtin_images.SIZE / 2 * size
+        self.pixels = SIZE / 2 * size
 
     def paint(self, d, colour, bulge=0.25, surface=0.0):
         """Paint, and let what is painted hide what was there: a pixel belongs to a part that covers half of it."""
         super().paint(d, colour, bulge, surface)
-        inside = np.broadcast_to(d < 0, (1, builtin_images.SIZE, builtin_images.SIZE))[0]
+        inside = np.broadcast_to(d < 0, (1, SIZE, SIZE))[0]
         self.masks = [mask & ~inside for mask in self.masks]
         if self.solid:
             self.masks[-1] |= inside
@@ -73,11 +74,10 @@ def write(folder: Path, n: int, seed: int) -> None:
     """Write n scenes to learn from and a quarter as many to test on, the same ones in VOC's and in COCO's format."""
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise InputError(f"{folder}: is there already; give a new folder to --make-scenes")
-    images, labels, lists, coco = (
-        folder / part for part in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation", "annotations")
-    )
+    parts = "JPEGImages SegmentationClass ImageSets/Segmentation annotations".split()
+    images, labels, lists, coco = parts = [folder / part for part in parts]
     try:
-        for part in (images, labels, lists, coco):
+        for part in parts:
             part.mkdir(parents=True)
         files.write_text(folder / "labels.txt", "\n".join(("background", *KINDS)) + "\n")
         for half, (split, count) in enumerate(zip(HALVES, (n, -(-n // 4)), strict=True)):
@@ -90,8 +90,7 @@ def write(folder: Path, n: int, seed: int) -> None:
                 png = Image.fromarray(classes.astype(np.uint8))
                 png.putpalette([0, 0, 0, 128, 0, 0, 0, 128, 0, 128, 128, 0, 0, 0, 128])  # VOC's first five colours
                 png.save(labels / f"{name}.png")
-                size = dict(height=builtin_images.SIZE, width=builtin_images.SIZE)
-                about["images"].append(dict(id=i, file_name=f"JPEGImages/{name}.jpg", **size))
+                about["images"].append(dict(id=i, file_name=f"JPEGImages/{name}.jpg", height=SIZE, width=SIZE))
                 about["annotations"] += annotations(scene, i, len(about["annotations"]))
             files.write_text(lists / f"{split}.txt", "\n".join(names) + "\n")
             files.write_text(coco / f"instances_{split}.json", json.dumps(about) + "\n")
@@ -104,12 +103,9 @@ def annotations(scene: Scene, image: int, first: int) -> list[dict]:
     found = []
     for mask, kind in zip(scene.masks, scene.kinds.tolist(), strict=True):
         if mask.any():
-            rows, columns = (np.flatnonzero(mask.any(axis=axis)) for axis in (1, 0))
-            x, y = int(columns[0]), int(rows[0])
-            box = [x, y, int(columns[-1]) + 1 - x, int(rows[-1]) + 1 - y]
+            rows, columns = mask.nonzero()
+            box = [int(n) for n in (columns.min(), rows.min(), np.ptp(columns) + 1, np.ptp(rows) + 1)]
             code = dict(size=list(mask.shape), counts=run_lengths(mask))
-            found.append(
-                dict(id=1 + first + len(found), image_id=image, category_id=1 + kind, bbox=box, area=int(mask.sum()),
-                     iscrowd=0, segmentation=code)
-            )  # fmt: skip
+            about = dict(id=1 + first + len(found), image_id=image, category_id=1 + kind, bbox=box, area=len(rows))
+            found.append(about | dict(iscrowd=0, segmentation=code))
     return found

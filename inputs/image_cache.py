@@ -1,7 +1,8 @@
-"""The cache: a set that fits into memory is decoded once, into one file that every later start maps and checks.
+"""Images in memory, and the cache: a set that fits there is decoded once, into a file that later starts map and check.
 
 Cache files lie in $MINMIM_CACHE, else in minmim/ in the user's cache folder. Their names hold a hash of what they were
-made from, so that any change of the images makes a new file. Old ones may be deleted at any time.
+made from, so that any change of the images makes a new file. Old ones may be deleted at any time. One process of each
+machine makes them while the others wait.
 """
 
 import contextlib
@@ -9,25 +10,66 @@ import hashlib
 import json
 import os
 import struct
-import tempfile
 import zlib
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from inputs.images_in_files import cores
-from inputs.images_in_memory import Packed
-from inputs.once_per_node import say
+from common import upload
 from runtime import files
 from runtime.errors import InputError
+from runtime.ranks import rank, say, world_size
 
-PART = 1 << 26  # bytes of a cache file under one checksum
-MAGIC = b"minMIM2\n"  # ends a cache file; the number is the format's version
+MAGIC = b"minMIM3\n"  # ends a cache file; the number is the format's version
 TAIL = struct.Struct("<QI8s")  # length and CRC-32 of the index, MAGIC
+
+
+def pack(images: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Images (3, H_i, W_i) end to end as one flat uint8 tensor, and their sizes, int64 (B, 2)."""
+    return torch.cat([image.reshape(-1) for image in images]), torch.tensor([image.shape[1:] for image in images])
+
+
+class Packed:
+    """Images of any sizes in memory: one flat uint8 tensor on any device, and their sizes (N, 2) on the CPU."""
+
+    def __init__(self, flat: Tensor, sizes: Tensor):
+        self.flat, self.sizes = flat, sizes
+        self.ends = 3 * sizes.prod(dim=1).cumsum(0)  # (N,) where each image ends in `flat`
+        self.uniform = bool((sizes == sizes[:1]).all())
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    def first(self, n: int) -> "Packed":
+        return Packed(self.flat[: int(self.ends[n - 1])], self.sizes[:n])
+
+    def view(self, i: int) -> Tensor:
+        (h, w), end = self.sizes[i].tolist(), int(self.ends[i])
+        return self.flat[end - 3 * h * w : end].view(3, h, w)
+
+    def images(self, index: Tensor, device: torch.device) -> Tensor | list[Tensor]:
+        """(B,) → uint8 (B, 3, H, W) if all images of the set have one size, else a list of (3, H_i, W_i)."""
+        if self.uniform:
+            whole = self.flat.view(-1, 3, *self.sizes[0].tolist())
+            rows = upload(index, whole.device)
+            return whole.index_select(0, rows).to(device)  # moves rows, where [index] moves numbers
+        flat, sizes = pack([self.view(i) for i in index.tolist()])
+        batch = Packed(flat.to(device), sizes)  # one transfer
+        return [batch.view(i) for i in range(len(batch))]
+
+
+def cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+# ---------------------------------------------------------------------------------------------------------- the cache
 
 
 def cache_folder() -> Path:
@@ -36,30 +78,36 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minmim"
 
 
+def cache_file(name: str) -> Path:
+    """The path of a file in the cache folder, which is made if need be."""
+    folder = cache_folder()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{folder}: cannot be made ({error.strerror}); set MINMIM_CACHE to another folder") from error
+    return folder / name
+
+
 def cached(stem: str, made_from: bytes, chunks: Callable[[], Iterable]) -> tuple[Packed, Tensor, list[str]]:
     """Pixels, labels and names of bad images, from the cache file if it is there and sound, else from `chunks()`."""
     key = hashlib.sha256(MAGIC + made_from).hexdigest()
-    path = cache_folder() / f"{stem}-{key[:16]}.cache"
+    path = cache_file(f"{stem}-{key[:16]}.cache")
     if path.exists():
         try:
             return read_cache(path, key)
         except ValueError as damage:
             say(f"{path}: the cache is damaged ({damage}); making it again")
-    try:
-        write_cache(path, key, chunks())
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror}); make room, or set MINMIM_CACHE") from error
+    write_cache(path, key, chunks())
     return read_cache(path, key)
 
 
 def remembered(stem: str, made_from: bytes, compute: Callable[[], list[float]]) -> list[float]:
     """Two numbers that `compute()` finds, from the cache folder if they are there."""
-    path = cache_folder() / f"{stem}-{hashlib.sha256(made_from).hexdigest()[:16]}.json"
+    path = cache_file(f"{stem}-{hashlib.sha256(made_from).hexdigest()[:16]}.json")
     with contextlib.suppress(OSError, ValueError, TypeError):
         low, high = json.loads(path.read_text())
         return [float(low), float(high)]
     numbers = compute()
-    path.parent.mkdir(parents=True, exist_ok=True)
     files.write_text(path, json.dumps(numbers))
     return numbers
 
@@ -67,81 +115,94 @@ def remembered(stem: str, made_from: bytes, compute: Callable[[], list[float]]) 
 def write_cache(path: Path, key: str, chunks: Iterable[tuple[Tensor, Tensor, Tensor, list[str]]]) -> None:
     """The pixels of all chunks, then height, width and label of each image, an index in JSON, its length and checksum.
 
-    A chunk is flat pixels, sizes (b, 2), labels (b,), and the names of images left out. The file takes its name only
-    when it is whole and on disk.
+    A chunk is flat pixels, sizes (b, 2), labels (b,), and the names of images left out.
     """
-    numbers, bad, crcs, size = [], [], [], 0
 
-    def write(array: np.ndarray) -> None:  # checksums of what was meant, not of what the disk made of it
-        nonlocal size
-        rest = memoryview(array.tobytes())
-        file.write(rest)
-        while rest:
-            if size % PART == 0:
-                crcs.append(0)
-            now = rest[: PART - size % PART]
-            crcs[-1] = zlib.crc32(now, crcs[-1])
-            size, rest = size + len(now), rest[len(now) :]
+    def write(file) -> None:
+        numbers, bad, parts = [], [], []
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".part")
-    try:
-        with open(descriptor, "wb") as file:
-            for flat, chunk_sizes, chunk_labels, chunk_bad in chunks:
-                write(flat.numpy())
-                numbers.append(torch.cat([chunk_sizes, chunk_labels[:, None]], dim=1))
-                bad += chunk_bad
-            if not sum(map(len, numbers)):
-                raise InputError(f"{bad[0]}: does not decode, nor does any other image; give a folder of images")
-            table = torch.cat(numbers).numpy()  # int64 (N, 3); as JSON it would take longer to read than all to check
-            write(table)
-            index = json.dumps(dict(key=key, crc32=crcs, images=len(table), bad=bad)).encode()
-            file.write(index + TAIL.pack(len(index), zlib.crc32(index), MAGIC))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+        def append(array: np.ndarray) -> None:
+            content = array.tobytes()
+            file.write(content)
+            parts.append((len(content), zlib.crc32(content)))  # of what was meant, not of what the disk made of it
+
+        for flat, sizes, labels, names in chunks:
+            append(flat.numpy())
+            numbers.append(torch.cat([sizes, labels[:, None]], dim=1))
+            bad += names
+        if not sum(map(len, numbers)):
+            raise InputError(f"{bad[0]}: does not decode, nor does any other image; give a folder of images")
+        append(torch.cat(numbers).numpy())  # int64 (N, 3); as JSON it would take longer to read than all to check
+        index = json.dumps(dict(key=key, parts=parts, bad=bad)).encode()
+        file.write(index + TAIL.pack(len(index), zlib.crc32(index), MAGIC))
+
+    files.write_whole(path, write, "; make room, or set MINMIM_CACHE")
 
 
 def read_cache(path: Path, key: str) -> tuple[Packed, Tensor, list[str]]:
     """Map the pixels of a cache file, after checking every byte; raise ValueError if it is not what was written."""
-    with open(path, "rb") as file:
-        end = path.stat().st_size - TAIL.size
-        if end < 0:
-            raise ValueError("it is too short")
-        file.seek(end)
-        length, checksum, magic = TAIL.unpack(file.read())
-        file.seek(max(0, end - length))
-        if magic != MAGIC or length > end or zlib.crc32(index := file.read(length)) != checksum:
-            raise ValueError("its end is not that of a cache")
-        index = json.loads(index)
-        if index["key"] != key:
-            raise ValueError("it belongs to other images")
-        total = end - length
-        if checksums(path, total) != index["crc32"]:
-            raise ValueError("its checksum differs")
-        n = index["images"]
-        file.seek(total - 3 * 8 * n)
-        table = torch.from_numpy(np.fromfile(file, np.int64, 3 * n).reshape(n, 3))
+    content = np.memmap(path, np.uint8, mode="c")  # "c": writable, never written back
+    end = len(content) - TAIL.size
+    if end < 0:
+        raise ValueError("it is too short")
+    length, checksum, magic = TAIL.unpack(content[end:])
+    index = content[max(0, end - length) : end].tobytes()
+    if magic != MAGIC or length > end or zlib.crc32(index) != checksum:
+        raise ValueError("its end is not that of a cache")
+    index = json.loads(index)
+    if index["key"] != key:
+        raise ValueError("it belongs to other images")
+    lengths, sums = zip(*index["parts"], strict=True)
+    if sum(lengths) != end - length or checksums(path, lengths) != list(sums):
+        raise ValueError("its checksum differs")
+    pixels = end - length - lengths[-1]
+    table = torch.from_numpy(np.frombuffer(content[pixels : end - length].tobytes(), np.int64).reshape(-1, 3).copy())
     sizes, labels = table[:, :2], table[:, 2].clone()
-    if 3 * int(sizes.prod(dim=1).sum()) != total - 3 * 8 * n:
+    if 3 * int(sizes.prod(dim=1).sum()) != pixels:
         raise ValueError("its sizes are not those of its pixels")
-    flat = np.memmap(path, np.uint8, mode="c", shape=(total - 3 * 8 * n,))  # "c": writable, never written back
-    return Packed(torch.from_numpy(flat), sizes), labels, index["bad"]
+    return Packed(torch.from_numpy(content[:pixels]), sizes), labels, index["bad"]
 
 
-def checksums(path: str | Path, total: int) -> list[int]:
-    """CRC-32 of each PART of a file's first `total` bytes, by all cores, though at most eight."""
+def checksums(path: Path, lengths: Iterable[int]) -> list[int]:
+    """CRC-32 of each part of a file, given the bytes of the parts, by all cores, though at most eight."""
 
-    def of_part(start: int) -> int:  # by reading: checking the mapped pages would make them all resident
-        checksum, end, piece = 0, min(total, start + PART), memoryview(bytearray(1 << 20))
-        with open(path, "rb") as file:
-            file.seek(start)
-            for at in range(start, end, len(piece)):
-                checksum = zlib.crc32(piece[: file.readinto(piece[: end - at])], checksum)
+    def of_part(start: int, end: int) -> int:  # by reading: checking the mapped pages would make them all resident
+        checksum = 0
+        for at in range(start, end, 1 << 20):
+            checksum = zlib.crc32(np.fromfile(path, np.uint8, min(1 << 20, end - at), offset=at), checksum)
         return checksum
 
+    ends = list(accumulate(lengths, initial=0))
     with ThreadPoolExecutor(min(8, cores())) as pool:  # reading and zlib leave Python free
-        return list(pool.map(of_part, range(0, total, PART)))
+        return list(pool.map(of_part, ends[:-1], ends[1:]))
+
+
+# ------------------------------------------------------------------------------------------------ one process a machine
+
+
+def first_on_node() -> bool:
+    return int(os.environ.get("LOCAL_RANK", rank())) == 0
+
+
+def in_turn(work: Callable):
+    """work() on rank 0, then on the first rank of each other node, then on all others, who find the work done.
+
+    Nodes may or may not share their disks. An error ends it on every rank, with the same line.
+    """
+    if world_size() == 1:
+        return work()
+    # A group of its own, as downloading and decoding may outlast the default group's time limit. It stays until the
+    # program ends: torch 2.6 may hang where a group goes whose thread is not yet done with the last collective.
+    group = dist.new_group(backend="gloo", timeout=timedelta(days=1))
+    my_turn = 0 if rank() == 0 else 1 if first_on_node() else 2
+    for turn in range(3):
+        error, errors = None, [None] * world_size()
+        if turn == my_turn:
+            try:
+                result = work()
+            except Exception as e:
+                error = e
+        dist.all_gather_object(errors, error and (str(error) or repr(error)), group=group)
+        if any(errors):
+            raise error or InputError(next(filter(None, errors)))
+    return result

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
-from inputs.once_per_node import say
 from runtime.errors import InputError
+from runtime.ranks import say
 
 # In either case. Of an animation the first frame is taken. What Pillow reads by other programs is left alone (.eps).
 EXTENSIONS = tuple(".jpg .jpeg .png .ppm .bmp .pgm .tif .tiff .webp .gif".split())
@@ -33,23 +33,21 @@ def class_folders(root: Path, split: str, level: int = 1) -> tuple[list[str], li
             return [], [image_files(root, root / split)]
         return [], held_out(root, [image_files(root, train if train.is_dir() else root)], split)
     classes = folders_at(base, level, aloud=split == "train")
-    if base == train and val.is_dir():
-        if not subfolders(val):
-            of_class = flat_val(root, classes)  # for both splits, so that what is wrong with it shows at once
-        elif (here := set(classes)) != (there := set(folders_at(val, level))):
-            only = [", ".join(sorted(a - b)[:3]) or "none" for a, b in ((here, there), (there, here))]
+    if base == root or not val.is_dir():
+        paths = held_out(root, [image_files(root, base / name) for name in classes], split)
+    elif subfolders(val):
+        if (here := set(classes)) != (there := set(folders_at(val, level))):
+            only = [", ".join(sorted(names)[:3]) or "none" for names in (here - there, there - here)]
             raise InputError(f"{root}: class folders differ, only in train/: {only[0]}, only in val/: {only[1]}")
-        if split == "val" and not subfolders(val):
-            return classes, of_class
         paths = [image_files(root, root / split / name) for name in classes]
     else:
-        paths = held_out(root, [image_files(root, base / name) for name in classes], split)
-    if split == "train":
-        below = {path.rpartition("/")[0] for of_class in paths for path in of_class[:1] + of_class[-1:]}
-        if level == 1 and len(below) > len(classes):
-            some = ", ".join(classes[:3]) + (", …" if len(classes) > 3 else "")
-            say(f"{root}: the {len(classes)} folders at the top ({some}) became the classes, though they hold folders; "
-                f"--class-level {level + 1} takes those")  # fmt: skip
+        paths = flat_val(root, classes)  # for both splits, so that what is wrong with it shows at once
+        paths = paths if split == "val" else [image_files(root, train / name) for name in classes]
+    below = {path.rpartition("/")[0] for of_class in paths for path in of_class[:1] + of_class[-1:]}
+    if split == "train" and level == 1 and len(below) > len(classes):
+        some = ", ".join(classes[:3]) + (", …" if len(classes) > 3 else "")
+        what = f"the {len(classes)} folders at the top ({some}) became the classes, though they hold folders"
+        say(f"{root}: {what}; --class-level 2 takes those")
     return classes, paths
 
 
@@ -110,19 +108,20 @@ def flat_val(root: Path, classes: list[str]) -> list[list[str]]:
     names = "LOC_val_solution.csv ILSVRC2012_validation_ground_truth.txt map_clsloc.txt meta.mat".split()
     solution, truth, *maps = (next((p / n for p in near if (p / n).is_file()), None) for n in names)
     if not solution and not (truth and any(maps)):
-        raise InputError(
-            f"{root}/val: holds no class folders, nor is a list of its labels near; put LOC_val_solution.csv "
-            "(Kaggle's) or ILSVRC2012_devkit_t12/ (image-net.org's) beside val/, or sort the images into class folders"
-        )
+        what = "put LOC_val_solution.csv (Kaggle's) or ILSVRC2012_devkit_t12/ (image-net.org's) beside val/"
+        what = f"holds no class folders, nor is a list of its labels near; {what}"
+        raise InputError(f"{root}/val: {what}, or sort the images into class folders")
     try:
-        synsets = {} if solution else read_synsets(*maps)
-        lines = (solution or truth).read_text().split("\n" if solution else None)
         if solution:  # ImageId,class box …
-            labels = {row[0]: row[1].split()[0] for row in (line.split(",") for line in lines[1:] if line)}
+            rows = [line.split(",") for line in solution.read_text().splitlines()[1:] if line]
+            labels = {image: found.split()[0] for image, found, *_ in rows}
         else:
-            labels = {f"ILSVRC2012_val_{i:08}": synsets[int(number)] for i, number in enumerate(lines, 1)}
-    except InputError:
-        raise
+            synsets = read_synsets(*maps)
+            numbers = enumerate(truth.read_text().split(), 1)
+            labels = {f"ILSVRC2012_val_{i:08}": synsets[int(number)] for i, number in numbers}
+    except ImportError:
+        what = "is read with scipy, which is not installed; install it, or put LOC_val_solution.csv beside val/"
+        raise InputError(f"{maps[1]}: {what}") from None
     except Exception:  # scipy's reader raises every kind there is
         raise InputError(f"{solution or truth}: is not the list of labels that it should be; fetch it again") from None
     of_class = {name: [] for name in classes}
@@ -140,9 +139,6 @@ def read_synsets(text: Path | None, matlab: Path | None) -> dict[int, str]:
     """The development kit's numbers → WordNet's names of classes, from map_clsloc.txt, else from meta.mat."""
     if text:
         return {int(number): name for name, number, *_ in map(str.split, text.read_text().splitlines())}
-    try:
-        from scipy.io import loadmat
-    except ImportError:
-        what = "is read with scipy, which is not installed; install it, or put LOC_val_solution.csv beside val/"
-        raise InputError(f"{matlab}: {what}") from None
+    from scipy.io import loadmat
+
     return {int(row[0]): str(row[1]) for row in np.atleast_1d(loadmat(matlab, squeeze_me=True)["synsets"])}

@@ -17,14 +17,14 @@ import torch
 from torch import Tensor
 
 from inputs import named_sets
-from inputs.image_cache import cache_folder, cached, remembered
+from inputs.image_cache import Packed, cache_folder, cached, cores, in_turn, remembered
 from inputs.image_folders import class_folders
-from inputs.images_in_files import Files, cores, decode
-from inputs.images_in_memory import Packed
-from inputs.once_per_node import in_turn, say
+from inputs.images_in_files import Files, decode
 from runtime.errors import InputError
+from runtime.ranks import say
 
 NAMES = ("shapes", "tiny-imagenet", "cifar10", "cifar100", "imagenet")
+OPTIONS = ("download", "skip_bad_images", "class_level")
 RESIDENT_LIMIT = 4 << 30  # bytes of pixels above which a folder is streamed
 
 
@@ -38,18 +38,13 @@ class ImageSet:
     def __len__(self) -> int:
         return len(self.pixels)
 
-    def need_labels(self) -> None:
-        if not self.classes:
-            what = "its images have no labels, as they do not lie in class folders"
-            raise InputError(
-                f"{self.name}: {what}; sort them into a folder for each class to measure an encoder on them"
-            )
-
     @property
     def labels(self) -> Tensor:
         """The class of each image, int64 (N,); an InputError if the images have none."""
-        self.need_labels()
-        return self._labels
+        if self.classes:
+            return self._labels
+        what = "its images have no labels, as they do not lie in class folders"
+        raise InputError(f"{self.name}: {what}; sort them into a folder for each class to measure an encoder on them")
 
     @property
     def resident(self) -> bool:
@@ -64,10 +59,10 @@ class ImageSet:
 
     def subset(self, classes: int) -> "ImageSet":
         """The images of the first `classes` classes."""
-        self.need_labels()
+        n = int((self.labels < classes).sum())  # a prefix, as images lie in class order
         if not 1 <= classes <= len(self.classes):
             raise InputError(f"{self.name}: cannot take {classes} of its classes; give 1 to {len(self.classes)}")
-        subset = self.first(int((self.labels < classes).sum()))  # a prefix, as images lie in class order
+        subset = self.first(n)
         subset.classes = self.classes[:classes]
         return subset
 
@@ -115,11 +110,10 @@ class ImageSet:
 
 def open_for(settings, split: str) -> ImageSet:
     """The split of the set that a command's settings name, cut to the classes that they ask for."""
-    words = {name: getattr(settings, name, None) for name in "data_root download skip_bad_images class_level".split()}
-    value_range, root = getattr(settings, "range", None), words.pop("data_root")
-    image_set = open_set(settings.data, root, split, value_range=value_range, **words)
-    classes = getattr(settings, "classes", None)
-    return image_set.subset(classes) if classes else image_set
+    given = vars(settings)
+    options = {name: given[name] for name in OPTIONS if given.get(name) is not None}
+    image_set = open_set(settings.data, given.get("data_root"), split, value_range=given.get("range"), **options)
+    return image_set.subset(settings.classes) if given.get("classes") else image_set
 
 
 def open_set(
@@ -127,9 +121,9 @@ def open_set(
     root: str | Path | None = None,
     split: str = "train",
     *,
-    download: bool | None = False,
-    skip_bad_images: bool | None = False,
-    class_level: int | None = None,
+    download: bool = False,
+    skip_bad_images: bool = False,
+    class_level: int = 1,
     value_range: Sequence[float] | None = None,
 ) -> ImageSet:
     """Open one split of an image set.
@@ -150,20 +144,32 @@ def open_set(
     if value_range and not -math.inf < value_range[0] < value_range[1] < math.inf:
         raise InputError(f"range {value_range[0]:g} {value_range[1]:g}: the first must be below the second")
     root = None if root is None else Path(root)
-    if name == "shapes":
-        return in_turn(lambda: ImageSet(name, *named_sets.shapes(split)))
-    if name in ("cifar10", "cifar100"):
-        return in_turn(lambda: ImageSet(name, *named_sets.cifar(name, root or cache_folder(), split, bool(download))))
-    return in_turn(
-        lambda: open_files(
-            name, root, split, download, bool(skip_bad_images), 1 if class_level is None else class_level, value_range
-        )
-    )
+
+    def work() -> ImageSet:
+        if name == "shapes":
+            return ImageSet(name, *named_sets.shapes(split))
+        if name in ("cifar10", "cifar100"):
+            return ImageSet(name, *named_sets.cifar(name, root or cache_folder(), split, download))
+        return open_files(name, *find_files(name, root, download, class_level), split, skip_bad_images, value_range)
+
+    return in_turn(work)
 
 
-def open_files(name, root: Path | None, split: str, download: bool, skip_bad, class_level, value_range) -> ImageSet:
-    """The sets whose images are files, for `open_set`."""
-    root, find = find_files(name, root, download, class_level)
+def find_files(name: str, root: Path | None, download: bool, class_level: int):
+    """The folder of a set's files, and the function (folder, split) → names of classes, paths of each class."""
+    if name == "tiny-imagenet":
+        return named_sets.tiny_imagenet_root(root or cache_folder(), download), named_sets.tiny_imagenet
+    if name == "imagenet" and root is None:
+        raise InputError("imagenet: no folder is given; name the one that holds train/ and val/ with --data-root")
+    if name != "imagenet":
+        root = (root or Path()) / name
+        if not root.is_dir():
+            raise InputError(f"{name}: neither an image set nor a folder; give one of {', '.join(NAMES)}, or a folder")
+    return root, partial(class_folders, level=class_level)
+
+
+def open_files(name: str, root: Path, find, split: str, skip_bad: bool, value_range) -> ImageSet:
+    """A set whose images are the files that `find(root, split)` lists, for `open_set`."""
     classes, paths = find(root, split)
     title = name if name in NAMES else root.resolve().name
     files = Files(root, list(itertools.chain(*paths)), value_range and tuple(value_range))
@@ -182,16 +188,3 @@ def open_files(name, root: Path | None, split: str, download: bool, skip_bad, cl
     if bad:
         say(f"{title}: {len(bad)} images that do not decode are left out, {bad[0]} the first")
     return ImageSet(title, classes, labels, pixels, skip_bad)
-
-
-def find_files(name: str, root: Path | None, download: bool, class_level: int):
-    """The folder of a set's files, and the function (folder, split) → names of classes, paths of each class."""
-    if name == "tiny-imagenet":
-        return named_sets.tiny_imagenet_root(root or cache_folder(), download), named_sets.tiny_imagenet
-    if name == "imagenet" and root is None:
-        raise InputError("imagenet: no folder is given; name the one that holds train/ and val/ with --data-root")
-    if name != "imagenet":
-        root = (root or Path()) / name
-        if not root.is_dir():
-            raise InputError(f"{name}: neither an image set nor a folder; give one of {', '.join(NAMES)}, or a folder")
-    return root, partial(class_folders, level=class_level)

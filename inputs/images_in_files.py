@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from inputs.images_in_memory import pack
+from inputs.image_cache import cores, pack
 from runtime.errors import InputError
 
 CHUNK = 32  # images that a worker hands over at once: keeps shared memory small and the first batch soon there
@@ -128,14 +128,13 @@ class Files:
 
     def fingerprint(self) -> bytes:
         """What changes when any file does: paths, sizes in bytes, times of change."""
-        lines = []
+        paths = self.paths.tolist()
         try:
-            for path in self.paths.tolist():
-                s = os.stat(f"{self.root}/{path}")  # pathlib would take three times as long
-                lines.append(f"{path}\0{s.st_size}\0{s.st_mtime_ns}\0")
+            stats = [os.stat(f"{self.root}/{path}") for path in paths]  # pathlib would take three times as long
         except OSError as error:
             raise InputError(f"{error.filename}: cannot be read ({error.strerror}); repair or remove it") from error
-        return os.fsencode("".join(lines))
+        found = (f"{path}\0{s.st_size}\0{s.st_mtime_ns}\0" for path, s in zip(paths, stats, strict=True))
+        return os.fsencode("".join(found))
 
 
 def chunks(orders: Iterable[Tensor]) -> Iterator[tuple[list[int], bool]]:
@@ -144,10 +143,6 @@ def chunks(orders: Iterable[Tensor]) -> Iterator[tuple[list[int], bool]]:
         *most, last = index.split(CHUNK)
         yield from ((piece.tolist(), False) for piece in most)
         yield last.tolist(), True
-
-
-def cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def leave_signals_to_parent(_worker: int) -> None:

@@ -1,16 +1,27 @@
-"""Sets that have names: the built-in images, CIFAR, and Tiny-ImageNet in its official layout."""
+"""Sets that have names: the built-in images, CIFAR, and Tiny-ImageNet in its official layout, which is fetched here.
 
+Fetching goes on where it broke off, is verified by a checksum, and unpacks into the set's folder and nowhere else.
+"""
+
+import hashlib
+import http.client
+import os
+import shutil
+import stat
+import tempfile
+import urllib.error
+import urllib.request
+import zipfile
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from inputs import builtin_images
-from inputs.download import fetch, unpack
-from inputs.image_cache import cached
+from inputs.image_cache import Packed, cached
 from inputs.image_folders import image_files
-from inputs.images_in_memory import Packed
 from runtime.errors import InputError
 
 TINY_URL = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
@@ -73,11 +84,73 @@ def tiny_imagenet(root: Path, split: str) -> tuple[list[str], list[list[str]]]:
     if not annotations.is_file():
         raise InputError(f"{annotations}: is missing; unpack the official archive again, or give --download")
     present, of_class = set(image_files(root, root / "val" / "images")), {wnid: [] for wnid in wnids}
-    for line in annotations.read_text().splitlines():
-        image, wnid, *_box = line.split("\t")
+    for image, wnid, *_box in (line.split("\t") for line in annotations.read_text().splitlines()):
         if wnid not in of_class:
             raise InputError(f"{annotations}: class {wnid} of {image} is not in wnids.txt; train and val must agree")
         if (path := f"val/images/{image}") not in present:
             raise InputError(f"{root}/{path}: is missing; unpack the official archive again")
         of_class[wnid].append(path)
     return names, [sorted(paths) for paths in of_class.values()]
+
+
+# ------------------------------------------------------------------------------------------------------------ downloads
+
+
+def fetch(url: str, path: Path, md5: str, tries: int = 5) -> None:
+    """Download `url` to `path`, going on with what a broken transfer left in `path`.part, and verify the checksum."""
+    part = path.with_name(path.name + ".part")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    reason = "the transfer breaks off"
+    for _ in range(tries):
+        try:
+            if fetch_rest(url, part):
+                break
+        except (OSError, http.client.HTTPException) as error:  # OSError covers urllib's and the disk's
+            reason = error
+    else:
+        raise InputError(f"{url}: download failed ({reason}); the same command goes on where it stopped")
+    digest = hashlib.md5(part.read_bytes(), usedforsecurity=False).hexdigest()
+    if digest != md5:
+        part.unlink()
+        raise InputError(f"{url}: md5 is {digest}, should be {md5}; removed, try again later")
+    os.replace(part, path)
+
+
+def fetch_rest(url: str, part: Path) -> bool:
+    """Append to `part` what is missing; False if the transfer ended too early."""
+    have = part.stat().st_size if part.exists() else 0
+    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+    try:
+        response = urllib.request.urlopen(request, timeout=60)
+    except urllib.error.HTTPError as error:
+        if error.code == 416:  # nothing is left to send
+            return True
+        raise
+    if response.status != 206:  # the server sends the whole file
+        have = 0
+    length = response.headers["Content-Length"]
+    total = have + int(length) if length else None
+    with (
+        response,
+        open(part, "ab" if have else "wb") as file,
+        tqdm.wrapattr(file, "write", total, initial=have, desc="downloading") as shown,
+    ):
+        shutil.copyfileobj(response, shown)
+    return total in (None, part.stat().st_size)
+
+
+def unpack(archive: Path, target: Path) -> None:
+    """Unpack a zip that holds the folder `target`.name next to it: into a temporary folder first, then renamed."""
+    try:
+        with zipfile.ZipFile(archive) as source, tempfile.TemporaryDirectory(dir=target.parent) as folder:
+            for member in source.infolist():
+                kind = stat.S_IFMT(member.external_attr >> 16)  # 0 where the packer gave no Unix mode
+                inside = Path(folder, member.filename).resolve().is_relative_to(Path(folder).resolve())
+                if not inside or kind not in (0, stat.S_IFREG, stat.S_IFDIR):
+                    what = f"member {member.filename} is a link or lands outside"
+                    raise InputError(f"{archive}: {what}; nothing unpacked")
+            for member in tqdm(source.infolist(), desc="unpacking", unit=" files"):
+                source.extract(member, folder)
+            os.replace(Path(folder, target.name), target)
+    except (zipfile.BadZipFile, OSError) as error:
+        raise InputError(f"{archive}: cannot be unpacked ({error}); remove it and download again") from error

@@ -11,7 +11,7 @@ import torch
 from runtime.errors import InputError
 
 
-def write_whole(path, write: Callable) -> None:
+def write_whole(path, write: Callable, advice: str = "") -> None:
     """Let `write(file)` fill a temporary file beside `path`, flush it to disk and rename it: all of it or none."""
     path = Path(path)
     kept = "; what was there before is kept" if os.path.exists(path) else ""
@@ -26,7 +26,7 @@ def write_whole(path, write: Callable) -> None:
         reason = error if isinstance(error, OSError) else error.__context__  # torch.save hides what the disk said
         if not isinstance(reason, OSError):
             raise
-        raise InputError(f"{path}: cannot be written ({reason.strerror}){kept}") from None
+        raise InputError(f"{path}: cannot be written ({reason.strerror}){advice}{kept}") from None
     finally:
         with suppress(OSError):  # it may never have been there
             temporary.unlink()

@@ -1,4 +1,4 @@
-"""What a run writes down while it trains: lines of log.jsonl, the progress bar, messages to the person who watches."""
+"""What a run writes down while it trains: lines of log.jsonl, and the progress bar."""
 
 import json
 import math
@@ -17,12 +17,6 @@ from runtime.errors import InputError
 from runtime.ranks import rank, world_size
 
 BAR = "{percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}, {remaining} left]"
-
-
-def say(line: str) -> None:
-    """Print a line above the progress bar, once for all processes."""
-    if rank() == 0:
-        tqdm.write(line, file=sys.stderr)
 
 
 class Log:

@@ -1,8 +1,13 @@
 """The processes of a run, its ranks: how many there are, and what they exchange."""
 
+import sys
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from tqdm import tqdm
+
+from runtime.errors import printable
 
 
 def world_size() -> int:
@@ -11,6 +16,12 @@ def world_size() -> int:
 
 def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
+
+
+def say(*lines: str) -> None:
+    """Print lines above the progress bar, once for all processes."""
+    for line in lines if rank() == 0 else ():
+        tqdm.write(printable(line), file=sys.stderr)
 
 
 class _SumOverRanks(torch.autograd.Function):

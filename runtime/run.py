@@ -17,8 +17,8 @@ from torch.utils._pytree import tree_map_only
 from runtime import files
 from runtime.command_line import RETIRED
 from runtime.errors import InputError
-from runtime.log import Log, say
-from runtime.ranks import rank, world_size
+from runtime.log import Log
+from runtime.ranks import rank, say, world_size
 
 # What may differ between a run and its continuation: where and how it runs, not what it computes.
 FREE = {"out", "resume", "data_root", "download", "workers", "device", "compile", "linear"}

@@ -172,25 +172,25 @@ def damaged_or_same(path, content: bytes) -> bool:
     return False
 
 
-def test_each_part_of_a_cache_has_its_checksum(tmp_path, monkeypatch):
-    """Parts longer and shorter than one reading, the last part cut short, and what follows `total` left out."""
+def test_each_part_of_a_cache_has_its_checksum(tmp_path):
+    """Parts longer and shorter than one reading, and what follows the last part left out."""
     content = np.random.default_rng(0).integers(0, 256, 2_500_000, dtype=np.uint8).tobytes()
     (tmp_path / "a").write_bytes(content)
-    for part in (700_001, 1 << 20, 2_097_153, 1 << 26):
-        monkeypatch.setattr(image_cache, "PART", part)
-        for total in (1, 2_097_153, 2_400_000, 2_500_000):
-            expected = [zlib.crc32(content[at : min(total, at + part)]) for at in range(0, total, part)]
-            assert image_cache.checksums(tmp_path / "a", total) == expected, (part, total)
+    for lengths in ([1], [700_001, 0, 1 << 20, 3], [2_097_153, 402_847], [2_500_000]):
+        ends = np.cumsum([0, *lengths])
+        expected = [zlib.crc32(content[start:end]) for start, end in itertools.pairwise(ends)]
+        assert image_cache.checksums(tmp_path / "a", lengths) == expected, lengths
 
 
-@pytest.mark.parametrize("part", [1, 7, 12, 36, 42, 84, 85])
-def test_a_cache_of_any_parts_is_read(part, tmp_path, monkeypatch):
-    """36 bytes of pixels and 48 of numbers: parts that end within, with and between chunks, and one beyond them all."""
-    monkeypatch.setattr(image_cache, "PART", part)
-    first = (torch.arange(12, dtype=torch.uint8), torch.tensor([[2, 2]]), torch.tensor([0]), [])
-    none = (torch.empty(0, dtype=torch.uint8), torch.empty(0, 2).long(), torch.empty(0).long(), ["bad.png"])
-    second = (torch.arange(12, 36, dtype=torch.uint8), torch.tensor([[4, 2]]), torch.tensor([1]), [])
-    image_cache.write_cache(tmp_path / "a.cache", "key", [first, none, second])
+@pytest.mark.parametrize("cuts", [[], [0], [0, 0], [1], [1, 1], [1, 2], [0, 1, 1, 2]])
+def test_a_cache_of_any_parts_is_read(cuts, tmp_path):
+    """Two images in chunks of none, of one and of both; a chunk without an image brings the name of a bad one."""
+    chunks = [(torch.empty(0, dtype=torch.uint8), torch.empty(0, 2).long(), torch.empty(0).long(), ["bad.png"])]
+    ends, labels = [0, 12, 36], torch.arange(2)
+    flat, sizes = torch.arange(36, dtype=torch.uint8), torch.tensor([[2, 2], [4, 2]])
+    for start, end in zip([0, *cuts], [*cuts, 2], strict=True):
+        chunks.append((flat[ends[start] : ends[end]], sizes[start:end], labels[start:end], []))
+    image_cache.write_cache(tmp_path / "a.cache", "key", chunks)
     assert not damaged_or_same(tmp_path / "a.cache", (tmp_path / "a.cache").read_bytes())
 
 
@@ -198,7 +198,7 @@ def test_what_the_disk_changes_while_a_cache_is_written_is_noticed(tmp_path):
     def chunks():
         for i in range(2):
             yield torch.full((30_000,), i, dtype=torch.uint8), torch.tensor([[100, 100]]), torch.tensor([i]), []
-            (part,) = tmp_path.glob("*.part")
+            (part,) = tmp_path.glob("*.tmp")
             with open(part, "r+b") as file:
                 file.write(b"\7")
 

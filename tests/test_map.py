@@ -19,7 +19,7 @@ from test_train import OWN, SMALL
 
 import train
 from common import StepRandom
-from inputs import image_sets, images_in_memory
+from inputs import image_cache, image_sets
 from methods import METHODS
 from runtime.command_line import build_encoder
 
@@ -139,7 +139,7 @@ def traces(name: str, knobs: dict) -> list:
     if name == "cae":  # what train.py hands to it: a function that trains another method
         method.prepare(lambda _, **words: asked.append(words) or Trained(copy.deepcopy(method.tokenizer)))
     pixels = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (6, 3, 80, 72), dtype=np.uint8))
-    flat = images_in_memory.Packed(*images_in_memory.pack(list(pixels)))
+    flat = image_cache.Packed(*image_cache.pack(list(pixels)))
     images = image_sets.ImageSet("six", ["one"], torch.zeros(6, dtype=torch.int64), flat)
     seen, index = [], torch.arange(6)
     for step in range(3):

@@ -13,7 +13,7 @@ import pytest
 import torch
 from made_images import make_tiny
 
-from inputs import download, image_sets, named_sets
+from inputs import image_sets, named_sets
 from runtime.errors import InputError
 
 
@@ -63,14 +63,14 @@ CONTENT = np.random.default_rng(1).bytes(200_000)
 
 def test_fetch_shows_a_bar(tmp_path, capsys):
     with Server(CONTENT) as server:
-        download.fetch(server.url, tmp_path / "new" / "file", md5(CONTENT))
+        named_sets.fetch(server.url, tmp_path / "new" / "file", md5(CONTENT))
     assert (tmp_path / "new" / "file").read_bytes() == CONTENT and server.seen == [None]
     assert "downloading: 100%" in capsys.readouterr().err
 
 
 def test_fetch_resumes_a_broken_transfer(tmp_path):
     with Server(CONTENT, breaks=[70_000, 50_000]) as server:
-        download.fetch(server.url, tmp_path / "file", md5(CONTENT))
+        named_sets.fetch(server.url, tmp_path / "file", md5(CONTENT))
     assert (tmp_path / "file").read_bytes() == CONTENT
     assert server.seen == [None, "bytes=70000-", "bytes=120000-"]
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
@@ -79,22 +79,22 @@ def test_fetch_resumes_a_broken_transfer(tmp_path):
 def test_fetch_goes_on_in_a_later_run(tmp_path):
     with Server(CONTENT, breaks=[9_000] * 2) as server:
         with pytest.raises(InputError, match=r"download failed \(the transfer breaks off\); the same command goes on"):
-            download.fetch(server.url, tmp_path / "file", md5(CONTENT), tries=2)
+            named_sets.fetch(server.url, tmp_path / "file", md5(CONTENT), tries=2)
         assert (tmp_path / "file.part").read_bytes() == CONTENT[:18_000] and not (tmp_path / "file").exists()
-        download.fetch(server.url, tmp_path / "file", md5(CONTENT))
+        named_sets.fetch(server.url, tmp_path / "file", md5(CONTENT))
     assert (tmp_path / "file").read_bytes() == CONTENT and server.seen[-1] == "bytes=18000-"
 
 
 def test_fetch_starts_over_where_ranges_are_not_served(tmp_path):
     with Server(CONTENT, breaks=[70_000], ranges=False) as server:
-        download.fetch(server.url, tmp_path / "file", md5(CONTENT))
+        named_sets.fetch(server.url, tmp_path / "file", md5(CONTENT))
     assert (tmp_path / "file").read_bytes() == CONTENT
 
 
 def test_fetch_of_a_part_that_is_whole(tmp_path):
     (tmp_path / "file.part").write_bytes(CONTENT)
     with Server(CONTENT) as server:
-        download.fetch(server.url, tmp_path / "file", md5(CONTENT))
+        named_sets.fetch(server.url, tmp_path / "file", md5(CONTENT))
     assert (tmp_path / "file").read_bytes() == CONTENT
 
 
@@ -103,15 +103,15 @@ def test_fetch_refuses_a_wrong_checksum(tmp_path):
         Server(CONTENT) as server,
         pytest.raises(InputError, match=rf"^{server.url}: md5 is {md5(CONTENT)}, should be 0+; removed"),
     ):
-        download.fetch(server.url, tmp_path / "file", "0" * 32)
+        named_sets.fetch(server.url, tmp_path / "file", "0" * 32)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_fetch_of_nothing(tmp_path):
     with Server(None) as server, pytest.raises(InputError, match=r"download failed \(HTTP Error 404: Not Found\)"):
-        download.fetch(server.url, tmp_path / "file", md5(CONTENT))
+        named_sets.fetch(server.url, tmp_path / "file", md5(CONTENT))
     with pytest.raises(InputError, match=r"download failed .*refused"):  # the server is gone
-        download.fetch(server.url, tmp_path / "file", md5(CONTENT))
+        named_sets.fetch(server.url, tmp_path / "file", md5(CONTENT))
 
 
 def zipped(*members):
@@ -156,7 +156,7 @@ def test_unpack_refuses_links_and_members_outside(tmp_path, name):
     with pytest.raises(
         InputError, match=r"a\.zip: member .*(outside|link) is a link or lands outside; nothing unpacked"
     ):
-        download.unpack(archive, tmp_path / "box" / "set")
+        named_sets.unpack(archive, tmp_path / "box" / "set")
     assert sorted(tmp_path.rglob("*")) == [tmp_path / "box", archive]
 
 
@@ -171,8 +171,8 @@ def test_unpack_of_damaged_or_other_archives(tmp_path):
     ):
         archive.write_bytes(content)
         with pytest.raises(InputError, match=r"a\.zip: cannot be unpacked"):
-            download.unpack(archive, tmp_path / "set")
+            named_sets.unpack(archive, tmp_path / "set")
         assert list(tmp_path.iterdir()) == [archive]
     archive.write_bytes(whole)
-    download.unpack(archive, tmp_path / "set")
+    named_sets.unpack(archive, tmp_path / "set")
     assert sorted(path.name for path in (tmp_path / "set").iterdir()) == ["one", "two"]

@@ -100,6 +100,7 @@ def test_a_damaged_cache_is_said_and_made_again(tmp_path, cache, capsys, monkeyp
 def test_a_sound_cache_of_another_set_is_refused(tmp_path, cache):
     """Index and checksums agree, but the key is not the one asked for."""
     chunk = (torch.zeros(12, dtype=torch.uint8), torch.tensor([[2, 2]]), torch.tensor([0]), [])
+    cache.mkdir()
     image_cache.write_cache(cache / "a.cache", "this key", [chunk])
     assert len(image_cache.read_cache(cache / "a.cache", "this key")[0]) == 1
     with pytest.raises(ValueError, match="belongs to other images"):
@@ -110,7 +111,7 @@ def test_failed_writing_leaves_nothing(tmp_path, cache, monkeypatch):
     make_folder(tmp_path / "set")
 
     def full_disk(descriptor):
-        assert len(caches(cache)) == 1 and caches(cache)[0].endswith(".part")  # not under its name before it is whole
+        assert len(caches(cache)) == 1 and caches(cache)[0].endswith(".tmp")  # not under its name before it is whole
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full_disk)

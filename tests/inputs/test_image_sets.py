@@ -101,6 +101,14 @@ def test_bad_image_is_named_or_skipped_and_counted(tmp_path, cache, capsys):
     assert the_error(str(tmp_path / "set")).startswith(bad)  # though a cache without them is there
 
 
+def test_the_name_of_a_skipped_image_is_printed_on_one_line(tmp_path, capsys):
+    make_folder(tmp_path / "set")
+    spoil(save(tmp_path / "set" / "cat" / "00\n\x1b[31m.png"))
+    image_sets.open_set(str(tmp_path / "set"), skip_bad_images=True)
+    line = "set: 1 images that do not decode are left out, cat/00\\n\\x1b[31m.png the first"
+    assert line in capsys.readouterr().err.splitlines()
+
+
 def test_nothing_but_bad_images(tmp_path, cache):
     make_folder(tmp_path / "set", ("one",), n=1)
     spoil(tmp_path / "set" / "one" / "000.png")

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from made_images import caches, make_folder, pixels, spoil
 
-from inputs import image_sets, images_in_files, once_per_node
+from inputs import image_cache, image_sets, images_in_files
 from runtime.errors import InputError
 
 
@@ -58,12 +58,12 @@ def test_turns_of_several_nodes(monkeypatch, shared):
         into[:] = slots
         barrier.wait()
 
-    monkeypatch.setattr(once_per_node, "world_size", lambda: ranks)
-    monkeypatch.setattr(once_per_node, "rank", lambda: me.rank)
-    monkeypatch.setattr(once_per_node, "first_on_node", lambda: local[me.rank] == 0)
-    monkeypatch.setattr(once_per_node.dist, "new_group", lambda **_: None)
-    monkeypatch.setattr(once_per_node.dist, "destroy_process_group", lambda _: None)
-    monkeypatch.setattr(once_per_node.dist, "all_gather_object", gather)
+    monkeypatch.setattr(image_cache, "world_size", lambda: ranks)
+    monkeypatch.setattr(image_cache, "rank", lambda: me.rank)
+    monkeypatch.setattr(image_cache, "first_on_node", lambda: local[me.rank] == 0)
+    monkeypatch.setattr(image_cache.dist, "new_group", lambda **_: None)
+    monkeypatch.setattr(image_cache.dist, "destroy_process_group", lambda _: None)
+    monkeypatch.setattr(image_cache.dist, "all_gather_object", gather)
     disks, built, results = [set(), set()], [], [None] * ranks
 
     def work():
@@ -75,7 +75,7 @@ def test_turns_of_several_nodes(monkeypatch, shared):
 
     def run(rank):
         me.rank = rank
-        results[rank] = once_per_node.in_turn(work)
+        results[rank] = image_cache.in_turn(work)
 
     threads = [threading.Thread(target=run, args=(rank,)) for rank in range(ranks)]
     for thread in threads:
@@ -86,8 +86,8 @@ def test_turns_of_several_nodes(monkeypatch, shared):
 
 
 def test_first_on_node(monkeypatch):
-    assert once_per_node.first_on_node()
-    monkeypatch.setattr(once_per_node, "rank", lambda: 3)
-    assert not once_per_node.first_on_node()
+    assert image_cache.first_on_node()
+    monkeypatch.setattr(image_cache, "rank", lambda: 3)
+    assert not image_cache.first_on_node()
     monkeypatch.setenv("LOCAL_RANK", "0")
-    assert once_per_node.first_on_node()
+    assert image_cache.first_on_node()
