@@ -24,7 +24,7 @@ from reporting.experiments import EPOCHS, TUNE_EPOCHS, Runner, plan
 from reporting.measures import MEASURES
 from runtime import files, process
 from runtime.errors import InputError
-from runtime.log import say
+from runtime.ranks import say
 
 
 def choose_data(root: str | None) -> str:
@@ -33,7 +33,7 @@ def choose_data(root: str | None) -> str:
         image_sets.open_set("tiny-imagenet", root, "val")
         return "tiny-imagenet"
     except InputError as error:
-        say(f"{error}\nThe built-in images stand in for Tiny-ImageNet; results go beside the runs.")
+        say(str(error), "The built-in images stand in for Tiny-ImageNet; results go beside the runs.")
         return "shapes"
 
 

@@ -22,7 +22,7 @@ from reporting.claims import CLAIMS, VARIANTS
 from reporting.result_files import BASELINES, ROWS, about, changed, keep, sources, stands
 from runtime import files
 from runtime.errors import InputError
-from runtime.log import say
+from runtime.ranks import say
 
 EPOCHS = {"cpu": 18, "gpu": 40}  # of pretraining, the same for every method
 TUNE_EPOCHS = {"cpu": 15, "gpu": 20}  # of fine-tuning, and of supervised training from scratch

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from common import StepRandom
-from inputs import augment, images_in_files, images_in_memory
+from inputs import augment, image_cache, images_in_files
 from methods import METHODS
 from reporting import HERE
 from reporting.speed import RSS_UNIT, interleave
@@ -99,8 +99,8 @@ def bench_input(args, device: torch.device) -> list[dict]:
     calls, images = {}, {}  # the latter: images that a call is worth
     with tempfile.TemporaryDirectory() as directory:
         paths = picture_folder(Path(directory), B, args.image_size)
-        packed = images_in_memory.Packed(*images_in_memory.pack([images_in_files.decode(path) for path in paths]))
-        packed = images_in_memory.Packed(packed.flat.to(device), packed.sizes)
+        packed = image_cache.Packed(*image_cache.pack([images_in_files.decode(path) for path in paths]))
+        packed = image_cache.Packed(packed.flat.to(device), packed.sizes)
         for name, (ours, theirs) in stages(args, paths, packed, device).items():
             calls[name], images[name] = ours, B
             if peer and theirs:
