@@ -280,9 +280,7 @@ class ConvEmbed(nn.Module):
         if p != 2**stages or stages < 1:
             raise InputError(f"the convolutional stem halves the image until a patch is left; {p} is no power of two")
         channels = [3] + [max(8, width >> (stages - i)) for i in range(1, stages)] + [width]
-        self.stages = nn.ModuleList(
-            nn.Conv2d(a, b, kernel_size=3, stride=2, padding=1) for a, b in itertools.pairwise(channels)
-        )
+        self.stages = nn.ModuleList(nn.Conv2d(a, b, 3, stride=2, padding=1) for a, b in itertools.pairwise(channels))
         self.norms = nn.ModuleList(nn.LayerNorm(c, eps=1e-6) for c in channels[1:])
         self.proj = nn.Conv2d(width, width, kernel_size=1)
 
@@ -370,10 +368,7 @@ class ViT(nn.Module):
 
 
 def initialize(module: nn.Module) -> None:
-    """MAE's initialisation: xavier-uniform matrices (patch kernels flattened to one), zero biases, N(0, .02) tokens.
-
-    MAE's script leaves the patch kernel's bias alone at PyTorch's default.
-    """
+    """MAE's initialisation: xavier-uniform matrices (patch kernels flattened to one), zero biases, N(0, .02) tokens."""
     for part in module.modules():
         if isinstance(part, nn.Linear | nn.Conv2d):
             nn.init.xavier_uniform_(part.weight.view(part.weight.shape[0], -1))

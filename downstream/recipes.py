@@ -4,10 +4,10 @@ from dataclasses import dataclass, replace
 from typing import Annotated, Literal
 
 from runtime.errors import InputError
-from runtime.knobs import Domain, Part, Share, Size, Weight, check
+from runtime.knobs import Part, Share, Size, Weight, check
 
-Below1 = Annotated[float, Domain(lambda x: 0 <= x < 1, "from 0 to below 1")]
-Tenths = Annotated[int, Domain(lambda x: 0 <= x <= 10, "from 0 to 10")]
+Below1 = Annotated[float, lambda x: 0 <= x < 1, "from 0 to below 1"]
+Tenths = Annotated[int, lambda x: 0 <= x <= 10, "from 0 to 10"]
 
 
 @dataclass(frozen=True)

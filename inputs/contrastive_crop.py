@@ -1,7 +1,4 @@
-"""ContrastiveCrop's geometry (Peng et al., arXiv 2202.03278): where an object lies, and crops around it.
-
-The other CMAE, Eq. 1, in which M is the heat map: I = F(1[M > k]) is `locate`, R_crop is `place_crops`.
-"""
+"""ContrastiveCrop's geometry (Peng et al., arXiv 2202.03278): where an object lies, and crops around it."""
 
 import torch
 import torch.nn.functional as F
@@ -9,10 +6,11 @@ from torch import Tensor
 
 
 def locate(heat: Tensor, size: tuple[int, int], k: float) -> Tensor:
-    """I = F(1[M > k]) of Eq. 1: heat (B, h, w) → (B, 4) top, left, bottom, right of the region, as shares of the sides.
+    """I = F(1[M > k]), Eq. 1 of The other CMAE: heat map M (B, h, w) → box (B, 4) of what exceeds k.
 
-    Each map is stretched to [0, 1], enlarged bilinearly to the image, and framed from the first to the last row and
-    column that somewhere exceed k, as in ContrastiveCrop. Where nothing does: the whole image.
+    A box is top, left, bottom, right, as shares of the sides. Each map is stretched to [0, 1], enlarged bilinearly to
+    the image, and framed from the first to the last row and column that somewhere exceed k, as in ContrastiveCrop.
+    Where nothing exceeds k, the box is the whole image.
     """
     low, high = heat.amin((1, 2), keepdim=True), heat.amax((1, 2), keepdim=True)
     heat = (heat - low) / (high - low).clamp(min=torch.finfo(heat.dtype).tiny)
@@ -27,7 +25,7 @@ def locate(heat: Tensor, size: tuple[int, int], k: float) -> Tensor:
 
 
 def place_crops(crops: Tensor, sizes, boxes: Tensor, beta: Tensor) -> Tensor:
-    """R_crop of Eq. 1: int64 (B, 4) crops (top, left, height, width) keep their size and get a new place.
+    """R_crop, Eq. 1 of The other CMAE: int64 (B, 4) crops (top, left, height, width) keep their size and move.
 
     A crop's centre moves over its box (B, 4) as far as the crop stays in its image; `beta` (B, 2) in [0, 1] says where
     from end to end. Drawn from Beta(α, α) with α < 1 it crowds at the ends: centre-suppressed. `sizes`, of the images,

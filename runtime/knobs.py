@@ -1,29 +1,18 @@
-"""What values a method's knobs may take: the types of its Config's fields, each with its domain, and their check.
-
-tau: Positive = 0.07
-contrast: Literal["infonce", "byol"] = "infonce"
-__post_init__ = check
-"""
+"""What values a method's knobs may take: the types of its Config's fields, each with its domain, and their check."""
 
 import math
-from collections.abc import Callable
-from typing import Annotated, Literal, NamedTuple, get_args, get_origin, get_type_hints
+from typing import Annotated, Literal, get_args, get_origin, get_type_hints
 
 from runtime.errors import InputError
 
-
-class Domain(NamedTuple):
-    holds: Callable
-    text: str
-
-
-Share = Annotated[float, Domain(lambda x: 0 <= x <= 1, "from 0 to 1")]
-Part = Annotated[float, Domain(lambda x: 0 < x <= 1, "above 0 and at most 1")]
-Cosine = Annotated[float, Domain(lambda x: -1 <= x <= 1, "from -1 to 1")]
-Positive = Annotated[float, Domain(lambda x: 0 < x < math.inf, "above 0 and finite")]
-Weight = Annotated[float, Domain(lambda x: 0 <= x < math.inf, "0 or more and finite")]
-Count = Annotated[int, Domain(lambda x: x >= 0, "0 or more")]
-Size = Annotated[int, Domain(lambda x: x >= 1, "1 or more")]
+# A type, the test that a value must pass, and the domain in words
+Share = Annotated[float, lambda x: 0 <= x <= 1, "from 0 to 1"]
+Part = Annotated[float, lambda x: 0 < x <= 1, "above 0 and at most 1"]
+Cosine = Annotated[float, lambda x: -1 <= x <= 1, "from -1 to 1"]
+Positive = Annotated[float, lambda x: 0 < x < math.inf, "above 0 and finite"]
+Weight = Annotated[float, lambda x: 0 <= x < math.inf, "0 or more and finite"]
+Count = Annotated[int, lambda x: x >= 0, "0 or more"]
+Size = Annotated[int, lambda x: x >= 1, "1 or more"]
 
 
 def check(config) -> None:
@@ -32,6 +21,6 @@ def check(config) -> None:
         value, knob = getattr(config, name), name.replace("_", " ")
         if get_origin(kind) is Literal and value not in (words := get_args(kind)):
             raise InputError(f"{knob} {value!r}: unknown; choose {', '.join(words[:-1])} or {words[-1]}")
-        for domain in getattr(kind, "__metadata__", ()):
-            if not domain.holds(value):
-                raise InputError(f"{knob} {value:g}: must be {domain.text}")
+        holds, domain = getattr(kind, "__metadata__", (lambda x: True, ""))
+        if not holds(value):
+            raise InputError(f"{knob} {value:g}: must be {domain}")
