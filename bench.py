@@ -80,10 +80,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 def about(device: torch.device) -> dict:
     """Device, threads, versions, commit and command: what a figure needs beside it."""
-    found = versions()
-    for package in PEERS.values():
-        if importlib.util.find_spec(package):
-            found[package] = importlib.metadata.version(package)
+    installed = [package for package in PEERS.values() if importlib.util.find_spec(package)]
+    found = versions() | {package: importlib.metadata.version(package) for package in installed}
     name = torch.cuda.get_device_name() if device.type == "cuda" else processor()
     words = " ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
     return dict(device=name, threads=torch.get_num_threads(), versions=found, git=git_state(), command=words)

@@ -11,22 +11,14 @@ class Claim:
     paper: str
     where: str
     statement: str
-    reported: str  # by the paper, in the order of `runs`; of CMAE and ConMIM: ImageNet, fine-tuned
-    measure: str  # "linear.top1", as `values` knows it: one for all runs, or one for each
-    runs: list[str]  # result files, from the one that the paper finds lowest to the one that it finds highest
+    reported: str  # by the paper, in the order of `sides`; of CMAE and ConMIM: ImageNet, fine-tuned
+    sides: list[str]  # as `values` takes them, from what the paper finds lowest to what it finds highest
 
 
 LISTED = json.loads((HERE / "reporting/claims.json").read_text())
 CLAIMS = [Claim(**claim) for claim in LISTED["claims"]]
 # Runs that claims need beyond the cpu table: the method, what differs from its row there, what is measured.
 VARIANTS = LISTED["variants"]
-
-
-def sides(claim: Claim) -> list[str]:
-    """What is compared, as `values` takes it."""
-    measures = claim.measure.split()
-    measures = measures if len(measures) > 1 else measures * len(claim.runs)
-    return [f"{name} {measure}" for name, measure in zip(claim.runs, measures, strict=True)]
 
 
 def verdict(low: list[float], high: list[float]) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from methods import METHODS
 from reporting import HERE
-from reporting.claims import CLAIMS, VARIANTS, sides, verdict
+from reporting.claims import CLAIMS, VARIANTS, verdict
 from reporting.result_files import BASELINES, ROWS, changed, read, runs_of, values
 from reporting.speed import columns
 from runtime.errors import InputError
@@ -50,7 +50,7 @@ def commits(runs: list[dict]) -> str:
 def results_block(results: Path) -> str:
     parts = []
     for folder in ("cpu", "gpu"):
-        rows, notes, machines, name = [], {}, set(), None
+        rows, notes, machines = [], {}, set()
         for name in names_of(results, folder):
             found, label = read(results / f"{name}.json"), f"`{name.split('/')[1]}`"
             runs, last = found["runs"], spell(values(results, f"{name} loss.loss"))
@@ -65,7 +65,7 @@ def results_block(results: Path) -> str:
             minutes = f"{statistics.mean(run['seconds'] for run in runs) / 60:.0f}"
             rows.append([label, len(runs), *cells, last, minutes, f"[{commits(runs)}](../results/{name}.json)"])
             machines |= {run["machine"] for run in runs}
-        if name is None:
+        if not rows:
             parts.append(f"`python reproduce.py --budget {folder}`: not run yet.")
             continue
         config = found["config"]
@@ -125,13 +125,13 @@ def losses_block(results: Path) -> str:
 def claims_block(results: Path) -> str:
     rows, verdicts = [], []
     for claim in CLAIMS:
-        found = [values(results, side) for side in sides(claim)]
-        names = dict.fromkeys(claim.runs)
+        found = [values(results, side) for side in claim.sides]
+        names, measures = (dict.fromkeys(parts) for parts in zip(*map(str.split, claim.sides), strict=True))
         links = [f"[{name}](../results/{name}.json)" if runs_of(results, name) else name for name in names]
         counts = [len(x) for x in found]
         seeds = " → ".join(map(str, counts if len(set(counts)) > 1 else counts[:1]))
         measured = " → ".join(spell(x) for x in found) if all(found) else ""
-        measure = ", ".join(f"`{measure}`" for measure in claim.measure.split())
+        measure = ", ".join(f"`{measure}`" for measure in measures)
         said = verdict(found[0], found[-1])
         verdicts.append(f"- **{said}** {claim.paper}, {claim.where}: {claim.statement}.")
         rows.append([f"{claim.paper}, {claim.where}", claim.statement, claim.reported, measure, measured, seeds,
@@ -242,24 +242,20 @@ def index_block(results: Path) -> str:
 
 
 BLOCKS = {  # document: its generated parts, and the function of the results that writes each
-    "docs/results.md": {
-        "results": results_block, "losses": losses_block, "first": first_block,
-        "demo": demo_block,
-    },
+    "docs/results.md": dict(results=results_block, losses=losses_block, first=first_block, demo=demo_block),
     "docs/claims.md": {"claims": claims_block},
     "docs/speed.md": {"speed": speed_block},
     "docs/equations.md": {"index": index_block},
-}  # fmt: skip
+}
 
 
 def split(name: str, text: str, part: str) -> tuple[str, str, str]:
     """A document up to the first line of a part, the part, and what follows."""
     begin, end = f"<!-- {part} -->", f"<!-- /{part} -->"
-    if text.count(begin) != 1 or text.count(end) != 1 or text.index(end) < text.index(begin):
+    found = re.fullmatch(f"(.*{begin})(.*)({end}.*)", text, re.DOTALL)
+    if not found or text.count(begin) != 1 or text.count(end) != 1:
         raise InputError(f"{name}: needs the lines {begin} and {end} in this order, once each")
-    before, rest = text.split(begin)
-    block, after = rest.split(end)
-    return before + begin, block, end + after
+    return found.groups()
 
 
 def generated(root: Path, results: Path) -> dict[str, str]:
@@ -274,13 +270,11 @@ def generated(root: Path, results: Path) -> dict[str, str]:
 
 def problems(root: Path, results: Path) -> list[str]:
     """What no longer holds: generated parts, and results whose code has changed and that do not say so."""
-    again = generated(root, results)
-    found = [
-        f"{name}: its part {part!r} is not what reproduce.py --readme writes"
-        for name, parts in BLOCKS.items()
-        for part in parts
-        if split(name, (root / name).read_text(), part)[1] != split(name, again[name], part)[1]
-    ]
+    found = []
+    for name, parts in BLOCKS.items():
+        text = (root / name).read_text()
+        other = [part for part, block in parts.items() if split(name, text, part)[1] != f"\n\n{block(results)}\n\n"]
+        found += [f"{name}: its part {part!r} is not what reproduce.py --readme writes" for part in other]
     for file in sorted(set(results.rglob("*.json")) - set(results.glob("bench/**/*.json"))):
         result = read(file)
         old = sorted({name for run in result["runs"] for name in changed(run["sources"])})

@@ -40,7 +40,7 @@ def plan(args) -> list[Work]:
     budget = args.budget or "cpu"
     names = [f"{budget}/{name}" for name in ROWS if budget != "demo" or name != BASELINES]
     if args.claims:
-        needed = {name for claim in CLAIMS for name in claim.runs}
+        needed = {name for claim in CLAIMS for side in claim.sides for name in side.split()[:1]}
         names = [name for name in [*names, *(f"claims/{name}" for name in VARIANTS)] if name in needed]
     if args.methods:
         chosen, known = args.methods.split(","), [name.split("/")[1] for name in names]
@@ -63,14 +63,13 @@ def work_of(folder: str, name: str, budget: str, args) -> Work:
         recipe, model, subset = "tiny", f" --model {args.model or 'small'} --save-every 5", ""
         kept = " --crop-scale 0"  # the attentive probe sees whole images, each encoded once
         measured = "knn linear attentive finetune classes"
-    method, differs, untrained = name, "", ""
+    method, differs, untrained = name, "", " --untrained" * (name == BASELINES)
     if folder == "claims":
         method, differs, measured = (VARIANTS[name][key] for key in ("method", "differs", "measured"))
     elif name == "cmae_loc" and budget == "gpu":  # a fifth of training, as the recipe's are of its own epochs
         differs = "--crop-warmup {0} --crop-interval {0}".format(max(1, epochs // 5))
     elif name == BASELINES:  # one step, for the shape of an encoder
-        method, differs, measured = "mae", "--max-steps 1", "pixels knn linear attentive supervised"
-        untrained = " --untrained"
+        method, differs, measured = "mae", "--max-steps 1", "pixels knn linear attentive finetune"
     source = f"{args.data}{' --data-root DIR' * tiny}{subset}" + f" --images {args.images}" * bool(args.images)
     train = f"train.py --method {method} --data {source} --recipe {recipe}{model}"
     train += f" --epochs {epochs} --warmup-epochs {max(1, epochs // 9)} --no-evaluate {differs} --seed SEED --out RUN"
@@ -80,13 +79,11 @@ def work_of(folder: str, name: str, budget: str, args) -> Work:
         "linear": f"linear{untrained}",
         "linear-paper": f"linear --paper {trained}",
         "attentive": f"attentive{untrained} {trained}{kept}",
-        "finetune": f"finetune {trained} --epochs {tune}",
-        "supervised": f"supervised {trained} --epochs {tune}",
+        "finetune": f"{'supervised' if name == BASELINES else 'finetune'} {trained} --epochs {tune}",
     }
     commands = {"train": " ".join(train.split())}
     for key in measured.split():
-        column = "finetune" if key == "supervised" else key  # its place in the table
-        commands[column] = (
+        commands[key] = (
             f"evaluate.py --run RUN --protocol {protocols[key]}" if key in protocols
             else f"reproduce.py --measure {key} --run RUN"
         )  # fmt: skip

@@ -49,16 +49,11 @@ def runs_of(results: Path, name: str) -> list[dict]:
     return read(file)["runs"] if file.exists() else []
 
 
-def value(run: dict, key: str) -> float | None:
-    """Of one seed: "linear.top1" as measured, "loss.accuracy" of the last epoch."""
-    name, part = key.split(".")
-    return (run["loss"][-1] if name == "loss" else run["measured"].get(name, {})).get(part)
-
-
 def values(results: Path, side: str) -> list[float]:
-    """Of all seeds: "cpu/mae linear.top1"."""
-    name, key = side.split()
-    return [x for run in runs_of(results, name) if (x := value(run, key)) is not None]
+    """Of all seeds: "cpu/mae linear.top1" as measured, "cpu/mae loss.accuracy" of the last epoch."""
+    name, measure, part = re.split("[ .]", side)
+    found = [run["measured"] | dict(loss=run["loss"][-1]) for run in runs_of(results, name)]
+    return [run[measure][part] for run in found if part in run.get(measure, {})]
 
 
 def sources(method: str, commands: Iterable[str], data: str = "") -> dict[str, str]:

@@ -1,6 +1,5 @@
 """Speed of what surrounds a step: the input path beside torchvision's, and train.py as it is typed."""
 
-import dataclasses
 import json
 import os
 import statistics
@@ -16,10 +15,9 @@ import torch.nn.functional as F
 
 from common import StepRandom
 from inputs import augment, image_cache, images_in_files
-from methods import METHODS
 from reporting import HERE
 from reporting.speed import RSS_UNIT, interleave
-from reporting.step_speed import build_method
+from reporting.step_speed import build_method, decoder_sizes
 from runtime import files
 from runtime.errors import InputError
 
@@ -132,10 +130,8 @@ def bench_input(args, device: torch.device) -> list[dict]:
 
 
 def command(args, name: str, out: Path, *more: str) -> list[str]:
-    fields = {f.name for f in dataclasses.fields(METHODS[name].Config)}
     keys = ["data", "data_root", "classes", "model", "width", "depth", "heads", "image_size", "patch_size", "device"]
-    keys += [key for key in ("decoder_width", "decoder_depth", "decoder_heads") if key in fields]
-    given = {key: vars(args)[key] for key in keys if vars(args)[key] is not None}
+    given = {key: vars(args)[key] for key in keys if vars(args)[key] is not None} | decoder_sizes(args, name)
     given |= dict(method=name, batch_size=args.batch_size[-1], precision=args.precision[0], lr=1e-3, out=out)
     flags = [word for key, value in given.items() for word in ("--" + key.replace("_", "-"), str(value))]
     flags += ["--compile" if args.compile else "--no-compile", "--no-evaluate", "--resume", "never"]

@@ -12,6 +12,8 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import torch
@@ -25,8 +27,6 @@ HEADS = dict(
     checkpoint_megabytes="MB", tflop_per_gpu="TFLOP", compute_ms="ms", all_reduce_megabytes="sum MB",
     all_reduce_ms="sum ms", gathered_keys_megabytes="keys MB", memory_gb="GB", first_limit="limit",
 )  # fmt: skip
-
-
 RSS_UNIT = 1 if sys.platform == "darwin" else 1024  # bytes that getrusage counts memory in
 
 
@@ -62,18 +62,12 @@ def held(what: str) -> int:
 
 
 def in_a_child(function: Callable, *arguments):
-    """What `function(pipe, threads, *arguments)` sends from a new process; None if that dies, of too little memory."""
-    context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe()
-    child = context.Process(target=function, args=(theirs, torch.get_num_threads(), *arguments))
-    child.start()
-    theirs.close()
-    try:
-        return ours.recv()
-    except EOFError:
-        return None
-    finally:
-        child.join()
+    """What `function(threads, *arguments)` returns in a new process; None if that has too little memory."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        try:
+            return pool.submit(function, torch.get_num_threads(), *arguments).result()
+        except (BrokenProcessPool, torch.OutOfMemoryError):
+            return None
 
 
 def processor() -> str:

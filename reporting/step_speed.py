@@ -29,11 +29,13 @@ NETWORK = 200e9  # bytes/s out of one machine: eight cards of 200 Gbit/s; a ring
 def build_method(args, name: str) -> torch.nn.Module:
     """The method on the encoder that is asked for; of a decoder's size, what the method's Config knows is set."""
     usual = zip((args.width, args.depth, args.heads), SIZES[args.model], strict=True)
-    Method = METHODS[name]
-    fields = {f.name for f in dataclasses.fields(Method.Config)}
-    decoder = {key: vars(args)[key] for key in ("decoder_width", "decoder_depth", "decoder_heads") if key in fields}
     encoder = ViT(args.image_size, args.patch_size, *(given or size for given, size in usual))
-    return Method(encoder, Method.Config(**decoder))
+    return METHODS[name](encoder, METHODS[name].Config(**decoder_sizes(args, name)))
+
+
+def decoder_sizes(args, name: str) -> dict[str, int]:
+    fields = {field.name for field in dataclasses.fields(METHODS[name].Config)}
+    return {key: vars(args)[key] for key in ("decoder_width", "decoder_depth", "decoder_heads") if key in fields}
 
 
 def draw(args, method, B: int, device: torch.device):
@@ -44,7 +46,7 @@ def draw(args, method, B: int, device: torch.device):
 def our_loss(args, name: str, B: int, device: torch.device):
     method = build_method(args, name).to(device).train()
     batch = draw(args, method, B, device)
-    return method, lambda network: network(batch)["loss"], getattr(method, "update_teacher", lambda progress: None)
+    return method, lambda network: network(batch)["loss"]
 
 
 def peer_loss(args, name: str, B: int, device: torch.device):
@@ -53,7 +55,7 @@ def peer_loss(args, name: str, B: int, device: torch.device):
     encoder, decoder, batch = ours.encoder, ours.config, draw(args, ours, B, device)
     if name == "lightly":
         network = LightlyMAE(encoder, decoder).to(device).train()
-        return network, lambda network: network(*batch), lambda progress: None
+        return network, lambda network: network(*batch)
     from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
     sizes = dict(
@@ -66,7 +68,7 @@ def peer_loss(args, name: str, B: int, device: torch.device):
     )  # fmt: skip
     noise = torch.rand(B, encoder.patches, device=device)
     network = ViTMAEForPreTraining(ViTMAEConfig(**sizes)).to(device).train()
-    return network, lambda network: network(pixel_values=batch.images, noise=noise).loss, lambda progress: None
+    return network, lambda network: network(pixel_values=batch.images, noise=noise).loss
 
 
 class LightlyMAE(torch.nn.Module):
@@ -99,7 +101,7 @@ class LightlyMAE(torch.nn.Module):
 def stepper(args, name: str, B: int, precision: str, compiled: bool, device: torch.device) -> Callable:
     """One training step as a call, of a method or of a peer."""
     torch.manual_seed(0)
-    module, loss_of, update_teacher = (peer_loss if name in PEERS else our_loss)(args, name, B, device)
+    module, loss_of = (peer_loss if name in PEERS else our_loss)(args, name, B, device)
     groups = parameter_groups(module, weight_decay=0.05)
     optimizer = torch.optim.AdamW(groups, lr=1e-4, betas=(0.9, 0.95), fused=True)
     network = torch.compile(module) if compiled else module
@@ -110,7 +112,8 @@ def stepper(args, name: str, B: int, precision: str, compiled: bool, device: tor
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        update_teacher(0.5)
+        if hasattr(module, "update_teacher"):
+            module.update_teacher(0.5)
 
     return step
 
@@ -122,8 +125,8 @@ def flops(step: Callable) -> int:
     return counter.get_total_flops()
 
 
-def peak_memory(pipe, threads: int, args, name: str, B: int, precision: str, compiled: bool, device) -> None:
-    """What three steps hold at their peak; in a process of its own, after a tiny model's step."""
+def peak_memory(threads: int, args, name: str, B: int, precision: str, compiled: bool, device) -> int:
+    """Bytes that three steps hold at their peak; in a process of its own, after a tiny model's step."""
     torch.set_num_threads(threads)
     if device.type == "cpu":
         process.keep_freed_memory()  # as train.py does
@@ -137,7 +140,7 @@ def peak_memory(pipe, threads: int, args, name: str, B: int, precision: str, com
         torch.cuda.reset_peak_memory_stats()  # of compiling, which tries things out
     for _ in range(2):
         step()
-    pipe.send(torch.cuda.max_memory_allocated() if device.type == "cuda" else held("VmHWM") - before)
+    return torch.cuda.max_memory_allocated() if device.type == "cuda" else held("VmHWM") - before
 
 
 def bench_step(args, device: torch.device) -> list[dict]:

@@ -49,7 +49,7 @@ def test_a_step_trains_its_contender(name, monkeypatch):
 
     monkeypatch.setattr(step_speed, builder.__name__, keep)
     step = step_speed.stepper(parse(), name, 2, "fp32", False, CPU)
-    module, loss_of, _ = seen[0]
+    module, loss_of = seen[0]
     before = loss_of(module).item()
     for _ in range(20):
         step()
