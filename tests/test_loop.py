@@ -105,8 +105,9 @@ def plain_loop(method, o, ranks: int = 1, dtype=None, loss_scale: float = 1.0, a
             descent = first / (1 - o.betas[0] ** (step + 1)) / (root + 1e-8) if adam else clip * g
             weight.data -= rates[-1] * (descent + (0 if exempt else o.weight_decay) * weight.data)  # AdamW or SGD
             weight.grad = None
-        method.update_teacher((step + 1) / steps)
-        if place == per_epoch - 1 and step < steps - 1:
+        if hasattr(method, "update_teacher"):
+            method.update_teacher((step + 1) / steps)
+        if place == per_epoch - 1 and step < steps - 1 and hasattr(method, "end_epoch"):
             method.end_epoch(epoch, ImageSet())
     return rates, losses
 
