@@ -1,7 +1,4 @@
-"""Experiments: the commands of each result, for every method and for the variants that claims compare, and their runs.
-
-Commands run several at a time and within a time limit; what they measure is kept in result files.
-"""
+"""Experiments: the commands of each result, of every method and of the variants that claims compare; running them."""
 
 import json
 import os

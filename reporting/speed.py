@@ -1,7 +1,4 @@
-"""Speed: the machine, the seconds and the memory of calls on it, and the columns of bench.py's tables.
-
-Contenders take turns, and each peak of memory is measured in a process of its own.
-"""
+"""Speed: the machine, the seconds and the memory of calls on it, and the columns of bench.py's tables."""
 
 import math
 import multiprocessing
