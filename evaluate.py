@@ -23,9 +23,8 @@ from downstream import recipes
 from downstream.protocols import PROTOCOLS, Task, evaluate
 from inputs import image_sets
 from runtime import files, process
-from runtime.command_line import Help, Parser, field_comments
-from runtime.encoder_export import TARGETS, write_export
-from runtime.encoder_import import load_encoder, untrained
+from runtime.command_line import OPTIONS, Help, Parser, add_option, field_comments
+from runtime.encoders import TARGETS, load_encoder, untrained, write_export
 from runtime.errors import InputError
 from runtime.ranks import rank, world_size
 
@@ -39,17 +38,15 @@ def options() -> argparse.Namespace:
     parser.add_argument("--to", default=unset, metavar="PATH", help="where to (default: timm.pt or hf, beside it)")
     parser.add_argument("--heads", default=unset, type=int, metavar="H", help="of weights whose width does not tell")
     parser.add_argument("--untrained", action="store_true", help="the same encoder at its initial weights")
-    group = parser.add_argument_group("images (as the run's, unless given)", argument_default=argparse.SUPPRESS)
-    group.add_argument("--data", metavar="SET", help="shapes, tiny-imagenet, cifar10, cifar100, imagenet, or a folder")
-    group.add_argument("--data-root", metavar="DIR", help="where the images of a named set are or shall be")
-    group.add_argument("--classes", type=int, metavar="K", help="only the first K classes")
-    group.add_argument("--class-level", type=int, metavar="N", help="the level of nested folders that are the classes")
-    group.add_argument("--range", nargs=2, type=float, metavar=("LOW", "HIGH"), help="black and white of 16-bit greys")
-    group.add_argument("--download", action="store_true", help="fetch the set if it is not there")
-    group.add_argument("--skip-bad-images", action="store_true", help="count images that do not decode, and go on")
+    group = parser.add_argument_group("images (as the run's, unless given)")
+    images = "data data-root classes class-level range download skip-bad-images".split()
+    for name, _, *option in OPTIONS["what to train on what"]:
+        if name in images:
+            add_option(group, name, unset, *option)
     group = parser.add_argument_group("machine")
-    group.add_argument("--precision", default="auto", choices=["auto", "fp32", "bf16", "fp16"], help="of the encoder")
-    group.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"], help="where to work")
+    for option in OPTIONS["machine"]:
+        if option[0] in ("device", "precision"):
+            add_option(group, *option)
     group = parser.add_argument_group("kNN", argument_default=unset)
     group.add_argument("--k", type=int, metavar="K", help=f"neighbours that vote [{Task.k}]")
     group.add_argument("--tau", type=float, metavar="T", help=f"temperature of their votes [{Task.tau}]")
@@ -65,9 +62,8 @@ def options() -> argparse.Namespace:
     comments = field_comments(recipes.Recipe)
     for field in dataclasses.fields(recipes.Recipe):
         kind = type(field.default)
-        how = dict(action="store_true", default=unset) if kind is bool else dict(
-            type=kind, metavar={int: "N", float: "X", str: "NAME"}[kind])  # fmt: skip
-        group.add_argument(recipes.flag(field.name), help=comments[field.name], **how)
+        metavar = {int: "N", float: "X", str: "NAME", bool: "switch"}[kind]
+        add_option(group, recipes.flag(field.name)[2:], unset, kind, metavar, comments[field.name])
     return parser.parse_args()
 
 

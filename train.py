@@ -30,7 +30,7 @@ from inputs import image_sets
 from methods import METHODS
 from runtime import files, process
 from runtime.command_line import build_encoder, pretraining_options, settle
-from runtime.encoder_import import untrained
+from runtime.encoders import untrained
 from runtime.errors import InputError
 from runtime.log import Meter
 from runtime.optimization import learning_rate, parameter_groups

@@ -28,17 +28,14 @@ from downstream.dense_prediction import Features, Reader, fine_tune, measure
 from downstream.detection import Detector, Instances
 from downstream.segmentation import Segmenter, Segments
 from inputs import builtin_scenes
-from runtime import encoder_import, files, process
+from runtime import encoders, files, process
 from runtime.command_line import Help, Parser, fastest
 from runtime.errors import InputError
 
 
 def options() -> argparse.Namespace:
     parser = Parser(description="Fine-tune an encoder on a dense task.", formatter_class=Help, allow_abbrev=False)
-
-    def add(flag, **settings):
-        parser.add_argument(flag, **settings)
-
+    add = parser.add_argument
     add("--make-scenes", metavar="DIR", help="write generated scenes with exact labels there, and stop")
     add("--n", type=int, default=200, metavar="N", help="scenes to learn from; a quarter as many are for tests")
     add("--run", metavar="DIR", help="a run's directory, or an encoder.pt")
@@ -80,11 +77,11 @@ def main() -> None:
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise InputError("transfer.py: works in one process; start it without torchrun")
     device = process.start(args.device)
-    encoder = encoder_import.load_encoder(args.run, device)
+    encoder = encoders.load_encoder(args.run, device)
     if args.untrained:
-        encoder = encoder_import.untrained(encoder, args.seed)
+        encoder = encoders.untrained(encoder, args.seed)
     args.image_size = args.image_size or pair(encoder.image_size)[0]
-    encoder = encoder_import.resize(encoder, args.image_size).to(device)
+    encoder = encoders.resize(encoder, args.image_size).to(device)
     args.workers = (8 if device.type == "cuda" else 0) if args.workers is None else args.workers
     root = Path(args.data)
     if args.task == "segment":

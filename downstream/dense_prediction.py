@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from common import ViT
-from downstream.optimizers import take_step
+from downstream.training_loop import take_step
 from inputs import augment, images_in_files
 from runtime.errors import InputError
 from runtime.optimization import learning_rate, parameter_groups

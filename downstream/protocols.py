@@ -16,14 +16,12 @@ from torch import Tensor
 
 from common import ViT, pair
 from downstream.classifier import Classifier
-from downstream.features import accuracy, extract, of_all
-from downstream.knn import knn
-from downstream.linear_probe import linear_probe
+from downstream.probes import accuracy, extract, knn, linear_probe, of_all
 from downstream.recipes import Recipe, recipe_for
 from downstream.training_loop import Kept, train
 from inputs.image_sets import ImageSet
 from runtime.command_line import settle
-from runtime.encoder_import import untrained
+from runtime.encoders import untrained
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from common import Attention, Mask, StepRandom, ViT
 from downstream.segmentation import Segments
 from inputs import image_sets
 from methods import METHODS
-from runtime import encoder_import, files
+from runtime import encoders, files
 from runtime.command_line import build_encoder
 from runtime.errors import InputError
 from runtime.run import without_retired
@@ -60,7 +60,7 @@ class Run:
     @cached_property
     def encoder(self) -> ViT:
         if self.path.is_file():
-            return encoder_import.load_encoder(self.path, self.device)
+            return encoders.load_encoder(self.path, self.device)
         if not isinstance(self.method.encoder, ViT):
             raise Absent(f"{self.label} keeps no ViT; give a run that does")
         return self.method.encoder
@@ -169,9 +169,9 @@ class Study:
         """The encoders of --reference; where a grid is given, for images so large that they have as many patches."""
         names = [Path(path).name for path in self.args.reference]
         for path, name in zip(self.args.reference, names, strict=True):
-            encoder = encoder_import.load_encoder(path, self.device)
+            encoder = encoders.load_encoder(path, self.device)
             if grid and encoder.grid != grid:
-                encoder = encoder_import.load_encoder(path, self.device, grid[0] * encoder.patch_size)
+                encoder = encoders.load_encoder(path, self.device, grid[0] * encoder.patch_size)
             yield f"reference {name if names.count(name) == 1 else path}", encoder
 
     @cached_property

@@ -6,9 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from common import patchify
-from downstream.features import of_all
-from downstream.knn import knn
-from downstream.linear_probe import linear_probe
+from downstream.probes import knn, linear_probe, of_all
 from figures import measures
 
 

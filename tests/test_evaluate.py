@@ -15,7 +15,7 @@ from PIL import Image
 import evaluate
 from common import ViT
 from runtime import process
-from runtime.encoder_import import load_encoder
+from runtime.encoders import load_encoder
 from runtime.errors import InputError
 
 ROOT = Path(evaluate.__file__).parent

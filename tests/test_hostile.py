@@ -25,7 +25,7 @@ import train
 from common import StepRandom
 from inputs import augment, image_cache, image_sets, images_in_files
 from methods import METHODS
-from runtime import encoder_import, files
+from runtime import encoders, files
 from runtime.command_line import build_encoder
 from runtime.errors import InputError
 from runtime.log import Log
@@ -146,7 +146,7 @@ def test_a_plain_pickle_in_place_of_weights_is_one_line(tmp_path):
     (tmp_path / "plain.pickle").write_bytes(pickle.dumps(dict(a=1)))
     with warnings.catch_warnings(record=True) as warned, pytest.raises(InputError, match="no weights without code"):
         warnings.simplefilter("always")
-        encoder_import.read(tmp_path / "plain.pickle")
+        encoders.read(tmp_path / "plain.pickle")
     assert not warned
 
 

@@ -15,7 +15,7 @@ import evaluate
 from downstream import protocols, recipes
 from downstream.recipes import Recipe, recipe_for
 from runtime import fast
-from runtime.encoder_import import untrained
+from runtime.encoders import untrained
 
 
 def evaluated(protocol: str, recipe: Recipe = CALM, encoder=None, **options) -> dict:

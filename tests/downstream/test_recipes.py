@@ -1,11 +1,21 @@
-"""The recipes are the papers' tables; what is given goes before them; what cannot be is refused."""
+"""The recipes are the papers' tables, and what they do to images is what plain loops do, image by image."""
 
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from small import CALM, CPU, RICH, Images, classifier_of
+from torch import nn
+from torchvision.transforms import v2
 
+from common import StepRandom
+from downstream import recipes, training_loop
 from downstream.recipes import recipe_for
+from inputs import augment
 from runtime.errors import InputError
 
 
@@ -69,3 +79,169 @@ def test_a_wrong_recipe_is_refused_in_one_line(words):
     with pytest.raises(InputError, match=words) as error:
         recipe_for(**dict(name="mae", protocol="finetune") | WRONG[words])
     assert "\n" not in str(error.value)
+
+
+def labels(n: int, classes: int = 5) -> torch.Tensor:
+    return nn.functional.one_hot(torch.arange(n) % classes, classes).float()
+
+
+@settings(max_examples=15)
+@given(seed=st.integers(0, 2**32), mixup=st.sampled_from([0.0, 0.8]), cutmix=st.sampled_from([0.0, 1.0]))
+def test_mixing_and_its_labels_are_the_plain_loops(seed, mixup, cutmix):
+    n, H, W = 8, 6, 10
+    images, y = torch.rand(n, 3, H, W), labels(n)
+    found, targets = recipes.mix(images, y, StepRandom(seed, 3, n), mixup, cutmix)
+    draw = np.random.default_rng((seed, 3))  # the draws of a StepRandom, in the order of mix
+    if mixup or cutmix:
+        cut = draw.random(n) < (0.5 if mixup and cutmix else cutmix > 0)
+        soft, hard = (draw.beta(a or 1, a or 1, n).astype(np.float32) for a in (mixup, cutmix))
+        center = draw.random((n, 2), dtype=np.float32)
+    x, y = images.double().numpy(), y.double().numpy()
+    for i in range(n):
+        pair, other = i - i % 2, i + 1 - 2 * (i % 2)
+        expected, share = x[i].copy(), 1.0
+        if (mixup or cutmix) and cut[pair]:
+            half = 0.5 * math.sqrt(1 - float(hard[pair]))
+            row, column, h, w = int(center[pair, 0] * H), int(center[pair, 1] * W), int(half * H), int(half * W)
+            lost = 0
+            for r in range(max(0, row - h), min(H, row + h)):
+                for c in range(max(0, column - w), min(W, column + w)):
+                    expected[:, r, c] = x[other][:, r, c]
+                    lost += 1
+            share = 1 - lost / (H * W)
+        elif mixup or cutmix:
+            share = float(soft[pair])
+            expected = share * x[i] + (1 - share) * x[other]
+        np.testing.assert_allclose(found[i], expected, atol=1e-6)
+        np.testing.assert_allclose(targets[i], share * y[i] + (1 - share) * y[other], atol=1e-6)
+
+
+def test_smoothing_and_mixed_labels_make_the_loss_of_the_plain_loop():
+    """The first step's logged loss, from logits of a head whose weights are known."""
+    recipe = replace(CALM, epochs=1, warmup_epochs=0.0, batch_size=24, mixup=0.8, smoothing=0.1, lr=1e-9)
+    classifier = classifier_of("finetune", recipe)
+    x, y = recipes.augmented(*_first(recipe), 3, recipe, 16, StepRandom(0, 0, 24), False)
+    scores = classifier.eval().logits(x).detach().double().numpy()
+    expected = 0.0
+    for row, target in zip(scores, y.double().numpy(), strict=True):
+        smooth = 0.9 * target + 0.1 / 3
+        expected -= (smooth * (row - np.log(np.exp(row).sum()))).sum() / 24
+    losses = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training_loop.Progress, "end_epoch", lambda self, row, last: losses.append(row["loss"]))
+        training_loop.train(classifier, Images(), 3, recipe, CPU)
+    assert losses == [pytest.approx(expected, rel=1e-5)]
+
+
+def _first(recipe):
+    order = training_loop.epoch_order(0, 0, 24)[: recipe.batch_size]
+    return Images().pixels[order], Images().labels[order]
+
+
+def test_an_erased_box_has_its_shape_and_share_and_noise_of_one_sheet():
+    images = torch.full((400, 3, 20, 30), 7.0)
+    found = recipes.erase(images, StepRandom(0, 0, 400), 0.25)
+    gone = (found != 7).all(dim=1)
+    assert torch.equal(gone, (found != 7).any(dim=1))
+    sheet, boxes = torch.zeros(3, 20, 30), 0
+    for image, where in zip(found, gone, strict=True):
+        if not where.any():
+            continue
+        boxes += 1
+        rows, columns = where.any(dim=1).nonzero()[:, 0], where.any(dim=0).nonzero()[:, 0]
+        h, w = len(rows), len(columns)
+        assert where.sum() == h * w == (rows.max() - rows.min() + 1) * (columns.max() - columns.min() + 1)
+        assert 0.015 < h * w / 600 < 0.37 and 0.2 < h / w < 5
+        clash = where & (sheet != 0).all(dim=0)
+        assert torch.equal(sheet[:, clash], image[:, clash])
+        sheet[:, where] = image[:, where]
+    assert 70 < boxes < 130
+    assert abs(sheet.mean()) < 0.1 and abs(sheet.std() - 1) < 0.1 and not torch.equal(sheet[0], sheet[1])
+
+
+def test_randaugment_is_two_operations_at_nine_tenths(monkeypatch):
+    """One draw for all images; its operation and sign from torch's generator, its strength by arithmetic."""
+    monkeypatch.setattr(recipes, "DRAWS", 1)
+    space, images, compared = list(v2.RandAugment._AUGMENTATION_SPACE), torch.rand(2, 3, 8, 8), set()
+    gray = 0.2989 * images[:, 0] + 0.587 * images[:, 1] + 0.114 * images[:, 2]
+    for seed in range(150):
+        found = recipes.rand_augment(images, StepRandom(seed, 0, 2), 9)
+        torch.manual_seed(int(np.random.default_rng((seed, 0)).integers(0, 2**31, 1)[0]))
+        expected = images
+        for _ in range(2):
+            if torch.rand(1) >= 0.5:
+                continue
+            kind = space[int(torch.randint(len(space), ()))]
+            sign = -1 if kind in ("Brightness", "Color") and torch.rand(()) <= 0.5 else 1
+            known = {
+                "Brightness": lambda x, s=sign: (x * (1 + 0.81 * s)).clamp(0, 1),
+                "Color": lambda x, s=sign: (gray[:, None] + (1 + 0.81 * s) * (x - gray[:, None])).clamp(0, 1),
+                "Solarize": lambda x: torch.where(x >= 0.1, 1 - x, x),
+                "Posterize": lambda x: (x * 16).floor() / 16,  # 8 - round(.9 · 4) = 4 bits
+                "Identity": lambda x: x.clone(),
+            }
+            if expected is not images or kind not in known:
+                expected = None
+                break
+            expected, kinds = known[kind](images), kind
+        if expected is not None and expected is not images:
+            torch.testing.assert_close(found, expected, rtol=0, atol=1e-3)
+            compared.add(kinds)
+    assert compared == {"Brightness", "Color", "Solarize", "Posterize", "Identity"}
+
+
+def test_a_probes_crop_is_drawn_once_and_cut_down_to_the_image():
+    H, W, n = 20, 50, 500
+    found = recipes.single_boxes(StepRandom(5, 1, n), (H, W), (0.08, 1.0)).tolist()
+    draws = np.random.default_rng((5, 1)).random((n, 4), dtype=np.float32).astype(np.float64)
+    cut = 0
+    for (top, left, h, w), (area, aspect, down, right) in zip(found, draws, strict=True):
+        target = H * W * (0.08 + 0.92 * area)
+        ratio = math.exp(math.log(3 / 4) + aspect * (math.log(4 / 3) - math.log(3 / 4)))
+        height, width = round(math.sqrt(target / ratio)), round(math.sqrt(target * ratio))
+        cut += height > H
+        assert (h, w) == (min(height, H), min(width, W))
+        assert (top, left) == (int(down * (H - h + 1)), int(right * (W - w + 1)))
+    assert cut > 50  # torchvision's would have drawn these again
+
+
+def test_probes_crop_by_one_draw_tuning_by_ten_and_half_of_the_views_are_mirrored(monkeypatch):
+    used, crop_resize = [], augment.crop_resize
+    monkeypatch.setattr(augment, "crop_resize", lambda *args: used.append(args) or crop_resize(*args))
+    images = torch.zeros(200, 3, 16, 24, dtype=torch.uint8)
+    for probe, draw in ((True, recipes.single_boxes), (False, augment.crop_boxes)):
+        recipes.augmented(
+            images, torch.zeros(200).long(), 3, replace(CALM, crop_scale=0.2), 16, StepRandom(1, 2, 200), probe
+        )
+        _, boxes, size, mirrored = used.pop()
+        assert torch.equal(boxes, draw(StepRandom(1, 2, 200), (16, 24), (0.2, 1.0)))
+        assert size == 16 and 75 < mirrored.sum() < 125
+
+
+def test_without_crops_an_image_is_seen_as_in_validation():
+    images, y = Images(4).pixels, Images(4).labels
+    x, targets = recipes.augmented(images, y, 3, CALM, 16, StepRandom(1, 2, 4), True)
+    assert torch.equal(x, augment.normalize(images.float() / 255))
+    assert torch.equal(targets, nn.functional.one_hot(y, 3).float())
+
+
+def test_an_images_part_does_not_depend_on_who_prepares_it():
+    images, y = Images(8).pixels, Images(8).labels
+    for probe in (False, True):
+        state = torch.get_rng_state()
+        whole = recipes.augmented(images, y, 3, RICH, 16, StepRandom(1, 2, 8), probe)
+        assert torch.equal(state, torch.get_rng_state())
+        parts = []
+        for rows in (slice(0, 2), slice(2, 8)):
+            parts.append(recipes.augmented(images[rows], y[rows], 3, RICH, 16, StepRandom(1, 2, 8, rows), probe))
+        for one, halves in zip(whole, zip(*parts, strict=True), strict=True):
+            torch.testing.assert_close(one, torch.cat(halves), rtol=1e-5, atol=1e-5)
+
+
+def test_an_image_is_erased_with_the_chance_of_its_recipe():
+    images, y = Images(64).pixels, Images(64).labels
+    plain, often, always = (
+        recipes.augmented(images, y, 3, replace(CALM, erase=chance), 16, StepRandom(1, 2, 64), False)[0]
+        for chance in (0.0, 0.6, 1.0)
+    )
+    assert 26 < (often != plain).flatten(1).any(dim=1).sum() < 51 and (always != plain).flatten(1).any(dim=1).all()

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from small import CALM, CPU, PROTOCOLS, Images, classifier_of, small_vit, trained
 
 from common import StepRandom
-from downstream import augmentations, dense_prediction, segmentation, training_loop
+from downstream import dense_prediction, recipes, segmentation, training_loop
 from downstream.classifier import Classifier
 
 
@@ -61,7 +61,7 @@ def plain_fine_tuning(classifier: Classifier, images: Images, recipe, blocks: in
     for t in range(steps):
         order = np.random.default_rng((seed, t // per_epoch, 1)).permutation(n)[t % per_epoch * B :][:B]
         pixels, labels, rng = images.pixels[order], images.labels[order], StepRandom(seed, t, B)
-        x, y = augmentations.augmented(pixels, labels, 3, recipe, 16, rng, probe=blocks == 0)
+        x, y = recipes.augmented(pixels, labels, 3, recipe, 16, rng, probe=blocks == 0)
         torch.manual_seed(seed + t * 1_000_003)
         scores = torch.cat([classifier.logits(part) for part in x.chunk(parts if blocks else 1)])
         y = (1 - recipe.smoothing) * y + recipe.smoothing / 3
@@ -105,7 +105,7 @@ def test_ten_steps_of_fine_tuning_are_the_plain_loops(protocol, options, how, by
     plain_fine_tuning(plain, images, recipe, plain.blocks, seed, parts)
     source = images
     if real.blocks < real.depth and not recipe.augments:  # then evaluate.py hands over what the frozen part gave
-        pixels = augmentations.augment.normalize(images.pixels.float() / 255)
+        pixels = recipes.augment.normalize(images.pixels.float() / 255)
         source = training_loop.Kept(real.eval().frozen(pixels), images.labels)
     training_loop.train(real, source, 3, recipe, CPU, seed, accumulate=parts)
     for name, value in plain.state_dict().items():

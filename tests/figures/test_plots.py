@@ -16,7 +16,7 @@ from common import ViT
 from figures import measures, plots
 from figures.study import spaced
 from inputs import augment
-from runtime import encoder_import, files, reconstruction
+from runtime import encoders, files, reconstruction
 
 
 def test_decoders_in_either_order_of_tokens_give_the_same_maps_and_features(runs):
@@ -73,7 +73,7 @@ def test_semantic_similarity_of_an_encoder_of_another_grid_counts_the_same_patch
     about = study(runs, "mae", reference=tmp_path / "encoder.pt", images=4)
     series = plots.semantic_similarity(about)[1]["mae"]
     images, (run,) = about.pictures(4), about.runs
-    larger = encoder_import.load_encoder(tmp_path / "encoder.pt", image_size=32)  # 4 x 4 patches of 8
+    larger = encoders.load_encoder(tmp_path / "encoder.pt", image_size=32)  # 4 x 4 patches of 8
     with torch.no_grad():
         theirs = larger(augment.normalize(augment.center_crop_resize(images, 32)))[:, 1:]
         x = augment.normalize(augment.center_crop_resize(images, 16))

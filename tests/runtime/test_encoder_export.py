@@ -9,9 +9,8 @@ from test_encoder_import import features, hf_features, hf_model, hf_state, mae_n
 from torch import Tensor
 
 import evaluate
-from runtime import encoder_export
-from runtime.encoder_export import export, write_export
-from runtime.encoder_import import load_encoder
+from runtime import encoders
+from runtime.encoders import export, load_encoder, write_export
 from runtime.errors import InputError
 
 
@@ -63,7 +62,7 @@ def test_hugging_faces_weights_reach_timm_with_their_epsilon(tmp_path):
 
 def test_an_export_is_a_copy():
     encoder = random_vit()
-    for kind in encoder_export.TARGETS:
+    for kind in encoders.TARGETS:
         for x in export(encoder, kind).values():
             x.zero_()
     assert all(x.any() for x in encoder.state_dict().values())
@@ -85,7 +84,7 @@ def test_what_the_target_has_not_is_refused_before_anything_is_written(tmp_path,
     assert "\n" not in str(error.value) and os.listdir(tmp_path) == []
 
 
-@pytest.mark.parametrize("kind", encoder_export.TARGETS)
+@pytest.mark.parametrize("kind", encoders.TARGETS)
 def test_where_nothing_can_be_written_is_said_in_one_line(tmp_path, kind):
     (tmp_path / "file").write_text("kept")
     for to in (tmp_path / "no" / "where", *[tmp_path / "file"] * (kind == "hf")):
@@ -109,7 +108,7 @@ def call(monkeypatch, *words) -> None:
     evaluate.main()
 
 
-@pytest.mark.parametrize("kind", encoder_export.TARGETS)
+@pytest.mark.parametrize("kind", encoders.TARGETS)
 def test_the_command_exports_beside_the_encoder_or_where_it_is_told(run, tmp_path, monkeypatch, capsys, kind):
     pytest.importorskip("timm")
     pytest.importorskip("transformers")
@@ -117,7 +116,7 @@ def test_the_command_exports_beside_the_encoder_or_where_it_is_told(run, tmp_pat
     for path, to in ((run, ()), (run / "encoder.pt", ("--to", tmp_path / "there"))):
         call(monkeypatch, "--run", path, "--export", kind, *to)
         lines = capsys.readouterr().out
-        assert repr(str(to[1] if to else run / encoder_export.TARGETS[kind])) in lines
+        assert repr(str(to[1] if to else run / encoders.TARGETS[kind])) in lines
         same(run_lines(lines, pictures()), wanted)
 
 

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common import ViT
-from runtime import encoder_import
-from runtime.encoder_import import interpolate, load_encoder, resize
+from runtime import encoders
+from runtime.encoders import interpolate, load_encoder, resize
 from runtime.errors import InputError
 
 SMALL = dict(image_size=16, patch_size=8, width=8, depth=2, heads=2)
@@ -162,7 +162,7 @@ def test_known_widths_tell_the_heads(tmp_path, width, heads):
 
 def test_the_heads_of_published_models():
     published = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}  # DeiT, ViT; large and huge have 16 both
-    assert published.items() <= encoder_import.HEADS.items()
+    assert published.items() <= encoders.HEADS.items()
 
 
 @pytest.mark.parametrize("settings", [{}, dict(num_classes=3), dict(init_values=0.1)], ids=str)
