@@ -24,9 +24,7 @@ from pathlib import Path
 import torch
 
 from common import pair
-from downstream.dense_prediction import Features, Reader, fine_tune, measure
-from downstream.detection import Detector, Instances
-from downstream.segmentation import Segmenter, Segments
+from downstream.dense_prediction import Detector, Features, Instances, Reader, Segmenter, Segments, fine_tune, measure
 from inputs import builtin_scenes
 from runtime import encoders, files, process
 from runtime.command_line import Help, Parser, fastest

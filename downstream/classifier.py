@@ -33,9 +33,9 @@ class BatchNorm(nn.Module):
     normalised by one another.
     """
 
-    def __init__(self, width: int, eps: float, momentum: float = 0.1):
+    def __init__(self, width: int, eps: float):
         super().__init__()
-        self.eps, self.momentum = eps, momentum
+        self.eps, self.momentum = eps, 0.1
         self.register_buffer("mean", torch.zeros(width))
         self.register_buffer("variance", torch.ones(width))
 
@@ -91,10 +91,9 @@ class Classifier(nn.Module):
         self.blocks = 0 if self.kind != "finetune" else blocks if protocol == "partial" else self.depth
         if not 0 <= self.blocks <= self.depth:
             raise InputError(
-                f"--blocks {blocks}: the encoder has {self.depth}; give 0 (a linear probe) to {self.depth}"
+                f"--blocks {blocks}: the encoder has {self.depth}; give 0, a linear probe, to {self.depth}"
             )
-        self.features, self.first = recipe.features, 0 if recipe.attend_cls else 1
-        width = encoder.width
+        self.features, self.first, width = recipe.features, 0 if recipe.attend_cls else 1, encoder.width
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
             if self.kind == "attentive":

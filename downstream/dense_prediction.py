@@ -1,9 +1,11 @@
-"""What segmentation and detection share: images fitted into a square, an encoder's patches as a map, training, scores.
+"""Segmentation and detection from an encoder's patches as a map: images fitted into a square, training, heads, scores.
 
 Images are scaled to fit a square and padded at the right and below; scores are taken at each image's own size. What is
 random about image i in an epoch is a function of (seed, epoch, i), so it does not matter which process reads it.
 """
 
+import contextlib
+import io
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,8 +14,16 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
+from torchvision.models.convnext import LayerNorm2d
+from torchvision.models.detection import MaskRCNN
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
+from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
+from torchvision.models.segmentation.fcn import FCNHead
+from torchvision.ops import MultiScaleRoIAlign, masks_to_boxes
 from tqdm import tqdm
 
 from common import ViT
@@ -22,6 +32,15 @@ from inputs import augment, images_in_files
 from runtime.errors import InputError
 from runtime.optimization import learning_rate, parameter_groups
 from runtime.randomness import epoch_order
+
+try:
+    from pycocotools import mask as rle
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+except ImportError:  # refused where detection is asked for
+    COCO = None
+
+IGNORE = 255  # a pixel of no class
 
 
 class Sample(NamedTuple):
@@ -138,3 +157,262 @@ def measure(model: nn.Module, reader: Reader, args, device: torch.device) -> dic
     model.eval()
     with tqdm(reader.batches(orders, args.workers), "measure", len(orders), unit="batch", leave=False) as bar:
         return {**model.measure(reader.images, bar, device), "n": n}
+
+
+# --------------------------------------------------------------------------------------------------------- segmentation
+
+
+def lines(path: Path) -> list[str]:
+    try:
+        found = path.read_text().split("\n")
+    except (OSError, ValueError):
+        raise InputError(f"{path}: cannot be read; --data must be a folder in VOC's format, or give --format") from None
+    if not (found := [line.strip() for line in found if line.strip()]):
+        raise InputError(f"{path}: names nothing; give a folder in VOC's format")
+    return found
+
+
+class Segments:
+    """Images and maps of class labels: one half, "train" or "val", of a folder in VOC's or ADE20K's format."""
+
+    fill = IGNORE
+
+    def __init__(self, root: Path, split: str, kind: str = "voc"):
+        self.reduce = kind == "ade"  # its labels 0, 1, 2 … mean IGNORE, 0, 1 …
+        if kind == "ade":
+            part = {"train": "training", "val": "validation"}[split]
+            images, labels, self.classes = root / "images" / part, root / "annotations" / part, 150
+            names = sorted(path.stem for path in images.glob("*.jpg"))
+            if not names:
+                raise InputError(f"{images}: no images; give the folder ADEChallengeData2016")
+        else:
+            images, labels, known = root / "JPEGImages", root / "SegmentationClass", root / "labels.txt"
+            names = lines(root / "ImageSets" / "Segmentation" / f"{split}.txt")
+            self.classes = len(lines(known)) if known.exists() else 21  # VOC has no such file; --make-scenes writes it
+        self.pairs = [(images / f"{name}.jpg", labels / f"{name}.png") for name in names]
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def read(self, i: int) -> tuple[Tensor, Tensor, Tensor]:
+        """uint8 image (3, H, W) and labels (1, H, W); no kinds, as labels have their own."""
+        image, file = decode(self.pairs[i][0]), self.pairs[i][1]
+        try:
+            with Image.open(file) as png:
+                labels = np.array(png)
+        except Exception as error:  # as in images_in_files.decode
+            raise InputError(f"{file}: does not decode as a label map ({type(error).__name__})") from None
+        if labels.dtype != np.uint8 or labels.shape != tuple(image.shape[1:]):
+            what = f"{labels.dtype} values of shape {labels.shape}"
+            raise InputError(f"{file}: holds {what}; must be 8-bit indices, {tuple(image.shape[1:])} as the image")
+        if self.reduce:
+            labels = labels - np.uint8(1)  # 0 becomes 255
+        if (wrong := labels[(labels >= self.classes) & (labels != IGNORE)]).size:
+            raise InputError(f"{file}: has label {wrong[0]}; labels must be below {self.classes}, or {IGNORE} for none")
+        return image, torch.from_numpy(labels)[None], torch.empty(0, dtype=torch.int64)
+
+
+class Segmenter(nn.Module):
+    """Labels of every pixel, by an FCN head on the patch features and bilinear upsampling."""
+
+    def __init__(self, backbone: Features, classes: int):
+        super().__init__()
+        self.backbone, self.classes = backbone, classes
+        self.head = FCNHead(backbone.out_channels, classes)
+
+    def forward(self, images: Tensor) -> Tensor:  # (B, 3, S, S) → (B, classes, S, S)
+        return F.interpolate(self.head(self.backbone(images)), images.shape[2:], mode="bilinear")
+
+    def loss(self, samples: list[Sample], device) -> Tensor:
+        """Cross entropy, averaged over the pixels that have a label."""
+        logits = self(torch.stack([s.image for s in samples]).to(device))
+        labels = torch.stack([s.planes[0] for s in samples]).to(device).long()
+        total = F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum")
+        return total / (labels != IGNORE).sum().clamp_min(1)
+
+    def measure(self, images: Segments, batches: Iterator[list[Sample]], device) -> dict:
+        matrix = torch.zeros(self.classes, self.classes, dtype=torch.int64)
+        for samples in batches:
+            logits = self(torch.stack([s.image for s in samples]).to(device))
+            for x, s in zip(logits, samples, strict=True):
+                x = x[None, :, : s.fitted[0], : s.fitted[1]]
+                predicted = F.interpolate(x, s.size, mode="bilinear")[0].argmax(dim=0).cpu()
+                matrix += confusion(predicted, s.planes[0].long(), self.classes)
+        if not matrix.any():
+            raise InputError("labels: none in the images to test on; give images whose pixels have labels")
+        return segmentation_scores(matrix)
+
+
+def confusion(predicted: Tensor, labels: Tensor, classes: int) -> Tensor:
+    """Two maps of labels, any shape → (classes, classes): pixels by true label and prediction; IGNORE is left out."""
+    known = labels != IGNORE
+    pairs = labels[known] * classes + predicted[known]
+    return pairs.bincount(minlength=classes**2).reshape(classes, classes)
+
+
+def segmentation_scores(matrix: Tensor) -> dict:
+    """Mean intersection over union, in per cent, of the classes that were there or were predicted; pixel accuracy."""
+    matrix = matrix.double()
+    hits = matrix.diagonal()
+    union = matrix.sum(0) + matrix.sum(1) - hits
+    iou = 100 * (hits / union)[union > 0]
+    return {"miou": iou.mean().item(), "pixel_accuracy": 100 * (hits.sum() / matrix.sum()).item()}
+
+
+# ------------------------------------------------------------------------------------------------------------ detection
+
+
+class Instances:
+    """Images of a COCO annotation file, with the masks of their objects; crowds are left out."""
+
+    fill = 0
+
+    def __init__(self, root: Path, split: str):
+        if COCO is None:
+            raise InputError('pycocotools: not installed, and detection needs it; pip install ".[coco]"')
+        files = sorted(root.glob(f"annotations/instances_{split}*.json"))
+        if not files:
+            raise InputError(f"{root}: has no annotations/instances_{split}*.json; give a folder in COCO's format")
+        self.file = files[0]
+        folder = root / files[0].stem.removeprefix("instances_")
+        self.folder = folder if folder.is_dir() else root
+        try:
+            self.coco = quietly(COCO, str(files[0]))
+            self.categories = sorted(self.coco.cats)  # COCO's ids have gaps; ours are 1 … K in their order
+            objects = {a["image_id"] for a in self.coco.anns.values() if not a.get("iscrowd")}
+        except (OSError, ValueError, LookupError, TypeError, AssertionError):
+            raise InputError(f"{files[0]}: not a COCO annotation file") from None
+        self.classes = len(self.categories)
+        self.ids = sorted(objects if split == "train" else self.coco.imgs)  # nothing to learn without objects
+        if not objects:
+            raise InputError(f"{files[0]}: has no objects to detect")
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def read(self, i: int) -> tuple[Tensor, Tensor, Tensor]:
+        """uint8 image (3, H, W), masks (n, H, W) of 0 and 1, and kinds (n,) from 1."""
+        found = [a for a in self.coco.imgToAnns[self.ids[i]] if not a.get("iscrowd")]
+        try:
+            file = self.folder / self.coco.imgs[self.ids[i]]["file_name"]
+            masks = [self.coco.annToMask(a) for a in found]
+            kinds = torch.tensor([1 + self.categories.index(a["category_id"]) for a in found], dtype=torch.int64)
+        except Exception as error:  # pycocotools checks little of what it is given
+            raise InputError(f"{self.file}: image {self.ids[i]} is wrongly annotated ({error!r})") from None
+        image = decode(file)
+        if any(mask.shape != image.shape[1:] for mask in masks):
+            raise InputError(f"{file}: not of the size that its annotations are for")
+        return image, torch.from_numpy(np.stack(masks)) if masks else image.new_empty(0, *image.shape[1:]), kinds
+
+
+def quietly(function, *arguments):
+    """pycocotools prints what it does; standard output is for the result."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        return function(*arguments)
+
+
+class Pyramid(nn.Module):
+    """ViTDet's simple feature pyramid: maps at 4, 2, 1, 1/2 times the last map's resolution, all from that map.
+
+    For patches of 16 pixels those are strides 4, 8, 16, 32; a fifth map, every other place of the fourth, is for
+    proposals only. Each is (B, channels, …), after convolutions of 1 and 3, with layer norms over the channels.
+    """
+
+    def __init__(self, backbone: Features, channels: int):
+        super().__init__()
+        self.backbone, self.out_channels = backbone, channels
+        D = backbone.out_channels
+
+        def double(width: int) -> nn.Module:
+            return nn.ConvTranspose2d(width, width // 2, kernel_size=2, stride=2)
+
+        self.levels = nn.ModuleList(
+            nn.Sequential(
+                *change, nn.Conv2d(width, channels, 1, bias=False), LayerNorm2d(channels),
+                nn.Conv2d(channels, channels, 3, padding=1, bias=False), LayerNorm2d(channels),
+            )
+            for change, width in (
+                ([double(D), LayerNorm2d(D // 2), nn.GELU(), double(D // 2)], D // 4),
+                ([double(D)], D // 2), ([], D), ([nn.MaxPool2d(2)], D),
+            )
+        )  # fmt: skip
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        x = self.backbone(images)
+        maps = {str(k): level(x).contiguous() for k, level in enumerate(self.levels)}
+        return maps | {"pool": maps["3"][:, :, ::2, ::2]}
+
+
+class Detector(nn.Module):
+    """torchvision's Mask R-CNN on the pyramid, in torchvision's proportions: its own sizes from 512 channels up."""
+
+    def __init__(self, backbone: Features, classes: int):
+        super().__init__()
+        encoder = backbone.encoder
+        p, size, C = encoder.patch_size, encoder.patch_size * encoder.grid[0], min(256, encoder.width // 2)
+        if p % 4 or size % (4 * p):  # or strides would not be whole
+            wanted = f"a multiple of {4 * p}" if p % 4 == 0 else "patches whose side is divisible by 4"
+            raise InputError(f"image size {size}, patches of {p}: cannot be halved and doubled twice; give {wanted}")
+        regions = min(512, max(32, encoder.patches // 2))  # of an image that the heads learn from
+        levels, anchors = ["0", "1", "2", "3"], tuple((2 * p * 2**k,) for k in range(5))  # eight strides wide
+        self.rcnn = MaskRCNN(
+            Pyramid(backbone, C),
+            min_size=size, max_size=size, size_divisible=1, image_mean=[0.0] * 3, image_std=[1.0] * 3,  # as it is
+            rpn_anchor_generator=AnchorGenerator(anchors, ((0.5, 1.0, 2.0),) * 5),
+            rpn_batch_size_per_image=min(256, regions), box_batch_size_per_image=regions,
+            box_roi_pool=MultiScaleRoIAlign(levels, 7, 2), mask_roi_pool=MultiScaleRoIAlign(levels, 14, 2),
+            box_head=TwoMLPHead(C * 7 * 7, 4 * C), box_predictor=FastRCNNPredictor(4 * C, 1 + classes),
+            mask_head=MaskRCNNHeads(C, [C] * 4, 1), mask_predictor=MaskRCNNPredictor(C, C, 1 + classes),
+        )  # fmt: skip
+
+    def loss(self, samples: list[Sample], device) -> Tensor:
+        images = [s.image.to(device) for s in samples]
+        return sum(self.rcnn(images, [target(s.planes.to(device), s.kinds.to(device)) for s in samples]).values())
+
+    def measure(self, images: Instances, batches: Iterator[list[Sample]], device) -> dict:
+        results = []
+        for samples in batches:
+            for found, s in zip(self.rcnn([s.image.to(device) for s in samples]), samples, strict=True):
+                results += detections(images, found, s)
+        return detection_scores(images.coco, results)
+
+
+def target(masks: Tensor, kinds: Tensor) -> dict[str, Tensor]:
+    """Masks (n, S, S) and kinds (n,) → what Mask R-CNN learns from: those still visible, with their boxes."""
+    there = (masks > 0).flatten(1).any(dim=1)
+    masks, kinds = masks[there], kinds[there]
+    # A box ends where its last pixel ends, one beyond the index that torchvision gives.
+    boxes = masks_to_boxes(masks) + masks.new_tensor([0, 0, 1, 1], dtype=torch.float32)
+    return {"boxes": boxes, "labels": kinds, "masks": masks}
+
+
+def detections(images: Instances, found: dict[str, Tensor], s: Sample) -> list[dict]:
+    """One image's detections in the square → COCO results at the image's own size."""
+    (H, W), (h, w) = s.size, s.fitted
+    boxes = found["boxes"] * found["boxes"].new_tensor([W / w, H / h, W / w, H / h])
+    boxes = boxes.clamp_min(0).minimum(boxes.new_tensor([W, H, W, H]))
+    boxes[:, 2:] -= boxes[:, :2]  # to x, y, width, height
+    masks = found["masks"][:, :, :h, :w]
+    if len(masks) and (h, w) != (H, W):
+        masks = F.interpolate(masks, (H, W), mode="bilinear")
+    coded = rle.encode(np.asfortranarray((masks[:, 0] > 0.5).permute(1, 2, 0).to(torch.uint8).cpu().numpy()))
+    return [
+        dict(image_id=images.ids[s.index], category_id=images.categories[kind - 1], bbox=box, score=score,
+             segmentation=mask)
+        for kind, box, score, mask in zip(
+            found["labels"].tolist(), boxes.tolist(), found["scores"].tolist(), coded, strict=True)
+    ]  # fmt: skip
+
+
+def detection_scores(truth, results: list[dict]) -> dict[str, float]:
+    """COCO's average precision of boxes and masks, in per cent: over IoU .5 to .95, and at .5."""
+    scores = {}
+    for name, kind in (("box", "bbox"), ("mask", "segm")):
+        ap = ap50 = 0.0
+        if results:  # pycocotools does not take none
+            judge = COCOeval(truth, quietly(truth.loadRes, results), kind)
+            for step in (judge.evaluate, judge.accumulate, judge.summarize):
+                quietly(step)
+            ap, ap50 = 100 * judge.stats[:2]
+        scores |= {f"{name}_ap": float(ap), f"{name}_ap50": float(ap50)}
+    return scores

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import mae
 from common import Attention, Mask, StepRandom, ViT
-from downstream.segmentation import Segments
+from downstream.dense_prediction import Segments
 from inputs import image_sets
 from methods import METHODS
 from runtime import encoders, files

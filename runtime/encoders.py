@@ -1,4 +1,4 @@
-"""Encoders read from files: our runs', MAE's official weights, timm's and Hugging Face's.
+"""Encoders read from files (our runs', MAE's official weights, timm's, Hugging Face's), and written for the last two.
 
 Read are a run's directory or its encoder.pt; `mae_pretrain_vit_*.pth` and timm's `VisionTransformer`, which share their
 names; `ViTMAE…` and `ViT…` of transformers, as a directory or a file. Every tensor of the encoder must be there in its
@@ -34,33 +34,27 @@ from runtime.ranks import rank
 # By width: our sizes, and the ViT paper's huge.
 HEADS = {width: heads for width, _, heads in SIZES.values()} | {1280: 16}
 
-# Hugging Face's parts by timm's names, # being a block; first as in all files that transformers has written, then as
-# in memory since its version 5. Queries, keys and values are apart there.
+# Hugging Face's parts by timm's names. Those of a block have one name in all files that transformers has written, and
+# since its version 5 another one in memory. Queries, keys and values are apart there.
+HF_BLOCK = {
+    "norm1": ("layernorm_before", "layernorm_before"),
+    "attn.q": ("attention.attention.query", "attention.q_proj"),
+    "attn.k": ("attention.attention.key", "attention.k_proj"),
+    "attn.v": ("attention.attention.value", "attention.v_proj"),
+    "attn.proj": ("attention.output.dense", "attention.o_proj"),
+    "norm2": ("layernorm_after", "layernorm_after"),
+    "mlp.fc1": ("intermediate.dense", "mlp.fc1"),
+    "mlp.fc2": ("output.dense", "mlp.fc2"),
+}
 HF = {
     "cls_token": "embeddings.cls_token",
     "pos_embed": "embeddings.position_embeddings",
     "patch_embed.proj": "embeddings.patch_embeddings.projection",
-    "blocks.#.norm1": "encoder.layer.#.layernorm_before",
-    "blocks.#.attn.q": "encoder.layer.#.attention.attention.query",
-    "blocks.#.attn.k": "encoder.layer.#.attention.attention.key",
-    "blocks.#.attn.v": "encoder.layer.#.attention.attention.value",
-    "blocks.#.attn.proj": "encoder.layer.#.attention.output.dense",
-    "blocks.#.norm2": "encoder.layer.#.layernorm_after",
-    "blocks.#.mlp.fc1": "encoder.layer.#.intermediate.dense",
-    "blocks.#.mlp.fc2": "encoder.layer.#.output.dense",
     "norm": "layernorm",
 }
-HF5 = {
-    "blocks.#.norm1": "layers.#.layernorm_before",
-    "blocks.#.attn.q": "layers.#.attention.q_proj",
-    "blocks.#.attn.k": "layers.#.attention.k_proj",
-    "blocks.#.attn.v": "layers.#.attention.v_proj",
-    "blocks.#.attn.proj": "layers.#.attention.o_proj",
-    "blocks.#.norm2": "layers.#.layernorm_after",
-    "blocks.#.mlp.fc1": "layers.#.mlp.fc1",
-    "blocks.#.mlp.fc2": "layers.#.mlp.fc2",
-}
-TIMM = {theirs: ours for names in (HF, HF5) for ours, theirs in names.items()}
+HF |= {f"blocks.#.{ours}": f"encoder.layer.#.{theirs}" for ours, (theirs, _) in HF_BLOCK.items()}
+TIMM = {theirs: ours for ours, theirs in HF.items()}
+TIMM |= {f"layers.#.{theirs}": f"blocks.#.{ours}" for ours, (_, theirs) in HF_BLOCK.items()}
 
 TARGETS = {"timm": "timm.pt", "hf": "hf"}  # what an encoder is written for, and to where beside it
 
@@ -134,9 +128,9 @@ def run_encoder(file: Path, saved: dict) -> ViT:
     try:
         encoder = ViT(**saved["settings"])
         encoder.load_state_dict(saved["state_dict"])
+        return encoder
     except (LookupError, TypeError, ValueError, AttributeError, RuntimeError):  # whatever a stranger's file may lack
         raise unknown(file) from None
-    return encoder
 
 
 def foreign_encoder(file: Path, saved, heads: int | None) -> ViT:
@@ -286,16 +280,14 @@ def resize(encoder: ViT, image_size) -> ViT:
 def export(encoder: ViT, kind: str) -> dict[str, Tensor]:
     """The state dict that timm's VisionTransformer ("timm") or transformers' ViTModel ("hf") has for these weights."""
     target = {"timm": "timm's VisionTransformer", "hf": "transformers' ViTModel"}[kind]
-    settings, has_not = encoder.settings, f"which {target} has not; it cannot be exported there"
-    if settings["stem"] != "linear":
-        raise InputError(f"encoder: has a {settings['stem']} stem, {has_not}")
-    if settings["positions"] != "sincos":
-        raise InputError(f"encoder: has {settings['positions']} positions, {has_not}")
+    stem, positions, layer_scale = (encoder.settings[name] for name in ("stem", "positions", "layer_scale"))
+    special = {f"a {stem} stem": stem != "linear", f"{positions} positions": positions != "sincos"}
+    for what, has in (special | {"layer scale": kind == "hf" and layer_scale}).items():
+        if has:
+            raise InputError(f"encoder: has {what}, which {target} has not; it cannot be exported there")
     state = {name: x.detach().cpu().clone() for name, x in encoder.state_dict().items()}
     if kind == "timm":
         return state
-    if settings["layer_scale"]:
-        raise InputError(f"encoder: has layer scale, {has_not}")
     for name in [n for n in state if "attn.qkv." in n]:
         for part, x in zip("qkv", state.pop(name).chunk(3), strict=True):
             state[name.replace("attn.qkv.", f"attn.{part}.")] = x.clone()

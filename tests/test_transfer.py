@@ -11,7 +11,7 @@ from PIL import Image
 
 import transfer
 from common import ViT
-from downstream import dense_prediction, detection, segmentation
+from downstream import dense_prediction
 from inputs import builtin_scenes
 from runtime import fast, files
 from runtime.errors import InputError
@@ -47,9 +47,9 @@ def call(monkeypatch, capsys, *words) -> dict:
 
 def chance(folder: Path) -> float:
     """The mIoU of calling every pixel ground, the commonest class."""
-    images = segmentation.Segments(folder, "val")
+    images = dense_prediction.Segments(folder, "val")
     labels = torch.cat([images.read(i)[1].flatten() for i in range(len(images))]).long()
-    return segmentation.segmentation_scores(segmentation.confusion(torch.zeros_like(labels), labels, 5))["miou"]
+    return dense_prediction.segmentation_scores(dense_prediction.confusion(torch.zeros_like(labels), labels, 5))["miou"]
 
 
 @pytest.mark.training
@@ -82,10 +82,10 @@ def test_detection_trains_and_measures(run, folder, monkeypatch, capsys, fastest
 @pytest.mark.slow
 def test_a_detector_learns_four_images_by_heart(folder):
     torch.manual_seed(0)
-    images = detection.Instances(folder, "val")
+    images = dense_prediction.Instances(folder, "val")
     reader = dense_prediction.Reader(images, 64)
     samples = [reader[0, i] for i in range(4)]
-    model = detection.Detector(dense_prediction.Features(small_vit(64, width=32)), 4).train()
+    model = dense_prediction.Detector(dense_prediction.Features(small_vit(64, width=32)), 4).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
     for _ in range(150):
         optimizer.zero_grad()
@@ -149,7 +149,7 @@ def test_what_is_wrong_is_said_in_one_line(run, folder, monkeypatch, capsys, wor
 
 def test_torchrun_and_a_missing_library_are_refused(run, folder, monkeypatch, capsys):
     words = "--run", run, "--data", folder, *DETECT
-    monkeypatch.setattr(detection, "COCO", None)
+    monkeypatch.setattr(dense_prediction, "COCO", None)
     with pytest.raises(InputError, match=r"pip install .*\[coco\]"):
         call(monkeypatch, capsys, *words, "--device", "cpu")
     monkeypatch.setenv("WORLD_SIZE", "2")

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from common import ViT
-from downstream import dense_prediction, detection, segmentation
+from downstream import dense_prediction
 from inputs import builtin_scenes
 from runtime.errors import InputError
 
@@ -34,25 +34,27 @@ def folder(tmp_path_factory) -> Path:
 @given(st.integers(2, 5), st.integers(1, 40), st.integers(0, 2**32 - 1))
 def test_segmentation_scores_are_the_definitions(classes, n, seed):
     rng = np.random.default_rng(seed)
-    labels = rng.choice([*range(classes), segmentation.IGNORE], n)
+    labels = rng.choice([*range(classes), dense_prediction.IGNORE], n)
     labels[0] = 0  # one at least
     predicted = rng.integers(0, classes, n)
     ious, hits, known = [], 0, 0
     for c in range(classes):
         both = sum(p == c and t == c for p, t in zip(predicted, labels, strict=True))
-        either = sum((p == c or t == c) and t != segmentation.IGNORE for p, t in zip(predicted, labels, strict=True))
+        either = sum(
+            (p == c or t == c) and t != dense_prediction.IGNORE for p, t in zip(predicted, labels, strict=True)
+        )
         if either:
             ious.append(both / either)
     for p, t in zip(predicted, labels, strict=True):
-        known += t != segmentation.IGNORE
+        known += t != dense_prediction.IGNORE
         hits += p == t
-    matrix = segmentation.confusion(torch.from_numpy(predicted), torch.from_numpy(labels), classes)
-    scores = segmentation.segmentation_scores(matrix)
+    matrix = dense_prediction.confusion(torch.from_numpy(predicted), torch.from_numpy(labels), classes)
+    scores = dense_prediction.segmentation_scores(matrix)
     assert scores["miou"] == pytest.approx(100 * sum(ious) / len(ious))
     assert scores["pixel_accuracy"] == pytest.approx(100 * hits / known)
 
 
-def truth_as_found(images: detection.Instances, size: int, move: int = 0):
+def truth_as_found(images: dense_prediction.Instances, size: int, move: int = 0):
     """For each image, what a perfect detector would say in a square of `size`, its masks moved to the right."""
     reader = dense_prediction.Reader(images, size)
     for i in range(len(images)):
@@ -60,23 +62,27 @@ def truth_as_found(images: detection.Instances, size: int, move: int = 0):
         masks = torch.nn.functional.interpolate(sample.planes[None], sample.fitted, mode="nearest-exact")[0].roll(
             move, 2
         )
-        goal = detection.target(masks, sample.kinds)
+        goal = dense_prediction.target(masks, sample.kinds)
         found = dict(boxes=goal["boxes"], labels=goal["labels"], scores=torch.ones(len(goal["labels"])))
         yield found | dict(masks=goal["masks"][:, None].float()), sample
 
 
 @pytest.mark.parametrize("size", [64, 128])
 def test_perfect_detections_score_100_and_moved_ones_less(folder, size):
-    images = detection.Instances(folder, "val")
-    results = [r for found, s in truth_as_found(images, size) for r in detection.detections(images, found, s)]
-    scores = detection.detection_scores(images.coco, results)
+    images = dense_prediction.Instances(folder, "val")
+    results = [r for found, s in truth_as_found(images, size) for r in dense_prediction.detections(images, found, s)]
+    scores = dense_prediction.detection_scores(images.coco, results)
     assert scores == pytest.approx(dict(box_ap=100, box_ap50=100, mask_ap=100, mask_ap50=100))
-    moved = [r for found, s in truth_as_found(images, size, size // 32) for r in detection.detections(images, found, s)]
+    moved = [
+        r
+        for found, s in truth_as_found(images, size, size // 32)
+        for r in dense_prediction.detections(images, found, s)
+    ]
     for kind in ("box", "mask"):
-        assert detection.detection_scores(images.coco, moved)[f"{kind}_ap"] < 90
+        assert dense_prediction.detection_scores(images.coco, moved)[f"{kind}_ap"] < 90
     wrong = [dict(r, category_id=1 + r["category_id"] % 4) for r in results]
-    assert detection.detection_scores(images.coco, wrong)["mask_ap"] < 50
-    assert detection.detection_scores(images.coco, []) == dict(box_ap=0, box_ap50=0, mask_ap=0, mask_ap50=0)
+    assert dense_prediction.detection_scores(images.coco, wrong)["mask_ap"] < 50
+    assert dense_prediction.detection_scores(images.coco, []) == dict(box_ap=0, box_ap50=0, mask_ap=0, mask_ap50=0)
 
 
 @pytest.mark.parametrize("H, W", [(40, 64), (64, 40), (100, 30), (16, 16)])
@@ -119,7 +125,7 @@ def test_ade_labels_are_reduced_by_one_and_0_is_no_class(tmp_path):
             (tmp_path / kind / part).mkdir(parents=True)
         Image.new("RGB", (2, 2)).save(tmp_path / "images" / part / "a.jpg")
         Image.fromarray(np.uint8(values).reshape(2, 2)).save(tmp_path / "annotations" / part / "a.png")
-    train, val = (segmentation.Segments(tmp_path, split, "ade") for split in ("train", "val"))
+    train, val = (dense_prediction.Segments(tmp_path, split, "ade") for split in ("train", "val"))
     assert train.classes == 150 and train.read(0)[1].tolist() == [[[255, 0], [1, 149]]]
     with pytest.raises(InputError, match="label 150"):
         val.read(0)
@@ -128,7 +134,7 @@ def test_ade_labels_are_reduced_by_one_and_0_is_no_class(tmp_path):
 def test_targets_are_the_masks_that_show_with_boxes_up_to_their_last_pixels_ends():
     masks = torch.zeros(3, 8, 8, dtype=torch.uint8)
     masks[0, 2:4, 1:6], masks[2, 7, 7] = 1, 1
-    goal = detection.target(masks, torch.tensor([4, 5, 6]))
+    goal = dense_prediction.target(masks, torch.tensor([4, 5, 6]))
     assert goal["labels"].tolist() == [4, 6] and torch.equal(goal["masks"], masks[[0, 2]])
     assert goal["boxes"].tolist() == [[1, 2, 6, 4], [7, 7, 8, 8]]
 
@@ -143,7 +149,7 @@ def test_crowds_are_left_out_and_images_without_objects_serve_tests_only(folder,
         (tmp_path / "annotations").mkdir(exist_ok=True)
         (tmp_path / f"annotations/instances_{split}2017.json").write_text(json.dumps(about))
     (tmp_path / "JPEGImages").symlink_to(folder / "JPEGImages")
-    train, val = (detection.Instances(tmp_path, split) for split in ("train", "val"))
+    train, val = (dense_prediction.Instances(tmp_path, split) for split in ("train", "val"))
     assert len(train) == 23 and 0 not in train.ids and len(val) == 6
     assert len(val.read(0)[1]) == 0 and train.categories == [10, 20, 30, 40]
     assert set(torch.cat([train.read(i)[2] for i in range(23)]).tolist()) == {1, 2, 3, 4}
@@ -171,14 +177,14 @@ def test_bf16_is_the_encoders_alone_and_ends_in_float32(bf16):
 
 def test_a_segmenters_loss_is_the_mean_over_pixels_that_have_a_label():
     torch.manual_seed(0)
-    model = segmentation.Segmenter(dense_prediction.Features(small_vit()), 3).eval()
+    model = dense_prediction.Segmenter(dense_prediction.Features(small_vit()), 3).eval()
     labels = torch.randint(0, 3, (2, 1, 32, 32))
-    labels[0, :, :20] = labels[1, :, :, 5:] = segmentation.IGNORE
+    labels[0, :, :20] = labels[1, :, :, 5:] = dense_prediction.IGNORE
     samples = [dense_prediction.Sample(i, torch.randn(3, 32, 32), labels[i], None, (32, 32), (32, 32)) for i in (0, 1)]
     loss, total, count = model.loss(samples, "cpu"), 0.0, 0
     for s in samples:
         shares = model(s.image[None])[0].detach().double().softmax(dim=0)
-        for row, column in (s.planes[0] != segmentation.IGNORE).nonzero().tolist():
+        for row, column in (s.planes[0] != dense_prediction.IGNORE).nonzero().tolist():
             total -= shares[s.planes[0, row, column], row, column].log().item()
             count += 1
     assert loss.item() == pytest.approx(total / count, rel=1e-5)
@@ -190,7 +196,7 @@ def test_scores_are_taken_at_an_images_own_size_without_the_padding():
     labels[:, 20:, 10:] = 1
     image = (255 * labels).repeat(3, 1, 1)
     square, planes, fitted = dense_prediction.fit(image, labels, 255, 32, None)
-    model = segmentation.Segmenter(dense_prediction.Features(small_vit()), 2)
+    model = dense_prediction.Segmenter(dense_prediction.Features(small_vit()), 2)
     model.forward = lambda images: torch.stack([-images[:, 0], images[:, 0]], dim=1)
     samples = [dense_prediction.Sample(0, square, planes, None, (40, 20), fitted)]
     assert model.measure(None, iter([samples]), "cpu")["pixel_accuracy"] > 95
@@ -216,11 +222,11 @@ def test_what_is_measured_does_not_train():
 def test_freezing_trains_the_heads_only_and_drops_no_paths():
     torch.manual_seed(0)
     features = dense_prediction.Features(ViT(32, 8, 16, 2, 2, drop_path=0.9), freeze=True)
-    frozen = segmentation.Segmenter(features, 3).train()
+    frozen = dense_prediction.Segmenter(features, 3).train()
     assert not frozen.backbone.encoder.training and frozen.head.training
     assert not any(p.requires_grad for p in frozen.backbone.parameters())
     assert all(p.requires_grad for p in frozen.head.parameters())
-    assert segmentation.Segmenter(dense_prediction.Features(small_vit()), 3).train().backbone.encoder.training
+    assert dense_prediction.Segmenter(dense_prediction.Features(small_vit()), 3).train().backbone.encoder.training
 
 
 @pytest.mark.parametrize("p, size", [(8, 64), (16, 128)])
@@ -228,7 +234,7 @@ def test_the_pyramid_has_its_strides_and_each_level_sees_its_own_place(p, size):
     encoder = small_vit(size, p)
     for block in encoder.blocks:
         torch.nn.init.zeros_(block.attn.proj.weight)
-    pyramid = detection.Pyramid(dense_prediction.Features(encoder), 8)
+    pyramid = dense_prediction.Pyramid(dense_prediction.Features(encoder), 8)
     bright = torch.zeros(1, 3, size, size)
     bright[:, :, 4 * p : 5 * p, 6 * p : 7 * p] = 1
     with torch.no_grad():
@@ -245,7 +251,7 @@ def test_the_pyramid_has_its_strides_and_each_level_sees_its_own_place(p, size):
 
 
 def test_anchors_stand_on_the_maps_strides():
-    detector = detection.Detector(dense_prediction.Features(small_vit(64)), 4).eval()
+    detector = dense_prediction.Detector(dense_prediction.Features(small_vit(64)), 4).eval()
     images = torch.zeros(2, 3, 64, 64)
     maps = list(detector.rcnn.backbone(images).values())
     generate, found = detector.rcnn.rpn.anchor_generator, detector.rcnn.transform(list(images))[0]

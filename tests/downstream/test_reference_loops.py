@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from small import CALM, CPU, PROTOCOLS, Images, classifier_of, small_vit, trained
 
 from common import StepRandom
-from downstream import dense_prediction, recipes, segmentation, training_loop
+from downstream import dense_prediction, recipes, training_loop
 from downstream.classifier import Classifier
 
 
@@ -115,7 +115,7 @@ def test_ten_steps_of_fine_tuning_are_the_plain_loops(protocol, options, how, by
 class Scenes:
     """Images of two sizes and their label maps, as dense_prediction.Reader reads them."""
 
-    fill = segmentation.IGNORE
+    fill = dense_prediction.IGNORE
 
     def __len__(self) -> int:
         return 7
@@ -135,7 +135,7 @@ class Scenes:
 def test_ten_steps_of_dense_training_are_the_plain_loops(seed, freeze, lr, jitter):
     torch.manual_seed(0)
     features = dense_prediction.Features(small_vit(drop_path=0.3), freeze)
-    real = segmentation.Segmenter(features, 3)
+    real = dense_prediction.Segmenter(features, 3)
     plain, scenes = copy.deepcopy(real), Scenes()
     args = argparse.Namespace(epochs=5, batch_size=3, lr=lr, seed=seed, workers=0, task="segment")  # 1 image left over
     torch.manual_seed(9)
