@@ -90,9 +90,8 @@ class Classifier(nn.Module):
         self.kind = kind_of(protocol, blocks)
         self.blocks = 0 if self.kind != "finetune" else blocks if protocol == "partial" else self.depth
         if not 0 <= self.blocks <= self.depth:
-            raise InputError(
-                f"--blocks {blocks}: the encoder has {self.depth}; give 0, a linear probe, to {self.depth}"
-            )
+            right = f"give 0 (a linear probe) to {self.depth}"
+            raise InputError(f"--blocks {blocks}: the encoder has {self.depth}; {right}")
         self.features, self.first, width = recipe.features, 0 if recipe.attend_cls else 1, encoder.width
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)

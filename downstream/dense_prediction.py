@@ -111,8 +111,8 @@ class Features(nn.Module):
 
     def __init__(self, encoder: ViT, freeze: bool = False, bf16: bool = False):
         super().__init__()
-        self.encoder, self.out_channels, self.bf16 = encoder.requires_grad_(not freeze), encoder.width, bf16
-        self.freeze = freeze
+        self.encoder, self.out_channels = encoder.requires_grad_(not freeze), encoder.width
+        self.freeze, self.bf16 = freeze, bf16
 
     def train(self, mode: bool = True) -> "Features":
         super().train(mode)

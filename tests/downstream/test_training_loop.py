@@ -88,6 +88,17 @@ def test_parts_of_a_step_make_the_step(protocol, blocks):
         torch.testing.assert_close(value, two.state_dict()[name], rtol=1e-4, atol=1e-5)
 
 
+def test_a_checkpoint_from_before_positions_could_be_learned_is_one_with_fixed_positions(tmp_path, monkeypatch):
+    whole = trained("finetune", directory=tmp_path)
+    saved = files.load(tmp_path / "checkpoint.pt")
+    del saved["settings"]["positions"]
+    files.save(tmp_path / "checkpoint.pt", saved)
+    with pytest.raises(InputError, match="positions 'fixed' there, 'learned' here"):
+        trained("finetune", replace(CALM, positions="learned"), directory=tmp_path)
+    monkeypatch.setattr(Classifier, "forward", None)  # nothing is done again
+    assert same(whole, trained("finetune", directory=tmp_path))
+
+
 def _train_as_one_of(rank: int, ranks: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=ranks)
