@@ -31,7 +31,7 @@ from runtime.ranks import rank, world_size
 
 def options() -> argparse.Namespace:
     parser = Parser(description="Measure the encoder of a run.", formatter_class=Help, allow_abbrev=False)
-    parser.add_argument("--run", required=True, metavar="DIR", help="a run's directory, or weights: see weights.py")
+    parser.add_argument("--run", required=True, metavar="DIR", help="a run's directory, or file of weights")
     what, unset = parser.add_mutually_exclusive_group(required=True), argparse.SUPPRESS
     what.add_argument("--protocol", choices=PROTOCOLS, help="how to measure")
     what.add_argument("--export", default=unset, choices=TARGETS, help="write the encoder for timm or transformers")
