@@ -13,7 +13,6 @@ command continues it. Everything random in step t comes from (seed, t) and the o
 resumed run ends with the bits of one that never stopped, and the number of processes does not change the result.
 """
 
-import inspect
 import json
 import os
 import sys
@@ -32,9 +31,8 @@ from runtime import files, process
 from runtime.command_line import build_encoder, pretraining_options, settle
 from runtime.encoders import untrained
 from runtime.errors import InputError
-from runtime.log import Meter
+from runtime.log import Meter, Pictures
 from runtime.optimization import learning_rate, parameter_groups
-from runtime.pictures import Pictures
 from runtime.randomness import epoch_order
 from runtime.ranks import rank, say, world_size
 from runtime.run import Run
@@ -50,9 +48,6 @@ def main() -> None:
 
 # A list of words → the settings, the method's Config, the method's class.
 options = partial(pretraining_options, methods=METHODS)
-
-
-# ---------------------------------------------------------------------------------------------------------- the loop
 
 
 def train(args, config, Method, device: torch.device) -> nn.Module:
@@ -85,8 +80,18 @@ def loop(args, plan: "Plan", run: Run, images: image_sets.ImageSet, device: torc
     compiled = torch.compile(network) if args.compile else network
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(args.precision)
     autocast = torch.autocast(device.type, dtype, enabled=dtype is not None)
+
+    def losses_of(pixels, index: Tensor, step: int, part: int) -> dict[str, Tensor]:
+        rng = StepRandom(args.seed, step, args.batch_size, plan.rows(part), device)
+        batch = method.draw(pixels, index, rng)
+        with autocast:
+            return compiled(batch)
+
     if 0 < run.step < plan.steps and world_size() > 2:
-        warm_buckets(args, plan, run.step, method, compiled, images, autocast, device)
+        # After its first backward pass DDP lays its buckets out anew, and with them the order in which processes are
+        # added up. The run that is continued was past that. So must this one be, for the same bits.
+        index = next(plan.indices(run.step))
+        losses_of(images.images(index, device), index, run.step, 0)["loss"].backward()
         optimizer.zero_grad(set_to_none=True)
     batches = images.batches(plan.indices(run.step), device, workers=args.workers)
     pictures = Pictures(image_sets.open_for(args, "val"), method, args.seed, args.image_size, device)
@@ -100,12 +105,9 @@ def loop(args, plan: "Plan", run: Run, images: image_sets.ImageSet, device: torc
             torch.manual_seed(args.seed + (step * world_size() + rank()) * 1_000_003)  # of drop path alone
             losses: dict[str, Tensor] = {}
             for part in range(args.accumulate):
-                rng = StepRandom(args.seed, step, args.batch_size, plan.rows(part), device)
-                batch = method.draw(*next(batches), rng)
                 if world_size() > 1:  # gradients are averaged over the processes once a step, in its last part
                     network.require_backward_grad_sync = part == args.accumulate - 1
-                with autocast:
-                    parts = compiled(batch)
+                parts = losses_of(*next(batches), step, part)
                 scaler.scale(parts["loss"] / args.accumulate).backward()
                 losses = {k: losses.get(k, 0) + v.detach() / args.accumulate for k, v in parts.items()}
             if args.clip_grad:
@@ -182,39 +184,24 @@ def build(args, config, Method, device: torch.device):
 
 
 def distribute(method: nn.Module) -> nn.Module:
-    """The method, with gradients averaged over processes if there are several. Buffers are constants, alike in all."""
+    """The method, with gradients averaged over processes if there are several."""
     if world_size() == 1:
         return method
-    known = inspect.signature(DistributedDataParallel).parameters
-    name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # until torch 2.14
-    return DistributedDataParallel(method, gradient_as_bucket_view=True, **{name: False})
-
-
-def warm_buckets(args, plan: Plan, step: int, method: nn.Module, compiled, images, autocast, device) -> None:
-    """Do the passes of a step, whose gradients the caller throws away.
-
-    After its first backward pass DDP lays its buckets out anew, and with them the order in which processes are added
-    up. The run that is continued was past that, so the run that continues it must be, too, for the same bits.
-    """
-    index = next(plan.indices(step))
-    rng = StepRandom(args.seed, step, args.batch_size, plan.rows(0), device)
-    batch = method.draw(images.images(index, device), index, rng)
-    with autocast:
-        loss = compiled(batch)["loss"]
-    loss.backward()
+    network = DistributedDataParallel(method, gradient_as_bucket_view=True)
+    network.broadcast_buffers = False  # they are constants, alike in all; as an argument, torch 2.14 warns of it
+    return network
 
 
 def train_first(args, device: torch.device, name: str, **settings) -> nn.Module:
     """Another method, trained before the one of `args` on the same images and machine, in `<out>/<name>`."""
-    same = "data data_root download classes class_level range images repeat skip_bad_images workers recipe max_steps"
-    same = [*same.split(), "device", "precision", "accumulate", "seed", "deterministic", "log_every"]
-    flags = ["--method", name, "--out", f"{args.out}/{name}", "--no-evaluate"]
-    flags += ["--compile" if args.compile else "--no-compile", *(["--resume=never"] if args.resume == "never" else [])]
-    for option, value in ({key: getattr(args, key) for key in same} | settings).items():
-        if value is not None and value is not False:
-            words = [] if value is True else value if isinstance(value, list) else [value]
-            flags += ["--" + option.replace("_", "-"), *map(str, words)]
-    theirs, config, Method = options(flags)
+    flags = ["--method", name, "--data", args.data, "--recipe", args.recipe, "--out", f"{args.out}/{name}"]
+    for option, value in settings.items():
+        flags += ["--" + option.replace("_", "-"), str(value)]
+    theirs, config, Method = options([*flags, "--no-evaluate"])
+    same = "data_root download classes class_level range images repeat skip_bad_images workers max_steps device"
+    for key in f"{same} precision compile accumulate seed deterministic log_every".split():
+        setattr(theirs, key, getattr(args, key))
+    theirs.resume = "never" if args.resume == "never" else "auto"
     settle(theirs, device)
     parts = world_size() * args.accumulate
     theirs.batch_size = max(parts, min(theirs.batch_size, args.batch_size) // parts * parts)

@@ -130,7 +130,7 @@ def peak_memory(threads: int, args, name: str, B: int, precision: str, compiled:
     torch.set_num_threads(threads)
     if device.type == "cpu":
         process.keep_freed_memory()  # as train.py does
-        fast.prepare(device)
+        fast.use(fast.measured()["linear"])
     tiny = dict(width=8, depth=1, heads=1, decoder_width=8, decoder_depth=1, decoder_heads=1)
     stepper(argparse.Namespace(**vars(args) | tiny), name, 2, precision, False, device)()
     before = held("VmRSS")

@@ -1,7 +1,6 @@
 """Reading command lines: the options of pretraining, and the parser and help page that all commands share.
 
-Settings of a pretraining are the defaults below, then the recipe (`RECIPES` beside the method), then what is given.
-Every knob of a method is a field of its `Config`; the comment beside the field is its help text.
+Settings are the defaults below, then the recipe (`RECIPES` beside the method), then what is given.
 """
 
 import argparse
@@ -28,8 +27,7 @@ from runtime.ranks import rank, world_size
 # bool, the metavar "switch" means a flag that can only be given, else there is a --no- form beside it.
 OPTIONS = {
     "what to train on what": [
-        ("data", "shapes", str, "SET",
-         "shapes, tiny-imagenet, cifar10, cifar100, imagenet, or a folder of images, with or without class folders"),
+        ("data", "shapes", str, "SET", "shapes, tiny-imagenet, cifar10, cifar100, imagenet, or a folder of images"),
         ("data-root", None, str, "DIR", "where the images of a named set are or shall be"),
         ("download", None, bool, "switch", "fetch the set if it is not there"),
         ("classes", None, int, "K", "only the first K classes of the set"),
@@ -50,8 +48,7 @@ OPTIONS = {
         ("layer-scale", 0.0, float, "X", "initial scale of residuals; 0: none"),
         ("drop-path", 0.0, float, "RATE", "of the last block; grows linearly from 0 in the first"),
         ("stem", "linear", ["linear", "conv"], "KIND", "patch embedding: linear, or conv (CMAE*)"),
-        ("positions", "sincos", ["sincos", "relative"], "KIND",
-         "sincos, on the tokens, or relative, a table in the attention (ConMIM's code)"),
+        ("positions", "sincos", ["sincos", "relative"], "KIND", "of tokens: sincos, or relative (ConMIM's code)"),
     ],
     "optimisation": [
         ("epochs", 20, int, "N", "passes over the images"),
@@ -91,15 +88,14 @@ COUNTS = "epochs max_steps batch_size accumulate classes images repeat save_ever
 def pretraining_options(argv: list[str], methods: dict[str, type]):
     """The command line → the settings, the method's Config, the method's class; `methods` are those to choose from."""
     what = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    what.add_argument("--method")
-    what.add_argument("--data", default="shapes")
-    what.add_argument("--recipe")
+    for name in ("method", "data", "recipe"):
+        what.add_argument(f"--{name}")
     known, _ = what.parse_known_args(argv)
     if known.method is None and not {"-h", "--help"} & set(argv):
         raise InputError(f"method: none given; choose --method {', '.join(methods)}")
     if known.method is not None and known.method not in methods:
         raise InputError(f"method {known.method!r}: unknown; choose one of {', '.join(methods)}")
-    recipe = known.recipe or {"shapes": "demo", "imagenet": "paper"}.get(known.data, "tiny")
+    recipe = known.recipe or {None: "demo", "shapes": "demo", "imagenet": "paper"}.get(known.data, "tiny")
     Method = methods.get(known.method)
     recipes = Method.RECIPES if Method else {}
     if Method and recipe not in recipes:
@@ -150,13 +146,13 @@ def begun(args) -> dict:
     """Precision and products of the run that `--resume` continues, from its checkpoint or, before one, config.json."""
     if args.resume == "never" or not args.out:
         return {}
-    folder = Path(args.out)
-    paths = [folder / "checkpoint.pt", folder / "config.json"] if args.resume == "auto" else [Path(args.resume)]
-    for path in filter(Path.exists, paths):
-        with suppress(Exception):  # whoever reads the whole file says what is wrong with it
-            is_text = path.suffix == ".json"
-            read = json.loads(path.read_text()) if is_text else torch.load(path, "cpu", weights_only=True, mmap=True)
-            return {key: read["settings"][key] for key in ("precision", "linear") if read["settings"].get(key)}
+    path = Path(args.out, "checkpoint.pt") if args.resume == "auto" else Path(args.resume)
+    with suppress(Exception):  # whoever reads the whole file says what is wrong with it
+        if path.exists():
+            settings = torch.load(path, "cpu", weights_only=True, mmap=True)["settings"]
+        else:
+            settings = json.loads(path.with_name("config.json").read_text())["settings"]
+        return {key: settings[key] for key in ("precision", "linear") if settings.get(key)}
     return {}
 
 
@@ -184,14 +180,11 @@ class Parser(argparse.ArgumentParser):
 
 def build_parser(name: str | None, methods: dict[str, type]) -> "Parser":
     """The options of pretraining, and if the method is named, those of its Config."""
-    Method, names = methods.get(name), ",".join(methods)
-    idea = ["Pretrain a method; its own options show with --method NAME --help."]
+    Method, idea = methods.get(name), "Pretrain a method; its own options show with --method NAME --help."
     if Method:
-        idea = inspect.getdoc(sys.modules[Method.__module__]).split("\n\n")[:2]
-    parser = Parser(
-        description="\n".join(idea).replace("\n", " "), formatter_class=Help, allow_abbrev=False,
-        usage=f"train.py --method {name or '{' + names + '}'} [options]",
-    )  # fmt: skip
+        idea = " ".join(inspect.getdoc(sys.modules[Method.__module__]).split("\n\n")[:2]).replace("\n", " ")
+    usage = f"train.py --method {name or '{' + ','.join(methods) + '}'} [options]"
+    parser = Parser(description=idea, formatter_class=Help, allow_abbrev=False, usage=usage)
     for title, options in OPTIONS.items():
         group = parser.add_argument_group(title)
         if "data" in options[0]:
@@ -229,7 +222,5 @@ def field_comments(Config) -> dict[str, str]:
 
 
 def build_encoder(args) -> ViT:
-    width, depth, heads = (given or size for given, size in zip(
-        (args.width, args.depth, args.heads), SIZES[args.model], strict=True))  # fmt: skip
-    return ViT(args.image_size, args.patch_size, width, depth, heads, args.layer_scale, args.drop_path, args.stem,
-               args.positions)  # fmt: skip
+    size = [given or own for given, own in zip((args.width, args.depth, args.heads), SIZES[args.model], strict=True)]
+    return ViT(args.image_size, args.patch_size, *size, args.layer_scale, args.drop_path, args.stem, args.positions)

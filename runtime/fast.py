@@ -104,13 +104,7 @@ def measured() -> dict[str, str]:
     return dict(precision="bf16" if t.get("bf16", float("inf")) < t[linear] else "fp32", linear=linear)
 
 
-def use(way: str) -> None:
-    """Have `linear` compute float32 products as `way` says."""
+def use(way: str | None) -> None:
+    """Have `linear` compute float32 products in a way that `measured` names; None is as "product"."""
     global as_convolution
     as_convolution = way == "convolution"
-
-
-def prepare(device: torch.device) -> None:
-    """Have `linear` compute in the way that is measured to be fastest on this machine."""
-    if device.type == "cpu":
-        use(measured()["linear"])

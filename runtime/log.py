@@ -1,4 +1,4 @@
-"""What a run writes down while it trains: lines of log.jsonl, and the progress bar."""
+"""What a run shows while it trains: lines of log.jsonl, the progress bar, reconstruction.png."""
 
 import json
 import math
@@ -12,9 +12,10 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
+from common import StepRandom
 from runtime import files
 from runtime.errors import InputError
-from runtime.ranks import rank, world_size
+from runtime.ranks import rank, sum_over_ranks, world_size
 
 BAR = "{percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}, {remaining} left]"
 
@@ -64,10 +65,7 @@ class Meter:
         self.bar.update()
         if step % self.args.log_every and step not in (1, self.steps):
             return
-        values = torch.stack([v.float() for v in losses.values()])
-        if world_size() > 1:
-            dist.all_reduce(values)
-        values = (values / world_size()).tolist()
+        values = (sum_over_ranks(torch.stack([v.float() for v in losses.values()])) / world_size()).tolist()
         now = time.perf_counter()
         speed = (step - self.logged) * self.args.batch_size / (now - self.since)
         row = dict(step=step, epoch=round(step / self.steps_per_epoch, 4), **dict(zip(losses, values, strict=True)))
@@ -83,8 +81,35 @@ class Meter:
         if world_size() > 1:
             dist.all_reduce(self.bad_step, dist.ReduceOp.MIN)
         what, bad_step = "loss", self.bad_step.item()
-        if method is not None and not torch.stack([p.isfinite().all() for p in method.parameters()]).all():
-            what, bad_step = ("weights", step) if bad_step == math.inf else (what, bad_step)
+        if method is not None and bad_step == math.inf and not all(p.isfinite().all() for p in method.parameters()):
+            what, bad_step = "weights", step
         if bad_step < math.inf:
             advice = "Try a lower --lr, --clip-grad 1, or --precision bf16 or fp32"
             raise InputError(f"{what}: not finite at step {bad_step:.0f}; the last checkpoint is kept. {advice}")
+
+
+class Pictures:
+    """reconstruction.png: eight images, their masks and what the method predicts, each time the same ones."""
+
+    def __init__(self, image_set, method: torch.nn.Module, seed: int, image_size: int, device, n: int = 8):
+        if rank() > 0:
+            return
+        index = torch.linspace(0, len(image_set) - 1, n).long()
+        nowhere = torch.full((n,), -1)  # these images have no place in the training set
+        with torch.no_grad():
+            self.batch = method.draw(image_set.images(index, device), nowhere, StepRandom(seed, 2**40, n, None, device))
+        self.method, self.zoom = method, max(1, 128 // image_size)
+
+    def draw(self, directory: Path) -> None:
+        if rank() > 0:
+            return
+        self.method.eval()
+        rows = self.method.picture(self.batch)  # (rows, n, 3, H, W)
+        self.method.train()
+        if rows is None:
+            return
+        from torchvision.utils import make_grid, save_image  # here: the first step need not wait for it
+
+        grid = make_grid(rows.flatten(0, 1).cpu(), nrow=rows.shape[1], padding=2, pad_value=1.0)
+        grid = grid.repeat_interleave(self.zoom, dim=1).repeat_interleave(self.zoom, dim=2)
+        files.write_whole(directory / "reconstruction.png", lambda file: save_image(grid, file, format="png"))

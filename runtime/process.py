@@ -14,9 +14,7 @@ from runtime.errors import InputError
 
 
 def keep_freed_memory() -> None:
-    """Have glibc keep what is freed. It would give back a step's memory at its end and let the system clear it again at
-    the next, page by page: a tenth of a small step on a CPU.
-    """
+    """Have glibc keep what a step frees for the next: to get it anew from the system costs a tenth of a small step."""
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         libc.mallopt(-3, 1 << 25)  # M_MMAP_THRESHOLD, at its upper limit: blocks of 32 MiB come from the heap
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
@@ -47,13 +45,12 @@ def start(device: str = "auto") -> torch.device:
     chosen = torch.device(device, local) if device == "cuda" else torch.device(device)
     if device == "cpu":
         keep_freed_memory()
-        fast.prepare(chosen)
+        fast.use(fast.measured()["linear"])
     if ranks > 1:
-        on_gpu = chosen.type == "cuda"
         # torchrun --max-restarts hands out the store of the attempt before, with addresses of processes that are gone.
         store, rank, _ = next(dist.rendezvous("env://"))
         store = dist.PrefixStore("attempt " + os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-        backend, gpu = ("nccl", chosen) if on_gpu else ("gloo", None)
+        backend, gpu = ("nccl", chosen) if device == "cuda" else ("gloo", None)
         dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, device_id=gpu)
     return chosen
 

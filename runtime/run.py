@@ -6,7 +6,7 @@ import platform
 import signal
 import subprocess
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -21,8 +21,7 @@ from runtime.log import Log
 from runtime.ranks import rank, say, world_size
 
 # What may differ between a run and its continuation: where and how it runs, not what it computes.
-FREE = {"out", "resume", "data_root", "download", "workers", "device", "compile", "linear"}
-FREE |= {"save_every", "log_every", "evaluate"}
+FREE = set("out resume data_root download workers device compile linear save_every log_every evaluate".split())
 
 
 class Run:
@@ -79,8 +78,8 @@ class Run:
                 for name, part in self.parts.items():
                     part.load_state_dict(found[name])
             except (LookupError, TypeError, ValueError, AttributeError, RuntimeError):
-                wrong = "the checkpoint's weights are not this program's; give --resume never"
-                raise InputError(f"{self.directory}: {wrong}") from None
+                reason = "the checkpoint's weights are not this program's; give --resume never"
+                raise InputError(f"{self.directory}: {reason}") from None
             say(f"continuing {self.directory} from step {self.step}")
         if rank() == 0:
             about = dict(
@@ -127,31 +126,27 @@ def without_retired(theirs: dict, known, path: Path) -> dict:
 
 
 def lay_out(directory: Path):
-    """Make the directory, lock it, and remove what a run that was killed left half-written; returns the lock."""
+    """Make the directory, lock it, and remove what a run that was killed left half-written; returns the lock.
+
+    The lock keeps a second run from writing there, and dies with the process.
+    """
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        held = lock(directory)
+        held = open(directory / ".lock", "w")
+        with suppress(ImportError):  # Windows has no such locks
+            import fcntl
+
+            try:
+                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise InputError(f"{directory}: another run is writing here; give another --out") from None
+            except OSError:  # nor have some file systems, of Lustre's and NFS's
+                pass
         for left in directory.glob(".*.tmp"):
             left.unlink()
     except OSError as error:
         raise InputError(f"{directory}: cannot be written ({error.strerror}); give another --out") from None
     return held
-
-
-def lock(directory: Path):
-    """Two runs must not write one directory. The lock dies with the process; where there is none, there is none."""
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        return None
-    file = open(directory / ".lock", "w")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise InputError(f"{directory}: another run is writing here; give another --out") from None
-    except OSError:  # a file system without locks: some of Lustre's and NFS's
-        pass
-    return file
 
 
 def from_rank_0(tree, group):

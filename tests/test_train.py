@@ -458,7 +458,7 @@ def test_where_files_have_no_locks_a_run_goes_without(tmp_path, monkeypatch):
         raise OSError(errno.ENOTSUP, "Operation not supported")
 
     monkeypatch.setattr(fcntl, "flock", refuse)
-    run.lock(tmp_path)
+    run.lay_out(tmp_path)
 
 
 def test_only_rank_0_looks_for_files(tmp_path, monkeypatch):

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from runtime import fast
+from runtime import fast, process
 
 
 @pytest.fixture
@@ -56,10 +56,11 @@ def test_a_machine_is_measured_once_and_a_gpu_not_at_all(monkeypatch):
     monkeypatch.setattr(fast, "as_convolution", False)
     fast.measured.cache_clear()
     try:
-        fast.prepare(torch.device("meta"))
-        assert not calls and not fast.as_convolution
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+        monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
+        assert process.start("cuda").type == "cuda" and not calls and not fast.as_convolution
         for _ in range(2):
-            fast.prepare(torch.device("cpu"))
+            process.start("cpu")
         assert len(calls) == 1 and fast.as_convolution
     finally:
         fast.measured.cache_clear()
