@@ -78,8 +78,8 @@ class Run:
                 for name, part in self.parts.items():
                     part.load_state_dict(found[name])
             except (LookupError, TypeError, ValueError, AttributeError, RuntimeError):
-                reason = "the checkpoint's weights are not this program's; give --resume never"
-                raise InputError(f"{self.directory}: {reason}") from None
+                wrong = "the checkpoint's weights are not this program's; give --resume never"
+                raise InputError(f"{self.directory}: {wrong}") from None
             say(f"continuing {self.directory} from step {self.step}")
         if rank() == 0:
             about = dict(
