@@ -63,7 +63,7 @@ from common import (
     world_size,
 )
 from inputs import augment
-from inputs.contrastive_crop import locate, place_crops
+from inputs.augment import locate, place_crops
 from runtime.errors import InputError
 from runtime.knobs import Count, Part, Positive, Share, Size, Weight, check
 from runtime.reconstruction import picture_rows

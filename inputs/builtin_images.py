@@ -162,9 +162,6 @@ def fractal(numbers: np.ndarray, lattices: tuple[int, ...]) -> np.ndarray:
     return total
 
 
-# ------------------------------------------------------------------------------------------------- signed distances
-
-
 def ellipse(p, x, y, a, b, angle=0.0):
     """With half axes a and b; near enough a distance unless it is very flat. A circle if a is b."""
     cos, sin = np.float32(math.cos(angle)), np.float32(math.sin(angle))
@@ -187,7 +184,6 @@ def polygon(p, *corners):
     return d
 
 
-# -------------------------------------------------------------------------------------------------------- surfaces
 # What a part is made of shows in any small piece of it, wherever it lies: phase, size and contrast are chance.
 
 
@@ -218,9 +214,6 @@ def scales(p, size):
 def speckle(p):
     """Blots: leaves, down."""
     return p.uniform(*CONTRAST) * np.clip(6 * p.fine, -1, 1)
-
-
-# ------------------------------------------------------------------------------------------------------- the objects
 
 
 def house(p):

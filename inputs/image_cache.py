@@ -69,9 +69,6 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
-# ---------------------------------------------------------------------------------------------------------- the cache
-
-
 def cache_folder() -> Path:
     if folder := os.environ.get("MINMIM_CACHE"):
         return Path(folder)
@@ -175,9 +172,6 @@ def checksums(path: Path, lengths: Iterable[int]) -> list[int]:
     ends = list(accumulate(lengths, initial=0))
     with ThreadPoolExecutor(min(8, cores())) as pool:  # reading and zlib leave Python free
         return list(pool.map(of_part, ends[:-1], ends[1:]))
-
-
-# ------------------------------------------------------------------------------------------------ one process a machine
 
 
 def first_on_node() -> bool:

@@ -18,8 +18,7 @@ from torch import Tensor
 
 from inputs import named_sets
 from inputs.image_cache import Packed, cache_folder, cached, cores, in_turn, remembered
-from inputs.image_folders import class_folders
-from inputs.images_in_files import Files, decode
+from inputs.images_in_files import Files, class_folders, decode
 from runtime.errors import InputError
 from runtime.ranks import say
 

@@ -21,7 +21,6 @@ GROUND = ("runtime.errors", "runtime.ranks", "runtime.files", "runtime.process",
 BUILDS_ON = {name: {"mae"} for name in METHODS}  # as its paper does
 BUILDS_ON["cae"] |= {"dvae", "runtime.dalle"}  # tokenizers
 BUILDS_ON["dvae"] |= {"runtime.dalle", "runtime.files"}  # the published one
-BUILDS_ON["cmae_loc"] |= {"inputs.contrastive_crop"}
 
 # What a file of each layer may import of ours; a folder's name stands for all of its files.
 MAY = {

@@ -9,7 +9,7 @@ import torch
 from made_images import caches, make_folder, pixels, save, the_error
 from PIL import Image
 
-from inputs import image_cache, image_folders, image_sets, images_in_files
+from inputs import image_cache, image_sets, images_in_files
 
 
 def opened_without_decoding(monkeypatch, *args, **kwargs):
@@ -59,7 +59,7 @@ def test_a_changed_file_makes_a_new_cache(tmp_path, cache, change):
     change(tmp_path / "set")
     opened = image_sets.open_set(str(tmp_path / "set"))
     assert len(caches(cache)) == 2
-    paths = [path for of_class in image_folders.class_folders(tmp_path / "set", "train")[1] for path in of_class]
+    paths = [path for of_class in images_in_files.class_folders(tmp_path / "set", "train")[1] for path in of_class]
     expected = torch.stack([images_in_files.decode(tmp_path / "set" / path) for path in paths])
     assert torch.equal(opened.images(torch.arange(len(opened))), expected)
 

@@ -2,12 +2,11 @@
 
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from made_images import as_tensor, make_folder, pixels, save, the_error
 
-from inputs import image_folders, image_sets
+from inputs import image_sets, images_in_files
 from runtime.errors import InputError
 
 
@@ -45,8 +44,8 @@ def test_listing_is_sorted_recursive_and_minds_names(tmp_path):
     (tmp_path / ".git").mkdir()
     (tmp_path / "class two").mkdir()
     (tmp_path / "class two" / "link").symlink_to(tmp_path / "class one")
-    classes, (one, two) = image_folders.class_folders(tmp_path, "train")
-    every = image_folders.image_files(tmp_path, tmp_path / "class one")
+    classes, (one, two) = images_in_files.class_folders(tmp_path, "train")
+    every = images_in_files.image_files(tmp_path, tmp_path / "class one")
     expected = ["a b.JPG", "b/é ü.jpeg", "deep/er/1.png", "z.WebP", "日本.bmp"]
     assert every == [f"class one/{name}" for name in expected] and classes == ["class one", "class two"]
     assert one == every[:1] + every[2:] and two == [path.replace("one", "two/link") for path in one]
@@ -211,21 +210,15 @@ def give_kaggle(folder):
     (folder / "LOC_val_solution.csv").write_text("\n".join(["ImageId,PredictionString", *rows[::-1], ""]))
 
 
-def give_kit(folder, matlab=False):
+def give_kit(folder):
     folder = folder / "ILSVRC2012_devkit_t12" / "data"
     folder.mkdir(parents=True)
     truth = "".join(f"{NUMBERS[wnid]}\n" for wnid in ANSWERS)
     (folder / "ILSVRC2012_validation_ground_truth.txt").write_text(truth)
-    if matlab:
-        savemat = pytest.importorskip("scipy.io").savemat
-        kind = [("ILSVRC2012_ID", object), ("WNID", object), ("words", object)]
-        rows = [(float(number), wnid, "a word") for wnid, number in NUMBERS.items()]
-        savemat(folder / "meta.mat", dict(synsets=np.array(rows, dtype=kind).reshape(-1, 1)))
-    else:
-        (folder / "map_clsloc.txt").write_text("".join(f"{wnid} {n} a_word\n" for wnid, n in NUMBERS.items()))
+    (folder / "map_clsloc.txt").write_text("".join(f"{wnid} {n} a_word\n" for wnid, n in NUMBERS.items()))
 
 
-@pytest.mark.parametrize("give", [give_kaggle, give_kit, lambda folder: give_kit(folder, matlab=True)])
+@pytest.mark.parametrize("give", [give_kaggle, give_kit])
 @pytest.mark.parametrize("where", [".", "../.."])
 def test_a_val_as_it_is_unpacked_has_the_labels_that_lie_near(tmp_path, give, where):
     root = make_imagenet(tmp_path / "one" / "two" / "set")
