@@ -134,6 +134,23 @@ def test_flags_go_before_the_runs_settings(run, monkeypatch, capsys):
     assert (found["n"], found["classes"], found["tau"]) == (4, 1, 0.5)  # the 4 of class a
 
 
+def test_images_are_read_as_the_run_has_read_them_unless_a_flag_says_otherwise(run, monkeypatch):
+    config = json.loads((run / "config.json").read_text())
+    theirs = dict(class_level=1, range=[0.0, 900.0], skip_bad_images=True, download=False, data_root="/", classes=2)
+    (run / "config.json").write_text(json.dumps({"settings": config["settings"] | theirs}))
+    asked, opened = [], evaluate.image_sets.open_for
+    monkeypatch.setattr(
+        evaluate.image_sets, "open_for", lambda args, half: asked.append(vars(args)) or opened(args, half)
+    )
+    call(monkeypatch, "--run", run, "--protocol", "knn")
+    call(monkeypatch, "--run", run, "--protocol", "knn", "--range", 0, 500, "--classes", 1)
+    own = dict(data=config["settings"]["data"])
+    for found, wanted in zip(
+        asked[::2], (own | theirs, own | theirs | dict(range=[0.0, 500.0], classes=1)), strict=True
+    ):
+        assert found | wanted == found
+
+
 def test_untrained_is_the_same_architecture_at_weights_of_the_runs_seed(run, monkeypatch, capsys):
     used = []
     monkeypatch.setattr(evaluate, "evaluate", lambda encoder, *_, **__: used.append(encoder) or {"knn": {}})

@@ -155,6 +155,15 @@ def test_crowds_are_left_out_and_images_without_objects_serve_tests_only(folder,
     assert set(torch.cat([train.read(i)[2] for i in range(23)]).tolist()) == {1, 2, 3, 4}
 
 
+def test_images_lie_in_the_folder_that_coco_names_after_the_split(folder, tmp_path):
+    (tmp_path / "annotations").mkdir()
+    (tmp_path / "annotations/instances_val2017.json").symlink_to(folder / "annotations/instances_val.json")
+    (tmp_path / "val2017").mkdir()
+    (tmp_path / "val2017/JPEGImages").symlink_to(folder / "JPEGImages")
+    ours, theirs = detection.Instances(tmp_path, "val"), detection.Instances(folder, "val")
+    assert all(torch.equal(x, y) for x, y in zip(ours.read(0), theirs.read(0), strict=True))
+
+
 def test_a_bright_patch_lights_up_its_own_cell():
     encoder = small_vit()
     for block in encoder.blocks:  # no attention: a cell then depends on its own patch alone

@@ -87,6 +87,18 @@ def test_heads_differ_by_seed_and_not_by_torchs_state():
     assert 0 < one.head.out.weight.abs().max() <= 0.02 and not one.head.out.bias.any()
 
 
+def test_each_protocol_is_measured_as_it_says_and_trains_by_the_demo_s_recipe_where_none_is_given(monkeypatch):
+    recipes = []
+    monkeypatch.setattr(protocols, "train", lambda classifier, source, classes, recipe, *_: recipes.append(recipe))
+    for name in ("knn", "linear_probe"):
+        monkeypatch.setattr(protocols, name, lambda *_, name=name: name)
+    names = ("knn", "linear", "partial", "finetune")
+    found = protocols.evaluate(small_vit(), Images(), Images(20, seed=9), names, CPU)
+    assert (found["knn"], found["linear"]) == ("knn", "linear_probe")
+    assert recipes == [recipe_for("demo", "partial"), recipe_for("demo", "finetune")]
+    assert found["finetune"]["n"] == 20
+
+
 def test_every_field_has_its_words_and_arrives_by_its_option(monkeypatch):
     comments = evaluate.field_comments(Recipe)
     assert set(comments) == set(asdict(Recipe()))

@@ -51,6 +51,19 @@ def test_to_moves_a_resident_set(tmp_path, monkeypatch):
     assert streamed.to("meta") is streamed and not streamed.resident
 
 
+def test_processes_of_a_machine_share_its_cores_among_their_workers(tmp_path, monkeypatch):
+    make_folder(tmp_path)
+    _, streamed = open_both(tmp_path, monkeypatch)
+    asked, stream = [], streamed.pixels.stream
+    monkeypatch.setattr(image_sets, "cores", lambda: 6)
+    monkeypatch.setattr(streamed.pixels, "stream", lambda orders, n, **how: asked.append(n) or stream(orders, 0, **how))
+    for processes in ("1", "2", "8"):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)
+        list(streamed.batches([torch.tensor([0])]))
+    list(streamed.batches([torch.tensor([0])], workers=5))
+    assert asked == [6, 3, 1, 5]
+
+
 @pytest.mark.parametrize("streams", [False, True])
 def test_subset_is_the_first_classes(tmp_path, monkeypatch, streams):
     make_folder(tmp_path, ("a", "b", "c"), n=3)
