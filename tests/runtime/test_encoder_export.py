@@ -60,6 +60,15 @@ def test_hugging_faces_weights_reach_timm_with_their_epsilon(tmp_path):
     same(run_lines(lines, pictures()), hf_features(model))
 
 
+def test_in_transformers_an_export_drops_nothing_while_it_learns(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    write_export(random_vit(), "hf", tmp_path / "hf")
+    vit, images = transformers.ViTModel.from_pretrained(tmp_path / "hf", add_pooling_layer=False), pictures()
+    with torch.no_grad():
+        tested, learning = (vit.train(learns)(images).last_hidden_state for learns in (False, True))
+    assert torch.equal(tested, learning)
+
+
 def test_an_export_is_a_copy():
     encoder = random_vit()
     for kind in encoders.TARGETS:

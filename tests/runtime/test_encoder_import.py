@@ -271,6 +271,14 @@ def test_both_layouts_are_read_with_or_without_a_prefix(tmp_path, prefix, versio
     assert {part.eps for part in found.modules() if isinstance(part, nn.LayerNorm)} == {1e-12}
 
 
+def test_a_transformers_directory_without_an_epsilon_has_transformers_own(tmp_path):
+    hf_model("ViTModel").save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["layer_norm_eps"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert load_encoder(tmp_path).norm.eps == hf_config("ViTConfig").layer_norm_eps
+
+
 def test_the_configuration_says_heads_epsilon_and_the_shape_of_the_grid(tmp_path):
     model = hf_model("ViTModel", 0.01, image_size=(16, 32), num_attention_heads=4, layer_norm_eps=1e-3)
     model.save_pretrained(tmp_path)
