@@ -160,7 +160,7 @@ def test_images_lie_in_the_folder_that_coco_names_after_the_split(folder, tmp_pa
     (tmp_path / "annotations/instances_val2017.json").symlink_to(folder / "annotations/instances_val.json")
     (tmp_path / "val2017").mkdir()
     (tmp_path / "val2017/JPEGImages").symlink_to(folder / "JPEGImages")
-    ours, theirs = detection.Instances(tmp_path, "val"), detection.Instances(folder, "val")
+    ours, theirs = dense_prediction.Instances(tmp_path, "val"), dense_prediction.Instances(folder, "val")
     assert all(torch.equal(x, y) for x, y in zip(ours.read(0), theirs.read(0), strict=True))
 
 

@@ -239,4 +239,5 @@ def test_floats_constant_greys_and_bad_images_have_a_range_too(tmp_path):
     constant = images_in_files.Files(tmp_path, ["b/1.png"])
     assert constant.extremes() == [7.0, 8.0]
     save(tmp_path / "c" / "1.png")
-    assert images_in_files.Files(tmp_path, ["c/1.png"]).survey()[1] is False
+    shallow = images_in_files.Files(tmp_path, ["c/1.png"])
+    assert shallow.survey()[1] is False and shallow.extremes() == [0.0, 65535.0]
