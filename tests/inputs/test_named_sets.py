@@ -1,7 +1,6 @@
 """Sets that have names: Tiny-ImageNet's official layout, the built-in images, CIFAR."""
 
 import pickle
-import shutil
 
 import numpy as np
 import pytest
@@ -27,22 +26,6 @@ def test_tiny_imagenet(tmp_path, parent):
     assert torch.equal(images[3], torch.tensor(grey).expand(3, -1, -1))
     assert torch.equal(val.images(torch.arange(3)), torch.stack([as_tensor(pixels(s)) for s in (51, 52, 50)]))
     assert torch.equal(val.subset(2).images(torch.tensor([1])), as_tensor(pixels(52))[None])
-
-
-def test_tiny_imagenet_is_fetched_once_where_it_is_not_and_leaves_no_archive(tmp_path, monkeypatch):
-    make_tiny(tmp_path / "made" / "tiny-imagenet-200")
-    fetched, root = [], tmp_path / "root"
-    root.mkdir()
-
-    def fetch(url, path, md5):
-        fetched.append((url, path, md5))
-        shutil.make_archive(path.with_suffix(""), "zip", tmp_path / "made")
-
-    monkeypatch.setattr(named_sets, "fetch", fetch)
-    for _ in range(2):
-        assert len(image_sets.open_set("tiny-imagenet", root, "val", download=True)) == 3
-    assert fetched == [(named_sets.TINY_URL, root / "tiny-imagenet-200.zip", named_sets.TINY_MD5)]
-    assert [path.name for path in root.iterdir()] == ["tiny-imagenet-200"]
 
 
 def test_annotations_may_change_and_lie_in_any_order(tmp_path):
