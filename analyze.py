@@ -87,11 +87,7 @@ def draw(name: str, study: Study, file: Path) -> None:
     with matplotlib.rc_context(plots.STYLE):
         study.shown.clear()
         figure, numbers = FIGURES[name](study)
-        try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(f"{file.parent}: cannot be written ({error.strerror}); give another --to") from None
-        files.write_whole(file, lambda out: figure.savefig(out, format="png"))
+        files.write_whole(file, lambda out: figure.savefig(out, format="png"), "; give another --to")
     about = {"figure": name, "runs": [str(run.path) for run in study.runs]}
     if study.shown:
         about |= {"data": study.data[0], "images": study.shown}

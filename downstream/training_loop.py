@@ -185,7 +185,6 @@ class Progress:
         self.rows.append(row)
         if self.directory is None or rank() > 0 or not (last or time.monotonic() - self.saved >= SAVE_EVERY):
             return
-        self.directory.mkdir(parents=True, exist_ok=True)
         learns, state = trainable_parameters(self.classifier), self.classifier.state_dict()
         learned = {name: value for name, value in state.items() if name in learns or name.startswith("head.")}
         states = {name: holder.state_dict() for name, holder in self.states.items()}

@@ -75,20 +75,10 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minmim"
 
 
-def cache_file(name: str) -> Path:
-    """The path of a file in the cache folder, which is made if need be."""
-    folder = cache_folder()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{folder}: cannot be made ({error.strerror}); set MINMIM_CACHE to another folder") from error
-    return folder / name
-
-
 def cached(stem: str, made_from: bytes, chunks: Callable[[], Iterable]) -> tuple[Packed, Tensor, list[str]]:
     """Pixels, labels and names of bad images, from the cache file if it is there and sound, else from `chunks()`."""
     key = hashlib.sha256(MAGIC + made_from).hexdigest()
-    path = cache_file(f"{stem}-{key[:16]}.cache")
+    path = cache_folder() / f"{stem}-{key[:16]}.cache"
     if path.exists():
         try:
             return read_cache(path, key)
@@ -100,7 +90,7 @@ def cached(stem: str, made_from: bytes, chunks: Callable[[], Iterable]) -> tuple
 
 def remembered(stem: str, made_from: bytes, compute: Callable[[], list[float]]) -> list[float]:
     """Two numbers that `compute()` finds, from the cache folder if they are there."""
-    path = cache_file(f"{stem}-{hashlib.sha256(made_from).hexdigest()[:16]}.json")
+    path = cache_folder() / f"{stem}-{hashlib.sha256(made_from).hexdigest()[:16]}.json"
     with contextlib.suppress(OSError, ValueError, TypeError):
         low, high = json.loads(path.read_text())
         return [float(low), float(high)]

@@ -147,7 +147,6 @@ def keep(file: Path, method: str, commands: dict, run: dict) -> None:
     config, found, runs = run.pop("config"), read(file) if file.exists() else None, [run]
     if found and (found["commands"], found["config"]) == (commands, config):
         runs += [r for r in found["runs"] if r["seed"] != run["seed"] and not changed(r["sources"])]
-    file.parent.mkdir(parents=True, exist_ok=True)
     tree = dict(method=method, commands=commands, config=config, runs=sorted(runs, key=lambda r: r["seed"]))
     files.write_text(file, json.dumps(tree, indent=1) + "\n")
 

@@ -316,10 +316,6 @@ def write_export(encoder: ViT, kind: str, path) -> str:
         intermediate_size=4 * encoder.width, hidden_act="gelu", layer_norm_eps=eps, qkv_bias=True,
         hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
     )  # fmt: skip
-    try:
-        path.mkdir(exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be made ({error.strerror}); give a directory with --to") from None
     files.save(path / "pytorch_model.bin", state)
     files.write_text(path / "config.json", json.dumps(config, indent=1) + "\n")
     return (

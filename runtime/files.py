@@ -12,11 +12,15 @@ from runtime.errors import InputError
 
 
 def write_whole(path, write: Callable, advice: str = "") -> None:
-    """Let `write(file)` fill a temporary file beside `path`, flush it to disk and rename it: all of it or none."""
+    """Let `write(file)` fill a temporary file beside `path`, flush it to disk and rename it: all of it or none.
+
+    The folder is made if need be.
+    """
     path = Path(path)
     kept = "; what was there before is kept" if os.path.exists(path) else ""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
             write(file)
             file.flush()

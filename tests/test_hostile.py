@@ -555,14 +555,14 @@ def test_a_log_on_a_full_device_is_one_line(tmp_path):
 
 
 def test_a_place_below_a_file_is_one_line(tmp_path):
-    """There is nothing to be removed either."""
+    """There is nothing to be removed either. A folder that is missing is made."""
     (tmp_path / "file").write_text("kept")
-    for path in (tmp_path / "file" / "x.pt", tmp_path / "none" / "x.pt"):
-        with pytest.raises(
-            InputError, match=r"x\.pt: cannot be written \((Not a directory|No such file or directory)\)"
-        ):
+    for path in (tmp_path / "file" / "x.pt", tmp_path / "file" / "none" / "x.pt"):
+        with pytest.raises(InputError, match=r"x\.pt: cannot be written \((Not a directory|File exists)\)"):
             files.save(path, TREE)
     assert (tmp_path / "file").read_text() == "kept"
+    files.save(tmp_path / "some" / "none" / "x.pt", TREE)
+    assert same(files.load(tmp_path / "some" / "none" / "x.pt"), TREE)
 
 
 # ----------------------------------------------------------------------------------------------------- augmentations

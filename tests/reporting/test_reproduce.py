@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import reproduce
-from reporting import HERE, claims, documents, experiments, result_files
+from reporting import HERE, documents, experiments, result_files
 from runtime.errors import InputError
 
 PARTS = [(name, part) for name, parts in documents.BLOCKS.items() for part in parts]
@@ -115,13 +115,14 @@ def test_numbers_are_spelt_as_mean_and_deviation(numbers, digits, spelt):
      ([0.9, 0.0, 0.5], "contradicted"), ([0.0, 0.0, 1.1, 0.0], "not shown at this scale")],
 )  # fmt: skip
 def test_verdict_wants_every_seed_beyond_every_other(high, said):
-    assert claims.verdict([1.0, 3.0, 2.0], high) == said
+    assert documents.verdict([1.0, 3.0, 2.0], high) == said
 
 
 def test_no_verdict_without_seeds():
-    assert claims.verdict([], [1.0, 2.0]) == claims.verdict([1.0, 2.0], []) == "not run"
+    verdict = documents.verdict
+    assert verdict([], [1.0, 2.0]) == verdict([1.0, 2.0], []) == "not run"
     few = "not judged: fewer than three seeds"
-    assert claims.verdict([1.0, 1.0], [2.0, 3.0, 4.0]) == claims.verdict([2.0, 3.0, 4.0], [1.0, 1.0]) == few
+    assert verdict([1.0, 1.0], [2.0, 3.0, 4.0]) == verdict([2.0, 3.0, 4.0], [1.0, 1.0]) == few
 
 
 def test_claims_are_judged_by_what_was_measured(results):
@@ -139,16 +140,17 @@ def test_claims_are_judged_by_what_was_measured(results):
     assert "not run" in line and "- **shown** The other CMAE, Table 1: it is better than MAE (here" in block
 
 
-@pytest.mark.parametrize("claim", claims.CLAIMS, ids=lambda claim: f"{claim.paper} {claim.where} {claim.sides[-1]}")
+@pytest.mark.parametrize("claim", experiments.CLAIMS, ids=lambda x: f"{x['paper']} {x['where']} {x['sides'][-1]}")
 def test_every_claim_compares_what_its_runs_measure(claim):
-    budget = "gpu" if claim.sides[0].startswith("gpu/") else None
+    sides = claim["sides"]
+    budget = "gpu" if sides[0].startswith("gpu/") else None
     args = reproduce.options(["--budget", "gpu"] if budget else ["--claims"])
     args.data = "tiny-imagenet"
     works = {work.name: work for work in experiments.plan(args)}
-    for side in claim.sides:
+    for side in sides:
         name, measure = side.split()
         assert measure.split(".")[0] in {*works[name].commands, "loss"}
-    assert len(set(claim.sides)) == len(claim.sides) >= 2
+    assert len(set(sides)) == len(sides) >= 2
 
 
 def test_the_gpu_row_of_the_other_cmae_places_its_crops_as_often_as_its_recipe():
@@ -164,7 +166,7 @@ def test_the_cpu_table_and_all_claims_are_three_dozen_runs_at_most():
     args.data = "tiny-imagenet"
     names = [work.name for work in experiments.plan(args)]
     assert len(names) == len(set(names)) <= 36
-    assert {f"claims/{name}" for name in claims.VARIANTS} <= set(names)
+    assert {f"claims/{name}" for name in experiments.VARIANTS} <= set(names)
 
 
 # ------------------------------------------------------------------------------------------------------------ README
