@@ -210,21 +210,9 @@ def luminance(images: Tensor) -> Tensor:
     return (red * GRAY[0]).add_(green, alpha=GRAY[1]).add_(blue, alpha=GRAY[2])
 
 
-def blend(images: Tensor, other: Tensor, factor: Tensor) -> Tensor:
+def blend(images: Tensor, other: Tensor | int, factor: Tensor) -> Tensor:
     """From `other` (factor 0) to the images (1) and beyond, cut to [0, 1]. `factor` is (B, 1, 1, 1), here and below."""
     return (images * factor).add_(other * (1 - factor)).clamp_(0, 1)
-
-
-def adjust_brightness(images: Tensor, factor: Tensor) -> Tensor:
-    return (images * factor).clamp_(0, 1)
-
-
-def adjust_contrast(images: Tensor, factor: Tensor) -> Tensor:
-    return blend(images, luminance(images.mean((2, 3), keepdim=True)), factor)  # the mean gray
-
-
-def adjust_saturation(images: Tensor, factor: Tensor) -> Tensor:
-    return blend(images, luminance(images), factor)
 
 
 def adjust_hue(images: Tensor, factor: Tensor) -> Tensor:
@@ -243,10 +231,18 @@ def adjust_hue(images: Tensor, factor: Tensor) -> Tensor:
     return torch.cat([red, green, blue], dim=1).clamp_(0, 1).mul_(chroma).add_(least)
 
 
+ADJUST = (
+    lambda images, factor: blend(images, 0, factor),  # brightness
+    lambda images, factor: blend(images, luminance(images.mean((2, 3), keepdim=True)), factor),  # contrast
+    lambda images, factor: blend(images, luminance(images), factor),  # saturation
+    adjust_hue,
+)
+
+
 class ColorJitter(NamedTuple):
     """Parameters of `color_jitter`, in its order. `order` and `where` stay on the CPU."""
 
-    order: Tensor  # (B, 4) int64: a permutation of 0 brightness, 1 contrast, 2 saturation, 3 hue
+    order: Tensor  # (B, 4) int64: a permutation of the places in ADJUST
     brightness: Tensor  # (B,) factors, 1 changes nothing; so the next two
     contrast: Tensor
     saturation: Tensor
@@ -268,11 +264,10 @@ def color_jitter(images: Tensor, *jitter: Tensor | None) -> Tensor:
     order, *factors, where = ColorJitter(*jitter)
     images, order = images.clone(), order.cpu()
     order = order if where is None else order.masked_fill(~where.cpu()[:, None], -1)
-    adjusts = adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue
     factors = upload(torch.stack(factors)[:, :, None, None, None], images.device)
     chosen = [(order[:, place] == kind).nonzero()[:, 0] for place in range(4) for kind in range(4)]
     for i, rows in enumerate(upload(torch.cat(chosen), images.device).split([len(rows) for rows in chosen])):
-        images[rows] = adjusts[i % 4](images[rows], factors[i % 4, rows])
+        images[rows] = ADJUST[i % 4](images[rows], factors[i % 4, rows])
     return images
 
 

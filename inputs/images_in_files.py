@@ -76,16 +76,11 @@ class Files:
 
     def stream(self, orders: Iterable[Tensor], workers: int, pin: bool = False) -> DataLoader:
         """The images that the index tensors name, in that order, as chunks of `__getitem__`."""
+        # The loader draws a seed that nobody uses: from a generator of its own, not from the global one.
         return DataLoader(
-            self,
-            sampler=chunks(orders),
-            batch_size=None,
-            num_workers=workers,
-            prefetch_factor=4 if workers else None,
-            pin_memory=pin,
-            worker_init_fn=leave_signals_to_parent,
-            generator=torch.Generator(),  # the loader draws a seed that nobody uses; not from the global generator
-        )
+            self, None, sampler=chunks(orders), num_workers=workers, prefetch_factor=4 if workers else None,
+            pin_memory=pin, worker_init_fn=leave_signals_to_parent, generator=torch.Generator(),
+        )  # fmt: skip
 
     def decoded(self, labels: Tensor, skip_bad: bool) -> Iterator[tuple[Tensor, Tensor, Tensor, list[str]]]:
         """All images, decoded by all cores, as the chunks of `image_cache.write_cache`."""

@@ -14,7 +14,7 @@ import pytest
 import torch
 from made_images import make_tiny
 
-from inputs import image_sets, named_sets
+from inputs import image_sets
 from runtime.errors import InputError
 
 
@@ -64,14 +64,14 @@ CONTENT = np.random.default_rng(1).bytes(200_000)
 
 def test_fetch_shows_a_bar(tmp_path, capsys):
     with Server(CONTENT) as server:
-        named_sets.fetch(server.url, tmp_path / "new" / "file", md5(CONTENT))
+        image_sets.fetch(server.url, tmp_path / "new" / "file", md5(CONTENT))
     assert (tmp_path / "new" / "file").read_bytes() == CONTENT and server.seen == [None]
     assert "downloading: 100%" in capsys.readouterr().err
 
 
 def test_fetch_resumes_a_broken_transfer(tmp_path):
     with Server(CONTENT, breaks=[70_000, 50_000]) as server:
-        named_sets.fetch(server.url, tmp_path / "file", md5(CONTENT))
+        image_sets.fetch(server.url, tmp_path / "file", md5(CONTENT))
     assert (tmp_path / "file").read_bytes() == CONTENT
     assert server.seen == [None, "bytes=70000-", "bytes=120000-"]
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
@@ -80,22 +80,22 @@ def test_fetch_resumes_a_broken_transfer(tmp_path):
 def test_fetch_goes_on_in_a_later_run(tmp_path):
     with Server(CONTENT, breaks=[9_000] * 2) as server:
         with pytest.raises(InputError, match=r"download failed \(the transfer breaks off\); the same command goes on"):
-            named_sets.fetch(server.url, tmp_path / "file", md5(CONTENT), tries=2)
+            image_sets.fetch(server.url, tmp_path / "file", md5(CONTENT), tries=2)
         assert (tmp_path / "file.part").read_bytes() == CONTENT[:18_000] and not (tmp_path / "file").exists()
-        named_sets.fetch(server.url, tmp_path / "file", md5(CONTENT))
+        image_sets.fetch(server.url, tmp_path / "file", md5(CONTENT))
     assert (tmp_path / "file").read_bytes() == CONTENT and server.seen[-1] == "bytes=18000-"
 
 
 def test_fetch_starts_over_where_ranges_are_not_served(tmp_path):
     with Server(CONTENT, breaks=[70_000], ranges=False) as server:
-        named_sets.fetch(server.url, tmp_path / "file", md5(CONTENT))
+        image_sets.fetch(server.url, tmp_path / "file", md5(CONTENT))
     assert (tmp_path / "file").read_bytes() == CONTENT
 
 
 def test_fetch_of_a_part_that_is_whole(tmp_path):
     (tmp_path / "file.part").write_bytes(CONTENT)
     with Server(CONTENT) as server:
-        named_sets.fetch(server.url, tmp_path / "file", md5(CONTENT))
+        image_sets.fetch(server.url, tmp_path / "file", md5(CONTENT))
     assert (tmp_path / "file").read_bytes() == CONTENT
 
 
@@ -104,15 +104,15 @@ def test_fetch_refuses_a_wrong_checksum(tmp_path):
         Server(CONTENT) as server,
         pytest.raises(InputError, match=rf"^{server.url}: md5 is {md5(CONTENT)}, should be 0+; removed"),
     ):
-        named_sets.fetch(server.url, tmp_path / "file", "0" * 32)
+        image_sets.fetch(server.url, tmp_path / "file", "0" * 32)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_fetch_of_nothing(tmp_path):
     with Server(None) as server, pytest.raises(InputError, match=r"download failed \(HTTP Error 404: Not Found\)"):
-        named_sets.fetch(server.url, tmp_path / "file", md5(CONTENT))
+        image_sets.fetch(server.url, tmp_path / "file", md5(CONTENT))
     with pytest.raises(InputError, match=r"download failed .*refused"):  # the server is gone
-        named_sets.fetch(server.url, tmp_path / "file", md5(CONTENT))
+        image_sets.fetch(server.url, tmp_path / "file", md5(CONTENT))
 
 
 def zipped(*members):
@@ -129,8 +129,8 @@ def serve_tiny(tmp_path, monkeypatch):
     files = [path for path in sorted(source.rglob("*")) if path.is_file()]
     content = zipped(*[(f"tiny-imagenet-200/{path.relative_to(source)}", path.read_bytes()) for path in files])
     server = Server(content, breaks=[500])
-    monkeypatch.setattr(named_sets, "TINY_URL", server.url)
-    monkeypatch.setattr(named_sets, "TINY_MD5", md5(content))
+    monkeypatch.setattr(image_sets, "TINY_URL", server.url)
+    monkeypatch.setattr(image_sets, "TINY_MD5", md5(content))
     return server
 
 
@@ -154,7 +154,7 @@ def test_unpack_makes_no_links_and_nothing_outside_its_folder(tmp_path, name):
     (tmp_path / "box").mkdir()
     archive = tmp_path / "box" / "a.zip"
     archive.write_bytes(zipped(("set/fine", "1"), (name, "/etc/passwd")))
-    named_sets.unpack(archive, target := tmp_path / "box" / "set")
+    image_sets.unpack(archive, target := tmp_path / "box" / "set")
     assert not Path("/tmp/outside").exists()
     assert {path.parent for path in tmp_path.rglob("*") if path != archive} <= {tmp_path, archive.parent, target}
     assert not any(path.is_symlink() for path in tmp_path.rglob("*")) and (target / "fine").read_text() == "1"
@@ -171,8 +171,8 @@ def test_unpack_of_damaged_or_other_archives(tmp_path):
     ):
         archive.write_bytes(content)
         with pytest.raises(InputError, match=r"a\.zip: cannot be unpacked"):
-            named_sets.unpack(archive, tmp_path / "set")
+            image_sets.unpack(archive, tmp_path / "set")
         assert list(tmp_path.iterdir()) == [archive]
     archive.write_bytes(whole)
-    named_sets.unpack(archive, tmp_path / "set")
+    image_sets.unpack(archive, tmp_path / "set")
     assert sorted(path.name for path in (tmp_path / "set").iterdir()) == ["one", "two"]

@@ -9,7 +9,7 @@ import torchvision.datasets.cifar
 from made_images import as_tensor, caches, make_tiny, pixels, the_error
 from PIL import Image
 
-from inputs import image_cache, image_sets, named_sets
+from inputs import image_cache, image_sets
 
 
 @pytest.mark.parametrize("parent", [False, True])
@@ -59,9 +59,9 @@ def test_tiny_imagenet_errors(tmp_path):
 
 def test_shapes_are_cached_in_class_order(monkeypatch, cache):
     images, labels = np.stack([pixels(i).transpose(2, 0, 1) for i in range(4)]), np.array([1, 0, 1, 0])
-    monkeypatch.setattr(named_sets.builtin_images, "CLASSES", ("a", "b"))
+    monkeypatch.setattr(image_sets.builtin_images, "CLASSES", ("a", "b"))
     calls = []
-    monkeypatch.setattr(named_sets.builtin_images, "generate", lambda split: calls.append(split) or (images, labels))
+    monkeypatch.setattr(image_sets.builtin_images, "generate", lambda split: calls.append(split) or (images, labels))
     for _ in range(2):
         opened = image_sets.open_set("shapes")
         assert opened.classes == ["a", "b"] and opened.labels.tolist() == [0, 0, 1, 1] and opened.resident
@@ -100,7 +100,7 @@ def test_cifar_download_that_fails(tmp_path, monkeypatch):
 
 def test_class_order_keeps_the_order_within_a_class():
     labels = np.random.default_rng(0).integers(0, 3, 1000)
-    flat, sizes, ordered = named_sets.in_class_order(np.arange(3000).reshape(1000, 3, 1, 1), labels)
+    flat, sizes, ordered = image_sets.in_class_order(np.arange(3000).reshape(1000, 3, 1, 1), labels)
     expected = [i for c in range(3) for i in range(1000) if labels[i] == c]
     assert (flat[::3] // 3).tolist() == expected and ordered.tolist() == sorted(labels)
     assert sizes.tolist() == [[1, 1]] * 1000
