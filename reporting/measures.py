@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from common import patchify
-from downstream.probes import knn, linear_probe, of_all
+from downstream.protocols import knn, linear_probe, of_all
 from figures import measures
 
 

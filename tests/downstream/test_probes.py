@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 import common
 from common import ViT
-from downstream import probes
-from downstream.probes import extract
+from downstream import protocols
+from downstream.protocols import extract
 from inputs import augment
 from runtime import process
 from runtime.errors import InputError
@@ -145,27 +145,27 @@ def test_knn_is_the_naive_vote(seed, n, queries, classes, width, k, tau, chunk):
     bank_labels, labels = (draw.integers(0, classes, m) for m in (n, queries))
     expected = naive_knn(bank.astype(np.float64), bank_labels, x.astype(np.float64), labels, classes, k, tau)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(probes, "SIMILARITIES", chunk)
+        patch.setattr(protocols, "SIMILARITIES", chunk)
         tensors = [torch.from_numpy(a) for a in (bank.astype(np.float32), bank_labels, x.astype(np.float32), labels)]
-        found = probes.knn(*tensors, classes, k, tau)
+        found = protocols.knn(*tensors, classes, k, tau)
     assert (found["top1"], found["top5"]) == pytest.approx(expected) and found["n"] == queries
 
 
 def test_a_low_temperature_does_not_overflow():
     bank = torch.tensor([[1.0, 0.0], [1.0, 0.1]])
-    found = probes.knn(bank, torch.tensor([0, 1]), torch.tensor([[1.0, 0.08]]), torch.tensor([1]), 2, tau=1e-3)
+    found = protocols.knn(bank, torch.tensor([0, 1]), torch.tensor([[1.0, 0.08]]), torch.tensor([1]), 2, tau=1e-3)
     assert found["top1"] == 100  # exp(1 / τ) is infinite in any float, and two infinite votes would tie
 
 
 @pytest.mark.parametrize("wrong", [dict(k=0), dict(tau=0.0)])
 def test_knn_without_neighbours_or_temperature_is_refused(wrong):
     with pytest.raises(InputError, match="neighbour"):
-        probes.knn(torch.ones(2, 2), torch.zeros(2).long(), torch.ones(1, 2), torch.zeros(1).long(), 2, **wrong)
+        protocols.knn(torch.ones(2, 2), torch.zeros(2).long(), torch.ones(1, 2), torch.zeros(1).long(), 2, **wrong)
 
 
 def test_a_score_that_is_not_a_number_wins_nothing():
     scores = torch.tensor([[math.nan] * 6, [0.0, 1, 2, 3, 4, 5]])
-    found = probes.accuracy(scores, torch.tensor([0, 5]))
+    found = protocols.accuracy(scores, torch.tensor([0, 5]))
     assert (found["top1"], found["top5"]) == (50, 50)
 
 
@@ -182,7 +182,7 @@ def blobs(n: int, classes: int, spread: float, seed: int = 0, width: int = 8):
 @pytest.mark.parametrize("penalty", [1e-1, 1e-3])
 def test_the_gradient_of_the_penalised_objective_vanishes_at_the_fit(n, penalty):
     x, y = blobs(n, 4, spread=1.0)
-    weights = probes.fit(x, y, 4, penalty)
+    weights = protocols.fit(x, y, 4, penalty)
     x, w = x.double().numpy(), weights.double().numpy()
     scores = x @ w[1:] + w[0]
     share = np.exp(scores) / np.exp(scores).sum(axis=1, keepdims=True) - np.eye(4)[y.numpy()]  # softmax - one-hot
@@ -193,19 +193,19 @@ def test_the_gradient_of_the_penalised_objective_vanishes_at_the_fit(n, penalty)
 @pytest.mark.training
 def test_separable_classes_are_all_told_apart_and_random_labels_are_guessed_by_chance():
     train, val = blobs(1000, 10, 0.1, seed=1), blobs(2000, 10, 0.1, seed=2)
-    assert probes.linear_probe(*train, *val, 10)["top1"] == 100
+    assert protocols.linear_probe(*train, *val, 10)["top1"] == 100
     noise = torch.from_numpy(np.random.default_rng(3).integers(0, 10, 3000))
-    found = probes.linear_probe(train[0], noise[:1000], val[0], noise[1000:], 10)
+    found = protocols.linear_probe(train[0], noise[:1000], val[0], noise[1000:], 10)
     assert abs(found["top1"] - 10) < 3 and abs(found["top5"] - 50) < 5
 
 
 @pytest.mark.training
 def test_the_probe_does_not_see_units_and_repeats_itself_exactly():
     train, val = blobs(400, 5, 1.5, seed=1), blobs(300, 5, 1.5, seed=2)
-    found = probes.linear_probe(*train, *val, 5)
-    assert found == probes.linear_probe(*train, *val, 5)
+    found = protocols.linear_probe(*train, *val, 5)
+    assert found == protocols.linear_probe(*train, *val, 5)
     scale, shift = torch.logspace(-2, 2, 8), torch.linspace(-50, 50, 8)
-    moved = probes.linear_probe(train[0] * scale + shift, train[1], val[0] * scale + shift, val[1], 5)
+    moved = protocols.linear_probe(train[0] * scale + shift, train[1], val[0] * scale + shift, val[1], 5)
     assert moved["top1"] == pytest.approx(found["top1"], abs=0.7) and moved["penalty"] == found["penalty"]
 
 
@@ -214,7 +214,8 @@ def test_what_the_probe_says_of_an_image_does_not_depend_on_the_others_that_it_i
     train, (x, y) = blobs(300, 5, 1.5, seed=1), blobs(200, 5, 1.5, seed=2)
     order = x[:, 0].argsort()  # the halves have other means and, above all, smaller deviations
     whole, *halves = (
-        probes.linear_probe(*train, x[rows], y[rows], 5, penalties=(1e-3,)) for rows in (order, order[:40], order[40:])
+        protocols.linear_probe(*train, x[rows], y[rows], 5, penalties=(1e-3,))
+        for rows in (order, order[:40], order[40:])
     )
     hits = [round(found["top1"] * found["n"] / 100) for found in (whole, *halves)]
     assert hits[0] == sum(hits[1:]) and hits[0] > 60
@@ -224,32 +225,32 @@ def test_what_the_probe_says_of_an_image_does_not_depend_on_the_others_that_it_i
 def test_a_feature_that_never_varies_does_no_harm():
     train, val = blobs(400, 5, 0.3, seed=1), blobs(300, 5, 0.3, seed=2)
     flat = [torch.cat([x, torch.full((len(x), 1), 3.0)], dim=1) for x in (train[0], val[0])]
-    found = probes.linear_probe(flat[0], train[1], flat[1], val[1], 5)
-    assert found["top1"] == pytest.approx(probes.linear_probe(*train, *val, 5)["top1"], abs=0.7)
+    found = protocols.linear_probe(flat[0], train[1], flat[1], val[1], 5)
+    assert found["top1"] == pytest.approx(protocols.linear_probe(*train, *val, 5)["top1"], abs=0.7)
 
 
 @pytest.mark.training
 def test_the_penalty_is_chosen_on_a_tenth_of_training_and_the_fit_repeated_on_all(monkeypatch):
     train, val = blobs(120, 4, 3.0, seed=1, width=40), blobs(200, 4, 3.0, seed=2, width=40)
     x = (train[0] - train[0].mean(dim=0)) / train[0].std(dim=0, correction=0)
-    held, losses = probes.held_out(train[1]), {}
-    for penalty in probes.PENALTIES:
-        w = probes.fit(x[~held], train[1][~held], 4, penalty)
+    held, losses = protocols.held_out(train[1]), {}
+    for penalty in protocols.PENALTIES:
+        w = protocols.fit(x[~held], train[1][~held], 4, penalty)
         shares = (x[held] @ w[1:] + w[0]).softmax(dim=1)
         losses[penalty] = -sum(math.log(p[label]) for p, label in zip(shares, train[1][held], strict=True))
     best = min(losses, key=losses.get)
-    assert best not in (probes.PENALTIES[0], probes.PENALTIES[-1])  # or there were no choice to test
-    rows, fit = [], probes.fit
-    monkeypatch.setattr(probes, "fit", lambda x, *others: rows.append(len(x)) or fit(x, *others))
-    found = probes.linear_probe(*train, *val, 4)
+    assert best not in (protocols.PENALTIES[0], protocols.PENALTIES[-1])  # or there were no choice to test
+    rows, fit = [], protocols.fit
+    monkeypatch.setattr(protocols, "fit", lambda x, *others: rows.append(len(x)) or fit(x, *others))
+    found = protocols.linear_probe(*train, *val, 4)
     assert found["penalty"] == best
-    assert rows == [int((~held).sum())] * len(probes.PENALTIES) + [120]
-    assert probes.linear_probe(*train, val[0], 3 - val[1], 4)["penalty"] == found["penalty"]  # blind to validation
+    assert rows == [int((~held).sum())] * len(protocols.PENALTIES) + [120]
+    assert protocols.linear_probe(*train, val[0], 3 - val[1], 4)["penalty"] == found["penalty"]  # blind to validation
 
 
 @given(st.lists(st.integers(0, 4), min_size=1, max_size=200))
 def test_a_tenth_of_each_class_is_held_out(labels):
-    held = probes.held_out(torch.tensor(labels)).tolist()
+    held = protocols.held_out(torch.tensor(labels)).tolist()
     seen = [0] * 5
     for label, out in zip(labels, held, strict=True):
         assert out == (seen[label] % 10 == 0 and labels.count(label) > 1)
@@ -260,5 +261,5 @@ def test_a_tenth_of_each_class_is_held_out(labels):
 @given(classes=st.integers(1, 4), seed=st.integers(0, 99))
 def test_with_fewer_than_five_classes_top5_is_full(classes, seed):
     train, val = blobs(30, classes, 2.0, seed), blobs(20, classes, 2.0, seed + 1)
-    for protocol in (probes.knn, probes.linear_probe):
+    for protocol in (protocols.knn, protocols.linear_probe):
         assert protocol(*train, *val, classes)["top5"] == 100

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from small import CALM, CPU, PROTOCOLS, RICH, Images, classifier_of, same, small_vit, trained
 from torch import nn
 
-from downstream import probes, training_loop
+from downstream import protocols, training_loop
 from downstream.classifier import Classifier, trainable_parameters
 from runtime import files, process
 from runtime.errors import InputError
@@ -28,10 +28,10 @@ def test_a_small_set_is_learned_and_a_repeat_learns_the_same(protocol, blocks):
 
     def score():
         classifier = trained(protocol, recipe, blocks, Images(48))
-        return probes.of_all(classifier.logits, val, 16, CPU)
+        return protocols.of_all(classifier.logits, val, 16, CPU)
 
     scores, y = score()
-    assert probes.accuracy(scores, y)["top1"] > 70  # 33 by chance
+    assert protocols.accuracy(scores, y)["top1"] > 70  # 33 by chance
     assert torch.equal(score()[0], scores)
 
 

@@ -13,7 +13,7 @@ from PIL import Image
 import analyze
 import reproduce
 from common import MEAN, STD
-from downstream.probes import knn
+from downstream.protocols import knn
 from figures import measures as figure_measures
 from figures.study import Study
 from reporting import measures, result_files
