@@ -44,6 +44,7 @@ from typing import Literal, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from common import (
     BatchNorm,
@@ -195,7 +196,7 @@ class ConMIM(nn.Module):
         anchors = take(anchors, places)  # (B, M, d)
         if self.config.dictionary == "batch" or self.config.contrast == "instance":
             anchors, keys, places = whole_batch(anchors, keys, places)
-        loss, accuracy = denoising_contrast(anchors, keys, places, self.config.tau, self.config.filter_above)
+        loss, accuracy = contrast_in_parts(anchors, keys, places, self.config.tau, self.config.filter_above)
         return {"loss": loss, "accuracy": accuracy}
 
     def anchors(self, images: Tensor, mask: Mask | None) -> Tensor:
@@ -259,6 +260,10 @@ class ConMIM(nn.Module):
 
 # ---------------------------------------------------------------------------------------------------------- Eq. (3)
 
+SCORES = (
+    2**28
+)  # similarities at a time, 1 GiB; 512 images of 196 patches in one dictionary (Table 5) have 28 times that
+
 
 def cosines(anchors: Tensor, keys: Tensor) -> Tensor:
     """⟨·, ·⟩ of §3.1, the dot products of L2-normalised vectors: (S, M, d), (S, K, d) → float32 (S, M, K)."""
@@ -280,6 +285,19 @@ def denoising_contrast(
         similarity = similarity.masked_fill(negative & (similarity > filter_above), -math.inf)
     loss = F.cross_entropy((similarity / tau).flatten(0, 1), places.flatten())
     return loss, (similarity.detach().argmax(dim=2) == places).float().mean()
+
+
+def contrast_in_parts(anchors: Tensor, keys: Tensor, places: Tensor, *settings: float) -> tuple[Tensor, Tensor]:
+    """`denoising_contrast` with at most `SCORES` similarities in memory, which the backward pass computes again."""
+    n = math.ceil(anchors.shape[1] * keys.shape[:2].numel() / SCORES)
+    if n == 1:
+        return denoising_contrast(anchors, keys, places, *settings)
+    loss, accuracy = 0.0, 0.0
+    for a, p in zip(anchors.chunk(n, dim=1), places.chunk(n, dim=1), strict=True):
+        means = checkpoint(denoising_contrast, a, keys, p, *settings, use_reentrant=False, preserve_rng_state=False)
+        share = p.numel() / places.numel()
+        loss, accuracy = loss + share * means[0], accuracy + share * means[1]
+    return loss, accuracy
 
 
 def whole_batch(anchors: Tensor, keys: Tensor, places: Tensor) -> tuple[Tensor, Tensor, Tensor]:

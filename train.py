@@ -199,11 +199,12 @@ def train_first(args, device: torch.device, name: str, **settings) -> nn.Module:
         flags += ["--" + option.replace("_", "-"), str(value)]
     theirs, config, Method = options([*flags, "--no-evaluate"])
     same = "data_root download classes class_level range images repeat skip_bad_images workers max_steps device"
-    for key in f"{same} precision compile accumulate seed deterministic log_every".split():
+    for key in f"{same} precision compile seed deterministic log_every".split():
         setattr(theirs, key, getattr(args, key))
     theirs.resume = "never" if args.resume == "never" else "auto"
     settle(theirs, device)
-    parts = world_size() * args.accumulate
+    theirs.accumulate = max(theirs.accumulate, args.accumulate)
+    parts = world_size() * theirs.accumulate
     theirs.batch_size = max(parts, min(theirs.batch_size, args.batch_size) // parts * parts)
     say(f"{args.method} needs a {name} first, which goes to {theirs.out}")
     return train(theirs, config, Method, device)

@@ -299,6 +299,28 @@ def test_filtered_negatives_cost_nothing_and_get_no_force(seed, threshold):
     assert alone == 0 and accuracy == 1
 
 
+@pytest.mark.parametrize("switches", [{}, dict(dictionary="batch"), dict(dictionary="batch", filter_above=0.1)])
+def test_a_large_dictionary_is_searched_in_parts_that_the_backward_pass_computes_again(monkeypatch, switches):
+    """One anchor or some in a part, and fewer in the last one: the same loss and gradient."""
+    model = small(40, mask_cell=1, **switches)
+    batch = batch_for(model, B=5)
+    plain = model(batch)
+    plain["loss"].backward()
+    gradients = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    kept = []
+    for scores in (125, 7 * 125, 10 * 125):  # 5 images of 25 patches: similarities of 1, 7 and 10 anchors
+        monkeypatch.setattr(conmim, "SCORES", scores)
+        model.zero_grad()
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.shape) or x, lambda x: x):
+            parts = model(batch)
+        parts["loss"].backward()
+        for name in plain:
+            torch.testing.assert_close(parts[name], plain[name], atol=1e-6, rtol=1e-6)
+        ours = [p.grad for p in model.parameters() if p.grad is not None]
+        assert all(torch.allclose(a, b, atol=1e-6, rtol=1e-4) for a, b in zip(ours, gradients, strict=True))
+    assert not any(shape[-1:] in [(25,), (125,)] for shape in kept)  # no similarities: one value for each key
+
+
 def test_a_whole_batch_is_one_dictionary_in_the_order_of_ranks(monkeypatch):
     """On rank 1 of 2 the right keys lie behind those of rank 0."""
     anchors, keys, places = draw_dictionaries(1)

@@ -225,6 +225,9 @@ def test_a_tokenizer_that_is_trained_first_sees_no_other_images(monkeypatch):
     monkeypatch.setattr(command, "world_size", lambda: 2)
     command.train_first(args, torch.device("cpu"), "dvae")
     assert seen[1].accumulate == 3 and seen[1].batch_size == whole // 6 * 6 < whole
+    args, _, _ = options(["--method", "cae", "--recipe", "paper", "--device", "cpu"])
+    command.train_first(args, torch.device("cpu"), "dvae")
+    assert (args.accumulate, seen[2].accumulate, seen[2].batch_size) == (1, 4, 512)  # the d-VAE's own recipe has four
 
 
 @pytest.mark.slow
