@@ -5,7 +5,7 @@
     python bench.py --what input --method mae cmae --peer torchvision
     python bench.py --what start --data tiny-imagenet --data-root DIR       from command to first step, and checkpoints
     python bench.py --what epoch --data tiny-imagenet --data-root DIR       from disk to weights, in train.py
-    python bench.py --what scale --method cmae                  8 and 32 A100s, on paper
+    python bench.py --what scale --method cmae --recipe paper   8 and 32 A100s, on paper
 
 Contenders take turns within each repeat, and the medians of the repeats are compared, so that what else the machine
 does meets all alike; `--cpu-time` counts the seconds that this process computes, for a machine that others share (give
@@ -48,6 +48,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--what", default="step", choices=WHAT, help="what to measure")
     add("--method", nargs="+", default=["mae"], choices=METHODS, help="which of ours")
     add("--peer", nargs="+", default=[], choices=PEERS, help="beside whom; of a step hf, lightly, of input torchvision")
+    add("--recipe", choices=["demo", "tiny", "paper"], help="sizes of each method's recipe, in place of those below")
     add("--model", default="tiny", choices=SIZES, help="encoder")
     for name, text in (("width", "width"), ("depth", "blocks"), ("heads", "heads")):
         add(f"--{name}", type=int, metavar="N", help=f"{text} of the encoder, in place of the model's")

@@ -22,7 +22,7 @@ HEADS = dict(
     by_lightly="x lightly", by_torchvision="x theirs", first_run_seconds="first s", first_step_seconds="to step s",
     second_epoch_seconds="epoch s", total_seconds="all s", resident_gib="GiB", checkpoint_seconds="save s",
     checkpoint_megabytes="MB", tflop_per_gpu="TFLOP", compute_ms="ms", all_reduce_megabytes="sum MB",
-    all_reduce_ms="sum ms", gathered_keys_megabytes="keys MB", memory_gb="GB", first_limit="limit",
+    all_reduce_ms="sum ms", gathered_keys_megabytes="keys MB", memory_gib="GiB", first_limit="limit",
 )  # fmt: skip
 RSS_UNIT = 1 if sys.platform == "darwin" else 1024  # bytes that getrusage counts memory in
 

@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import statistics
 from collections.abc import Callable
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,7 @@ from common import SIZES, StepRandom, ViT, normalize_patches
 from methods import METHODS
 from reporting.speed import held, in_a_child, interleave
 from runtime import fast, process
+from runtime.command_line import build_encoder, pretraining_options
 from runtime.optimization import parameter_groups
 
 PEERS = {"hf": "transformers", "lightly": "lightly", "torchvision": "torchvision"}  # and the package each needs
@@ -27,7 +29,10 @@ NETWORK = 200e9  # bytes/s out of one machine: eight cards of 200 Gbit/s; a ring
 
 
 def build_method(args, name: str) -> torch.nn.Module:
-    """The method on the encoder that is asked for; of a decoder's size, what the method's Config knows is set."""
+    """The recipe's method, or one on the encoder that is asked for, with what its Config knows of a decoder's size."""
+    if args.recipe:
+        theirs, config, Method = pretraining_options(["--method", name, "--recipe", args.recipe], METHODS)
+        return Method(build_encoder(theirs), config)
     usual = zip((args.width, args.depth, args.heads), SIZES[args.model], strict=True)
     encoder = ViT(args.image_size, args.patch_size, *(given or size for given, size in usual))
     return METHODS[name](encoder, METHODS[name].Config(**decoder_sizes(args, name)))
@@ -61,7 +66,7 @@ def peer_loss(args, name: str, B: int, device: torch.device):
     sizes = dict(
         hidden_size=encoder.width, num_hidden_layers=len(encoder.blocks),
         num_attention_heads=encoder.blocks[0].attn.heads, intermediate_size=4 * encoder.width,
-        image_size=args.image_size, patch_size=args.patch_size, decoder_hidden_size=decoder.decoder_width,
+        image_size=encoder.image_size, patch_size=encoder.patch_size, decoder_hidden_size=decoder.decoder_width,
         decoder_num_hidden_layers=decoder.decoder_depth, decoder_num_attention_heads=decoder.decoder_heads,
         decoder_intermediate_size=4 * decoder.decoder_width, mask_ratio=decoder.mask_ratio,
         norm_pix_loss=decoder.norm_pixels,
@@ -131,7 +136,7 @@ def peak_memory(threads: int, args, name: str, B: int, precision: str, compiled:
     if device.type == "cpu":
         process.keep_freed_memory()  # as train.py does
         fast.use(fast.measured()["linear"])
-    tiny = dict(width=8, depth=1, heads=1, decoder_width=8, decoder_depth=1, decoder_heads=1)
+    tiny = dict(recipe=None, width=8, depth=1, heads=1, decoder_width=8, decoder_depth=1, decoder_heads=1)
     stepper(argparse.Namespace(**vars(args) | tiny), name, 2, precision, False, device)()
     before = held("VmRSS")
     step = stepper(args, name, B, precision, compiled, device)
@@ -186,7 +191,12 @@ def activations(args, method, B: int) -> int:
         return x
 
     batch = draw(args, method, B, torch.device("cpu"))
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x), torch.autocast("cpu", torch.bfloat16):
+    as_on_a_gpu = mock.patch.object(fast, "PLAIN_SCORES", 0)  # whose attention keeps no scores
+    with (
+        as_on_a_gpu,
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x),
+        torch.autocast("cpu", torch.bfloat16),
+    ):
         loss = method(batch)["loss"]  # held until all is counted: memory that is free again would be counted once
         assert loss.ndim == 0
         return sum(kept.values())
@@ -196,16 +206,18 @@ def bench_scale(args, device: torch.device) -> list[dict]:
     """What a step of a global batch costs on 8 and 32 A100s, from FLOPs and activations counted on few images here.
 
     Gradients are all-reduced as float32 in a ring: every GPU sends 2 (n - 1) / n of their bytes. Memory: 16 bytes a
-    trained weight (itself, gradient, two of Adam's), 4 a frozen one (the teacher), and the activations, which include
-    the attention's scores, though a GPU does not keep those.
+    trained weight (itself, gradient, two of Adam's), 4 a frozen one (the teacher), and what the backward pass needs of
+    the images that are done at once: a GPU's share, or of a recipe that accumulates, a part of it.
     """
     rows, images, cpu = [], max(args.batch_size), torch.device("cpu")
     for name in args.method:
         method = build_method(args, name).train()
         trained, frozen = (sum(p.numel() for p in method.parameters() if p.requires_grad is x) for x in (True, False))
         per_image = flops(stepper(args, name, 2, "bf16", False, cpu)) / 2
-        kept = (activations(args, method, 4) - activations(args, method, 2)) / 2
-        key = getattr(method.config, "projector_out", 0) if hasattr(method.config, "tau") else 0  # values of it
+        parts = METHODS[name].RECIPES.get(args.recipe, {}).get("accumulate", 1)
+        two, four = (activations(args, method, B) for B in (2, 4))  # some are copies of weights, whatever the batch
+        gathers = hasattr(method.config, "tau") and getattr(method.config, "dictionary", "batch") == "batch"
+        key = getattr(method.config, "projector_out", 0) if gathers else 0  # values of it
         for n in (8, 32):
             share = images // n
             reduced = 2 * (n - 1) / n * 4 * trained
@@ -213,8 +225,9 @@ def bench_scale(args, device: torch.device) -> list[dict]:
             row = dict(name=name, gpus=n, images_per_gpu=share, tflop_per_gpu=share * per_image / 1e12)
             row |= dict(compute_ms=1e3 * compute, all_reduce_megabytes=reduced / 1e6, all_reduce_ms=1e3 * communicate)
             row |= dict(gathered_keys_megabytes=(n - 1) * share * key * 4 / 1e6)
-            row |= dict(memory_gb=(16 * trained + 4 * frozen + share * kept) / 1e9)
+            kept = two + (share / parts - 2) * (four - two) / 2
+            row |= dict(memory_gib=(16 * trained + 4 * frozen + kept) / 2**30)
             row |= dict(images_per_second=images / max(compute, communicate))
             slow = "all-reduce" if communicate > compute else "compute"
-            rows.append(row | dict(first_limit="memory" if row["memory_gb"] > 80 else slow))
+            rows.append(row | dict(first_limit="memory" if row["memory_gib"] > 80 else slow))
     return rows

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 # Whether `linear` computes float32 products as convolutions. A run sets it once, before its first step.
 as_convolution = False
+PLAIN_SCORES = 256 * 256  # queries times keys up to which `attend` multiplies plainly on a CPU in half precision
 
 
 def upload(x: Tensor, device: torch.device) -> Tensor:
@@ -55,7 +56,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tenso
     sequences in half precision on a CPU.
     """
     bias = None if bias is None else bias.to(q.dtype)
-    if q.device.type == "cpu" and q.dtype.itemsize == 2 and q.shape[-2] * k.shape[-2] <= 256 * 256:
+    if q.device.type == "cpu" and q.dtype.itemsize == 2 and q.shape[-2] * k.shape[-2] <= PLAIN_SCORES:
         with torch.autocast("cpu", enabled=False):  # else scores go through float32 and back; softmax adds in it
             scores = q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)
             return (scores if bias is None else scores + bias).softmax(dim=-1) @ v

@@ -126,7 +126,26 @@ def test_scale_halves_a_gpus_share_and_all_reduces_a_ring():
     assert many["all_reduce_megabytes"] == pytest.approx(2 * 31 / 32 * 4 * trained / 1e6)
     assert few["tflop_per_gpu"] == pytest.approx(4 * many["tflop_per_gpu"])
     assert few["gathered_keys_megabytes"] == pytest.approx(7 * 8 * 256 * 4 / 1e6)
-    assert few["memory_gb"] > many["memory_gb"] > 16 * trained / 1e9
+    assert few["memory_gib"] > many["memory_gib"] > 16 * trained / 2**30
+
+
+def test_a_recipe_gives_the_sizes_and_the_parts_of_a_step(monkeypatch):
+    args = bench.parse("--batch-size 64 --what scale --method mae --recipe demo".split())
+    mae = step_speed.build_method(args, "mae")
+    assert mae.encoder.width == 128  # the demo's nano; bench.py's own is tiny
+    weights = 16 * sum(p.numel() for p in mae.parameters())
+    for parts, images in ((1, 8), (2, 4)):  # 64 images on 8 GPUs, and those of them that are done at once
+        monkeypatch.setitem(step_speed.METHODS["mae"].RECIPES["demo"], "accumulate", parts)
+        found = step_speed.bench_scale(args, CPU)[0]["memory_gib"] * 2**30
+        assert found - weights == pytest.approx(step_speed.activations(args, mae, images), rel=1e-4)
+
+
+def test_activations_have_no_attention_scores_as_on_a_gpu(monkeypatch):
+    calls, attention = [], torch.nn.functional.scaled_dot_product_attention
+    spy = lambda *a, **more: calls.append(a[0].dtype) or attention(*a, **more)  # noqa: E731
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
+    step_speed.activations(parse(), step_speed.build_method(parse(), "mae"), 2)
+    assert calls == 3 * [torch.bfloat16] and fast.PLAIN_SCORES > 0
 
 
 def test_activations_count_each_storage_once_and_no_weights():
@@ -184,7 +203,7 @@ def test_tables_stay_within_80_columns():
                  checkpoint_seconds=0.123, checkpoint_megabytes=1234.0)  # fmt: skip
     scale = dict(name="cmae_loc", gpus=32, images_per_gpu=512, images_per_second=12345.0, tflop_per_gpu=12.3,
                  compute_ms=123.0, all_reduce_megabytes=1234.0, all_reduce_ms=12.3, gathered_keys_megabytes=4.1,
-                 memory_gb=79.0, first_limit="all-reduce")  # fmt: skip
+                 memory_gib=79.0, first_limit="all-reduce")  # fmt: skip
     for one in (row, start, scale):
         text = speed.columns([one])
         assert max(map(len, text.splitlines())) <= 80 and "cmae_loc" in text
