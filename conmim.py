@@ -260,9 +260,7 @@ class ConMIM(nn.Module):
 
 # ---------------------------------------------------------------------------------------------------------- Eq. (3)
 
-SCORES = 2**28  # similarities at a time, 1 GiB; among the 196 patches of all of 512 images there are 28 times as many
-    2**28
-)  # similarities at a time, 1 GiB; 512 images of 196 patches in one dictionary (Table 5) have 28 times that
+SCORES = 2**28  # similarities at a time, 1 GiB; the 196 patches of 512 images have 28 times as many among them
 
 
 def cosines(anchors: Tensor, keys: Tensor) -> Tensor:
