@@ -124,7 +124,7 @@ def loop(args, plan: "Plan", run: Run, images: image_sets.ImageSet, device: torc
             if rest == 0 and done < plan.steps and hasattr(method, "end_epoch"):  # nothing follows the last
                 method.end_epoch(epochs - 1, images)
             meter.update(done, losses, rate)
-            stopping = run.asked_to_stop()
+            stopping = run.asked_to_stop(done)
             if stopping or done == plan.steps or (rest == 0 and epochs % args.save_every == 0):
                 meter.check_finite(method, done)
                 run.save(done)

@@ -66,7 +66,7 @@ OPTIONS = {
     ],
     "machine": [
         ("device", "auto", ["auto", "cpu", "cuda", "mps"], "NAME", "auto, cpu, cuda, mps"),
-        ("precision", "auto", ["auto", "fp32", "bf16", "fp16"], "NAME", "auto, fp32, bf16, fp16"),
+        ("precision", "auto", ["auto", "fp32", "bf16", "fp16"], "NAME", "auto, fp32 (without TF32), bf16, fp16"),
         ("compile", None, bool, None, "torch.compile the method; on CUDA by default"),
         ("workers", None, int, "N", "processes that decode a set too large to hold"),
         ("seed", 0, int, "N", "of everything random"),

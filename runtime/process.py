@@ -43,6 +43,8 @@ def start(device: str = "auto") -> torch.device:
     elif device == "mps" and (ranks > 1 or not torch.backends.mps.is_available()):
         raise InputError("device mps: serves one process on a Mac with Apple's GPU; give --device cpu")
     chosen = torch.device(device, local) if device == "cuda" else torch.device(device)
+    torch.set_float32_matmul_precision("highest")  # float32 is float32; who wants speed takes bf16
+    torch.backends.cudnn.allow_tf32 = False  # torch's default would compute convolutions alone in TF32
     if device == "cpu":
         keep_freed_memory()
         fast.use(fast.measured()["linear"])

@@ -555,6 +555,14 @@ def test_a_gpu_is_asked_what_it_can_do(monkeypatch, capability, triton, precisio
     assert (args.device, args.precision, args.compile) == ("cuda", precision, compiles)
 
 
+def test_float32_is_float32_on_a_gpu_too():
+    """torch's default is TF32 in convolutions, and not in products."""
+    torch.set_float32_matmul_precision("high")
+    torch.backends.cudnn.allow_tf32 = True
+    process.start("cpu")
+    assert torch.get_float32_matmul_precision() == "highest" and not torch.backends.cudnn.allow_tf32
+
+
 def test_warm_up_leaves_time_to_train():
     """MAE's tiny recipe warms up for 10 of 100 epochs, whatever their number, unless that would be all of them."""
 

@@ -2,6 +2,7 @@
 
 import os
 import signal
+from types import SimpleNamespace
 
 import pytest
 from forked import Program
@@ -170,17 +171,48 @@ train.Run.save = save
     assert "accuracy" in assert_fine(start("--max-steps", 1, "--evaluate", n=n))
 
 
+@pytest.mark.parametrize("parts", [1, 3, 4, 10, 16])
+def test_several_ranks_ask_each_other_after_every_tenth_batch(monkeypatch, parts):
+    """Of a step of many batches after each; what another rank has received is then known to all."""
+    ours, asked = run.Run.__new__(run.Run), []
+    ours.signal, ours.stopped_by, ours.control, ours.args = 0, 0, "group", SimpleNamespace(accumulate=parts)
+    monkeypatch.setattr(run.dist, "all_reduce", lambda x, *_, group: asked.append(step) or x.fill_(signal.SIGTERM))
+    for step in range(1, 31):
+        assert ours.asked_to_stop(step) == bool(asked)
+    whole_tens = [step for step in range(1, 31) if step * parts // 10 > (step - 1) * parts // 10]
+    assert asked == whole_tens and ours.stopped_by == signal.SIGTERM
+    step = 0  # when the loop is left
+    ours.asked_to_stop(step)
+    assert asked[-1] == 0
+
+
+def test_the_others_wait_for_the_checkpoint_where_no_gpu_counts_the_minutes(start):
+    """Rank 0 takes long to write it. No rank leaves `save` before it is there."""
+    script = """
+plain, save = run.files.save, train.Run.save
+def slowly(*words):
+    time.sleep(1)
+    plain(*words)
+def saved(self, step):
+    save(self, step)
+    print("found", (self.directory / "encoder.pt").exists(), file=sys.stderr)
+run.files.save, train.Run.save = slowly, saved
+"""
+    program = start("--max-steps", 1, n=2, before="import sys, time\nfrom runtime import run\n" + script)
+    assert assert_fine(program).count("found True") == 2
+
+
 def test_handlers_do_not_outlive_the_loop(tmp_path):
     numbers = (signal.SIGTERM, signal.SIGINT)
     before = [signal.getsignal(number) for number in numbers]
     ours = run.Run.__new__(run.Run)
-    ours.signal, ours.stopped_by, ours.control = 0, 0, None
+    ours.signal, ours.stopped_by, ours.control, ours.args = 0, 0, None, SimpleNamespace(accumulate=1)
     with ours.listening():
         assert [signal.getsignal(number) for number in numbers] != before
-        assert not ours.asked_to_stop()
+        assert not ours.asked_to_stop(1)
         signal.raise_signal(signal.SIGTERM)
         assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL  # a second one acts at once
-        assert ours.asked_to_stop() and ours.stopped_by == signal.SIGTERM
+        assert ours.asked_to_stop(1) and ours.stopped_by == signal.SIGTERM
     assert [signal.getsignal(number) for number in numbers] == before
     with pytest.raises(ZeroDivisionError), ours.listening():
         _ = 1 / 0
