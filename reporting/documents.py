@@ -10,7 +10,7 @@ import statistics
 from pathlib import Path
 
 from methods import METHODS
-from reporting import HERE
+from reporting import HERE, gpu
 from reporting.experiments import CLAIMS, VARIANTS
 from reporting.result_files import BASELINES, ROWS, changed, read, runs_of, values
 from reporting.speed import columns
@@ -154,8 +154,14 @@ def claims_block(results: Path) -> str:
 
 
 def speed_block(results: Path) -> str:
-    """What `bench.py --json` wrote, machine by machine, as it printed it; then figures that were only reported."""
+    """What was measured on GPUs; what `bench.py --json` wrote, machine by machine; figures that were only reported."""
     parts = []
+    for file in gpu_files(results):
+        found, link = json.loads(file.read_text()), f"../results/gpu/{file.name}"
+        parts += [f"### {found['device']}", table("what | figure | aim | reached", gpu.figures(found))]
+        for name in ("fast", "others"):
+            if gpu.result(found, name):
+                parts += printed(gpu.result(found, name) | dict(git=found["git"]), link)
     for folder in sorted(path for path in results.glob("bench/*") if path.is_dir()):
         parts.append(f"### {folder.name}")
         for file in sorted(folder.glob("*.json")):
@@ -163,14 +169,20 @@ def speed_block(results: Path) -> str:
             if "figures" in found:
                 parts.append(f"[These figures]({link}) were {found['note']}.")
                 parts.append(table("what | float32 | bf16", found["figures"]))
-                continue
-            where = f"{found['device']}, {found['threads']} threads, torch {found['versions']['torch']}, "
-            lines = [found["command"].split(" --json")[0], *columns(found["rows"]).splitlines()]
-            parts += [
-                f"{where}commit [{commits([found['git']])}]({link})",
-                "\n".join(f"    {line}".rstrip() for line in lines),
-            ]
+            else:
+                parts += printed(found, link)
     return "\n\n".join(parts) or "Not run yet."
+
+
+def gpu_files(results: Path) -> list[Path]:
+    return sorted(results.glob("gpu/card-*.json"))
+
+
+def printed(found: dict, link: str) -> list[str]:
+    """Where a command of bench.py ran; the command and its table."""
+    where = f"{found['device']}, {found['threads']} threads, torch {found['versions']['torch']}, "
+    lines = [found["command"].split(" --json")[0], *columns(found["rows"]).splitlines()]
+    return [f"{where}commit [{commits([found['git']])}]({link})", "\n".join(f"    {x}".rstrip() for x in lines)]
 
 
 def first_block(results: Path) -> str:
@@ -286,7 +298,7 @@ def problems(root: Path, results: Path) -> list[str]:
         text = (root / name).read_text()
         other = [part for part, block in parts.items() if split(name, text, part)[1] != f"\n\n{block(results)}\n\n"]
         found += [f"{name}: its part {part!r} is not what reproduce.py --readme writes" for part in other]
-    for file in sorted(set(results.rglob("*.json")) - set(results.glob("bench/**/*.json"))):
+    for file in sorted(set(results.rglob("*.json")) - {*results.glob("bench/**/*.json"), *gpu_files(results)}):
         result = read(file)
         old = sorted({name for run in result["runs"] for name in changed(run["sources"])})
         if old and not result.get("stale"):

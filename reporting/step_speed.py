@@ -3,7 +3,9 @@
 import argparse
 import dataclasses
 import statistics
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from unittest import mock
 
 import torch
@@ -130,8 +132,8 @@ def flops(step: Callable) -> int:
     return counter.get_total_flops()
 
 
-def peak_memory(threads: int, args, name: str, B: int, precision: str, compiled: bool, device) -> int:
-    """Bytes that three steps hold at their peak; in a process of its own, after a tiny model's step."""
+def first_steps(threads: int, args, name: str, B: int, precision: str, compiled: bool, device) -> tuple[int, float]:
+    """Bytes that three steps hold at their peak, and seconds of the first; in a process of its own."""
     torch.set_num_threads(threads)
     if device.type == "cpu":
         process.keep_freed_memory()  # as train.py does
@@ -139,13 +141,36 @@ def peak_memory(threads: int, args, name: str, B: int, precision: str, compiled:
     tiny = dict(recipe=None, width=8, depth=1, heads=1, decoder_width=8, decoder_depth=1, decoder_heads=1)
     stepper(argparse.Namespace(**vars(args) | tiny), name, 2, precision, False, device)()
     before = held("VmRSS")
-    step = stepper(args, name, B, precision, compiled, device)
+    step, begin = stepper(args, name, B, precision, compiled, device), time.perf_counter()
     step()
     if device.type == "cuda":
+        torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()  # of compiling, which tries things out
+    seconds = time.perf_counter() - begin
     for _ in range(2):
         step()
-    return torch.cuda.max_memory_allocated() if device.type == "cuda" else held("VmHWM") - before
+    return torch.cuda.max_memory_allocated() if device.type == "cuda" else held("VmHWM") - before, seconds
+
+
+def measured_alone(args, contenders: list[tuple[str, bool]], B: int, precision: str, device) -> dict[tuple, dict]:
+    """What a contender's own process shows: MB at its peak, and seconds of a first step that compiles.
+
+    On a GPU four processes go side by side, because most of their time is compiling on a core. The process that times
+    all contenders then finds what they have compiled in torch's cache.
+    """
+    gpu = device.type == "cuda"
+
+    def alone(which: tuple[str, bool]) -> dict:
+        times = 1 if gpu else 3  # the gaps in a heap differ by some per cent
+        found = [in_a_child(first_steps, args, which[0], B, precision, which[1], device) for _ in range(times)]
+        if None in found:
+            return dict(megabytes=None)
+        peaks, seconds = zip(*found, strict=True)
+        row = dict(megabytes=statistics.median(peaks) / 1e6)
+        return row | dict(compile_seconds=seconds[0]) if which[1] else row
+
+    with ThreadPoolExecutor(4 if gpu else 1) as pool:
+        return dict(zip(contenders, pool.map(alone, contenders), strict=True))
 
 
 def bench_step(args, device: torch.device) -> list[dict]:
@@ -156,8 +181,9 @@ def bench_step(args, device: torch.device) -> list[dict]:
     for precision in args.precision:
         a, b = torch.randn(2, n, n, device=device, dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
         for B in args.batch_size:
-            steps = {which: stepper(args, which[0], B, precision, which[1], device) for which in contenders}
+            alone = measured_alone(args, contenders, B, precision, device) if args.memory else {}
             counted = {name: flops(stepper(args, name, B, precision, False, device)) for name in args.method + peers}
+            steps = {which: stepper(args, which[0], B, precision, which[1], device) for which in contenders}
             timed = steps | {"matmul": lambda a=a, b=b: a @ b}
             seconds = interleave(timed, args.repeats, device, args.cpu_time)
             rate = 2 * n**3 / seconds["matmul"]
@@ -167,10 +193,7 @@ def bench_step(args, device: torch.device) -> list[dict]:
                 row = dict(name=name + ", compiled" * compiled, batch=B, precision=precision)
                 row |= dict(images_per_second=B / t, ms=1e3 * t, gflop=counted[name] / 1e9)
                 row |= dict(share=100 * counted[name] / t / rate, matmul_tflops=rate / 1e12)
-                if args.memory:
-                    times = 1 if device.type == "cuda" else 3  # the gaps in a heap differ by some per cent
-                    peaks = [in_a_child(peak_memory, args, name, B, precision, compiled, device) for _ in range(times)]
-                    row |= dict(megabytes=None if None in peaks else statistics.median(peaks) / 1e6)
+                row |= alone.get(which, {})
                 if len(args.method) > 1 and ("mae", compiled) in seconds and name in args.method:
                     row |= dict(time_by_mae=t / seconds["mae", compiled], flops_by_mae=counted[name] / counted["mae"])
                     row |= dict(cost=row["time_by_mae"] / row["flops_by_mae"])

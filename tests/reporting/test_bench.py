@@ -95,8 +95,9 @@ def test_step_rows_share_ratios_and_costs(monkeypatch):
 @pytest.mark.slow
 def test_memory_is_measured_beyond_the_imports_and_grows_with_the_batch():
     args = parse()
-    small, large = (speed.in_a_child(step_speed.peak_memory, args, "mae", B, "fp32", False, CPU) for B in (2, 512))
-    assert large - small > 20e6  # the encoder alone keeps over 40 kB an image
+    small, large = (step_speed.measured_alone(args, [("mae", False)], B, "fp32", CPU) for B in (2, 512))
+    (small,), (large,) = small.values(), large.values()
+    assert large["megabytes"] - small["megabytes"] > 20  # the encoder alone keeps over 40 kB an image
 
 
 def test_input_rows_and_the_torchvision_path(tmp_path, monkeypatch):

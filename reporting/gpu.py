@@ -1,0 +1,337 @@
+"""Is minMIM right and fast on this machine's GPU, and does it learn there? All of it in one command.
+
+    python -m reporting.gpu --out DIR --minutes 8 --data-root DIR
+    python -m reporting.gpu --out DIR --collect                      its results into results/gpu, for docs/speed.md
+    python -m reporting.gpu --out DIR --device cpu --rehearse        all of it on a CPU, at tiny sizes
+
+The steps come in order of worth. Each is a process of its own, with a limit of time at which it is asked to save and
+end. DIR/results.json has what was found, and is written after each step; DIR/log.txt has the ends of what the steps
+printed. The same command goes on: it leaves out what is done, and does again what failed or was cut. A step that the
+minutes have no room for is not begun. The last steps train for equal times, and share what the steps before them left.
+Checkpoints and caches lie in --work, which has to stay if a training shall go on.
+"""
+
+import argparse
+import json
+import os
+import re
+import runpy
+import shlex
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from contextlib import suppress
+from importlib.util import find_spec
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from reporting import HERE
+from reporting.speed import processor
+from runtime import files, process
+from runtime.command_line import Parser
+from runtime.errors import InputError
+from runtime.log import Meter
+from runtime.run import git_state, versions
+
+EPOCH = 100_000  # images of Tiny-ImageNet's
+VIT_B = "--model base --image-size 224 --patch-size 16 --decoder-width 512 --decoder-depth 8 --decoder-heads 16"
+TINY = "--width 16 --depth 2 --heads 2 --decoder-width 8 --decoder-depth 1 --decoder-heads 1 --image-size 32"
+METHODS = ("mae", "cmae")  # that are trained
+GRACE = 15  # seconds in which a process that was asked to end may save
+START = 30  # seconds until a training whose compiled kernels are cached makes its first step
+PROBES = {"knn": 15, "linear": 20}  # seconds expected of each
+OPEN = """import json, sys; from inputs.image_sets import open_set
+print(json.dumps({split: len(open_set(sys.argv[1], sys.argv[2] or None, split)) for split in ("train", "val")}))"""
+
+
+class Step(NamedTuple):
+    name: str
+    seconds: float  # that it is expected to take
+    limit: float
+    command: str  # after python
+
+
+def plan(args, found: dict) -> list[Step]:
+    """All steps in order of worth. The number of images and the lengths of trainings show once they are found."""
+    work, root, device = shlex.quote(args.work), shlex.quote(args.data_root or ""), args.device
+    tiny = args.rehearse
+    images = min(32 if tiny else EPOCH, result(found, "data").get("train", 0))
+    repeat = 1 if tiny else EPOCH // max(1, images)
+    per_epoch = images * repeat // (4 if tiny else 512)
+    sizes = (
+        f"{TINY} --batch-size 2 --repeats 1 --no-memory" if tiny else f"{VIT_B} --batch-size 256 --compile --repeats 3"
+    )
+    bench = f"bench.py --json {work}/NAME.json --device {device} --precision bf16 {sizes} --method "
+    train = f"--data {args.data} --device {device} --recipe tiny --no-evaluate --images {images} "
+    train += f"{TINY} --classes 2 --batch-size 4" if tiny else "--model small --batch-size 512"
+    train += f" --data-root {root}" * bool(args.data_root) + " --method "
+    tests = ("tests/test_house.py" if tiny else "-m cuda") + " -n auto" * bool(find_spec("xdist"))
+    steps = [
+        Step("right", 120, 150, f"-m pytest -q {tests}"),
+        Step("fast", 140, 200, f"{bench}mae cmae" + " --peer hf" * bool(find_spec("transformers"))),
+        Step("data", 30, 90, f"-c {shlex.quote(OPEN)} {args.data} {root}"),
+    ]
+    for method in METHODS:
+        length = f"--repeat {repeat} --epochs {3 + 60 // max(1, per_epoch)} --max-steps {2 * per_epoch + 60}"
+        words = f"{train}{method} {length} --resume never --out {work}/epochs-{method}"
+        steps.append(Step(f"epochs-{method}", 70, 120, f"-m reporting.gpu --watch {per_epoch} {words}"))
+    steps.append(Step("others", 140, 200, f"{bench}cmae_loc cae conmim lcmae"))
+    for method in METHODS:
+        epochs, run = found.get("epochs", {}).get(method, 0), f"{work}/learn-{method}"
+        seconds = START + epochs * images / EPOCH * result(found, f"epochs-{method}").get("seconds", 0)
+        length = f"--epochs {epochs} --warmup-epochs {max(1, epochs // 9)} --save-every 5"
+        steps.append(Step(f"learn-{method}", seconds, 1.2 * seconds, f"train.py {train}{method} {length} --out {run}"))
+        for probe, expected in PROBES.items():
+            words = f"evaluate.py --run {run} --protocol {probe} --device {device}"
+            steps.append(Step(f"{probe}-{method}", expected, 3 * expected, words))
+    return [step._replace(command=step.command.replace("NAME", step.name)) for step in steps]
+
+
+def result(found: dict, name: str) -> dict:
+    """What a step that is done has found."""
+    record = found["steps"].get(name, {})
+    return record["result"] if record.get("state") == "ok" else {}
+
+
+def share_out(found: dict, left: float) -> None:
+    """Fix the epochs of both trainings, for equal times within the seconds left, where their speed is known."""
+    speeds = {method: result(found, f"epochs-{method}").get("seconds") for method in METHODS}
+    images = result(found, "data").get("train")
+    each = left / 2 - START - sum(PROBES.values())
+    if "epochs" not in found and images and all(speeds.values()) and each > 0:
+        found["epochs"] = {m: max(1, int(0.9 * each * EPOCH / images / seconds)) for m, seconds in speeds.items()}
+
+
+def fits(steps: list[Step], found: dict, left: float) -> list[tuple[Step, bool]]:
+    """Every step that is not done, and whether there is time for it after those before it that fit."""
+    answer = []
+    for step in steps:
+        if found["steps"].get(step.name, {}).get("state") != "ok":
+            fit = step.seconds <= left
+            left -= step.seconds * fit
+            answer.append((step, fit))
+    return answer
+
+
+def call(command: str, limit: float, log: Path, work: Path) -> tuple[str, int]:
+    """Run python with this command, and all that it starts, for so many seconds at most: "ok", "failed" or "cut"."""
+    environment = os.environ | {"MINMIM_CACHE": str(work / "cache"), "TORCHINDUCTOR_CACHE_DIR": str(work / "inductor")}
+    with open(log, "w") as output:
+        words = [sys.executable, *shlex.split(command)]
+        child = subprocess.Popen(words, stdout=output, stderr=output, env=environment, cwd=HERE, start_new_session=True)
+    try:
+        status = child.wait(limit)
+        return "failed" if status else "ok", status
+    except subprocess.TimeoutExpired:
+        child.terminate()  # train.py then saves
+        try:
+            return "cut", child.wait(GRACE)
+        except subprocess.TimeoutExpired:
+            return "cut", -signal.SIGKILL
+    finally:  # also where this process is itself asked to end
+        with suppress(ProcessLookupError):
+            os.killpg(child.pid, signal.SIGKILL)
+        child.wait()
+
+
+def harvest(log: Path, report: Path) -> dict:
+    """What a step found: the file that it wrote, else the last line that it printed, read as JSON or as it is."""
+    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()] or [""]
+    try:
+        found = json.loads(report.read_text() if report.exists() else lines[-1])
+        return found if isinstance(found, dict) else dict(said=lines[-1])
+    except ValueError:
+        return dict(said=lines[-1])
+
+
+class Session:
+    """One call of this command: what is found, and the seconds that are left."""
+
+    def __init__(self, args):
+        self.args, self.out, self.work = args, Path(args.out), Path(args.work)
+        self.file, self.end = self.out / "results.json", time.monotonic() + 60 * args.minutes - GRACE
+        self.found = json.loads(self.file.read_text()) if self.file.exists() else dict(steps={})
+
+    def left(self) -> float:
+        return self.end - time.monotonic()
+
+    def save(self) -> None:
+        text = json.dumps(self.found, indent=1)
+        for place, word in ((self.args.work, "WORK"), (self.args.data_root, "DIR")):
+            text = text.replace(place, word) if place else text
+        files.write_text(self.file, text + "\n")
+        logs = sorted(self.work.glob("*.log"), key=lambda log: log.stat().st_mtime)
+        tails = [f"==== {log.stem}\n" + log.read_text(errors="replace")[-20_000:] for log in logs]
+        files.write_text(self.out / "log.txt", "\n".join(tails))
+
+    def run(self) -> None:
+        for folder in (self.out, self.work):
+            folder.mkdir(parents=True, exist_ok=True)
+        if self.args.data_root and (part := Path(self.args.data_root, "part-0.tar.xz")).exists():
+            self.args.data_root = self.args.work
+            if not (self.work / "tiny-imagenet-200").exists():
+                with tarfile.open(part) as archive:
+                    archive.extractall(self.work, filter="data")
+        name = torch.cuda.get_device_name() if self.args.device == "cuda" else processor()
+        self.found |= dict(device=name, versions=versions(), data=self.args.data, git=git_state())
+        for step, fit in fits(plan(self.args, self.found), self.found, self.left()):
+            print(f"{step.name:14} {step.seconds:4.0f} s{'' if fit else ': no room for it'}", flush=True)
+        for name in self.args.only or [step.name for step in plan(self.args, self.found)]:
+            if name == "learn-mae":
+                share_out(self.found, self.left())
+            step = next(step for step in plan(self.args, self.found) if step.name == name)  # by now it may know more
+            ready = not name.endswith(("mae", "cmae")) or self.ready(name)
+            if ready and any(fit for other, fit in fits([step], self.found, self.left())):
+                self.do(step)
+
+    def ready(self, name: str) -> bool:
+        """Whether what a step builds on is there."""
+        what, method = name.split("-")
+        needs = {"epochs": "data", "learn": f"epochs-{method}"}.get(what, f"learn-{method}")
+        return bool(result(self.found, needs)) and (what != "learn" or "epochs" in self.found)
+
+    def do(self, step: Step) -> None:
+        log, report = self.work / f"{step.name}.log", self.work / f"{step.name}.json"
+        report.unlink(missing_ok=True)
+        record = dict(state="cut", seconds=0, command=step.command, result={})
+        self.found["steps"][step.name] = record
+        self.save()
+        begin = time.monotonic()
+        try:
+            record["state"], record["status"] = call(step.command, min(step.limit, self.left()), log, self.work)
+        finally:
+            record["seconds"], record["result"] = round(time.monotonic() - begin, 1), harvest(log, report)
+            self.save()
+        print(f"{step.name:14} {record['state']} after {record['seconds']:.0f} s", flush=True)
+
+
+def figures(found: dict) -> list[list]:
+    """What is measured, the figure, what was aimed at, and whether it is reached."""
+    rows = []
+
+    def row(what: str, value: float | None, sign: str, aim: float, unit: str) -> None:
+        if value is not None:
+            met = value >= aim if sign == "≥" else value <= aim
+            rows.append([what, f"{value:.3g}{unit}", f"{sign} {aim:g}{unit}", "yes" if met else "no"])
+
+    for line in [*result(found, "fast").get("rows", []), *result(found, "others").get("rows", [])]:
+        if line["name"] == "mae, compiled" and "by_hf" in line:
+            row("mae, compiled: times as fast as ViTMAE", line["by_hf"], "≥", 2, "")
+        if not line["name"].startswith("hf"):
+            row(f"{line['name']}: share of the matrix rate", line["share"], "≥", 45, " %")
+    for method, aim in (("mae", 4), ("cmae", 8)):
+        epoch = result(found, f"epochs-{method}")
+        row(f"{method}: epoch of 100,000 images, ViT-S/8", epoch.get("seconds"), "≤", aim, " s")
+        row(f"{method}: the GPU waits", epoch.get("waits"), "≤", 3, " %")
+    for name, record in found["steps"].items():
+        if name.startswith(tuple(PROBES)) and record["state"] == "ok":
+            epochs, top1 = found["epochs"][name.split("-")[1]], record["result"]["top1"]
+            rows.append([f"{name} after {epochs} epochs", f"{top1:.1f} %", "", ""])
+    return rows
+
+
+def summary(args, found: dict) -> str:
+    """One screen: what became of each step, and the figures beside their aims."""
+    lines = [f"{found['device']}, torch {found['versions']['torch']}, {found['data']}"]
+    for step in plan(args, found):
+        record = found["steps"].get(step.name, dict(state="not begun", seconds=0, result={}))
+        said = record["result"].get("said", "")[:44]
+        lines.append(f"{step.name:13} {record['state']:9} {record['seconds'] or 0:5.0f} s  {said}".rstrip())
+    return "\n".join(
+        lines + [f"{what:43} {value:>9} {aim:>9} {met}".rstrip() for what, value, aim, met in figures(found)]
+    )
+
+
+def watch(per_epoch: int, words: list[str]) -> dict:
+    """Seconds of train.py's second epoch, per 100,000 images, and for how much of 40 steps after it the GPU waits."""
+    cuda = torch.cuda.is_available() and words[words.index("--device") + 1] != "cpu"
+    kinds = torch.profiler.ProfilerActivity
+    profiler, update = torch.profiler.profile(activities=[kinds.CUDA if cuda else kinds.CPU]), Meter.update
+
+    def watched(meter, step, *rest):
+        update(meter, step, *rest)
+        if step == 2 * per_epoch + 10:
+            profiler.start()
+        elif step == 2 * per_epoch + 50:
+            profiler.stop()
+
+    Meter.update, sys.argv = watched, ["train.py", *words]
+    runpy.run_path(str(HERE / "train.py"), run_name="__main__")
+    out = Path(words[words.index("--out") + 1])
+    profiler.export_chrome_trace(str(out / "trace.json"))
+    events = json.loads((out / "trace.json").read_text())["traceEvents"]
+    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()[1:]]
+    first, last = (next(row for row in log if row["step"] >= n * per_epoch) for n in (1, 2))
+    settings = json.loads((out / "config.json").read_text())["settings"]
+    images = (last["step"] - first["step"]) * settings["batch_size"]
+    return dict(seconds=(last["seconds"] - first["seconds"]) * EPOCH / images, waits=waits(events))
+
+
+def waits(events: list[dict]) -> float | None:
+    """Per cent of the time from the first to the last work of the GPU in a trace in which it did none."""
+    kinds = ("kernel", "gpu_memcpy", "gpu_memset")
+    spans = sorted((e["ts"], e["ts"] + e["dur"]) for e in events if e.get("cat") in kinds)
+    if not spans:
+        return None
+    idle, busy_until = 0.0, spans[0][0]
+    for begin, end in spans:
+        idle += max(0.0, begin - busy_until)
+        busy_until = max(busy_until, end)
+    return 100 * idle / (busy_until - spans[0][0])
+
+
+def collect(out: Path) -> Path:
+    """Copy a session's results to where the documents find them, with the commit where the session had no git."""
+    found = json.loads((out / "results.json").read_text())
+    found["git"] = found["git"] or git_state()
+    name = "-".join(re.findall(r"[a-z0-9]+", found["device"].lower()))
+    file = HERE / f"results/gpu/card-{name}.json"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    files.write_text(file, json.dumps(found, indent=1) + "\n")
+    return file
+
+
+def options(argv: list[str]) -> argparse.Namespace:
+    parser = Parser(
+        description="Is minMIM right and fast on this machine's GPU, and does it learn?", allow_abbrev=False
+    )
+    add = parser.add_argument
+    add("--out", required=True, metavar="DIR", help="where results.json and log.txt go")
+    add("--minutes", type=float, default=8, metavar="M", help="begin nothing that ends later [8]")
+    add(
+        "--data-root",
+        metavar="DIR",
+        help="where Tiny-ImageNet is, or its part-0.tar.xz; else the built-in images serve",
+    )
+    add("--work", metavar="DIR", help="where checkpoints and caches go [OUT/work]")
+    add("--device", default="cuda", choices=["cuda", "cpu"], help="a CPU only for --rehearse [cuda]")
+    add("--only", nargs="+", metavar="STEP", help="these steps alone")
+    add("--rehearse", action="store_true", help="tiny sizes")
+    add("--collect", action="store_true", help="put the results of OUT into results/gpu, and do nothing else")
+    args = parser.parse_args(argv)
+    args.work = str(Path(args.work or f"{args.out}/work").resolve())
+    args.data_root = args.data_root and str(Path(args.data_root).resolve())
+    args.data = "tiny-imagenet" if args.data_root else "shapes"
+    if args.device == "cuda" and not torch.cuda.is_available() and not args.collect:
+        raise InputError("device cuda: no GPU found; rehearse with --device cpu --rehearse")
+    return args
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["--watch"]:  # a step of the plan, in a process of its own
+        return print(json.dumps(watch(int(sys.argv[2]), sys.argv[3:])))
+    args = options(sys.argv[1:])
+    if args.collect:
+        return print(collect(Path(args.out)))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what runs is ended, and its record written
+    session = Session(args)
+    session.run()
+    print(summary(args, session.found))
+
+
+if __name__ == "__main__":
+    process.command(main)

@@ -1,0 +1,145 @@
+"""reporting/gpu.py: what fits, what is done again, what a cut leaves, how idle time is counted; on a CPU."""
+
+import json
+import os
+import sys
+import time
+
+import pytest
+
+from reporting import documents, gpu
+from runtime.errors import InputError
+
+
+def options(out, more=""):
+    return gpu.options(f"--out {out} --device cpu --rehearse {more}".split())
+
+
+def done(**results):
+    return dict(steps={name.replace("_", "-"): dict(state="ok", result=r) for name, r in results.items()})
+
+
+def test_a_step_is_begun_where_there_is_time_for_it_and_what_is_done_takes_none():
+    steps = [gpu.Step(name, seconds, 99, "") for name, seconds in dict(a=50, b=40, c=30, d=10).items()]
+    fit = lambda found, left: {step.name: fit for step, fit in gpu.fits(steps, found, left)}  # noqa: E731
+    assert fit(done(), 80) == dict(a=True, b=False, c=True, d=False)
+    assert fit(done(), 90) == dict(a=True, b=True, c=False, d=False)
+    assert fit(done(a={}), 80) == dict(b=True, c=True, d=True)
+    assert fit(dict(steps=dict(a=dict(state="cut"), b=dict(state="failed"))), 40) == dict(
+        a=False, b=True, c=False, d=False
+    )
+
+
+def test_two_trainings_share_what_is_left_and_keep_their_lengths(tmp_path):
+    found = done(data=dict(train=50_000), epochs_mae=dict(seconds=4), epochs_cmae=dict(seconds=8))
+    gpu.share_out(found, 2 * (200 + gpu.START + sum(gpu.PROBES.values())))
+    assert found["epochs"] == dict(mae=90, cmae=45)  # 90 % of 200 seconds by 2 and 4 seconds an epoch
+    gpu.share_out(found, 9999)
+    assert found["epochs"] == dict(mae=90, cmae=45)
+    args = gpu.options(f"--out {tmp_path} --device cpu".split())
+    steps = {step.name: step for step in gpu.plan(args, found)}
+    assert steps["learn-mae"].seconds == steps["learn-cmae"].seconds == gpu.START + 180
+    assert "--epochs 90 --warmup-epochs 10" in steps["learn-mae"].command
+    slow = done(data=dict(train=50_000), epochs_mae=dict(seconds=4))
+    gpu.share_out(slow, 9999)
+    assert "epochs" not in slow
+
+
+def test_a_call_ends_at_its_limit_with_all_that_it_started(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "GRACE", 1)
+    child = "import subprocess, sys; p = subprocess.Popen(['sleep', '60']); print(p.pid, flush=True); p.wait()"
+    begin = time.monotonic()
+    state, _ = gpu.call(f'-c "{child}"', 2, tmp_path / "log", tmp_path)
+    assert state == "cut" and time.monotonic() - begin < 30
+    pid = int((tmp_path / "log").read_text())
+    for _ in range(100):  # until whoever inherits it has noticed
+        if not os.path.exists(f"/proc/{pid}") or "zombie" in open(f"/proc/{pid}/status").read():
+            break
+        time.sleep(0.1)
+    else:
+        pytest.fail("what the step had started goes on")
+    assert gpu.call('-c "raise SystemExit(3)"', 60, tmp_path / "log", tmp_path) == ("failed", 3)
+    assert gpu.call('-c "print(1)"', 60, tmp_path / "log", tmp_path) == ("ok", 0)
+
+
+def test_a_result_is_a_file_or_the_last_line(tmp_path):
+    log, report = tmp_path / "log", tmp_path / "report"
+    log.write_text('bar 10%\r{"top1": 5}\n\n')
+    assert gpu.harvest(log, report) == dict(top1=5)
+    log.write_text("...\n3 failed, 4 passed\n")
+    assert gpu.harvest(log, report) == dict(said="3 failed, 4 passed")
+    report.write_text('{"rows": []}')
+    assert gpu.harvest(log, report) == dict(rows=[])
+
+
+def test_idle_time_is_what_no_work_of_the_gpu_covers():
+    event = lambda cat, ts, dur: dict(cat=cat, ts=ts, dur=dur)  # noqa: E731
+    work = [
+        event("kernel", 100, 40),
+        event("gpu_memcpy", 120, 10),
+        event("kernel", 150, 30),
+        event("gpu_memset", 190, 10),
+    ]
+    other = [event("cpu_op", 0, 500), event("gpu_user_annotation", 100, 100), dict(name="no time")]
+    assert gpu.waits(other + work[::-1]) == pytest.approx(20)  # 140 to 150 and 180 to 190 of 100 to 200
+    assert gpu.waits(other) is None
+
+
+def test_figures_stand_beside_their_aims_in_the_document(tmp_path):
+    rows = [
+        dict(name=n, batch=2, share=50.0, by_hf=by) for n, by in {"mae, compiled": 1.5, "hf, compiled": 1.2}.items()
+    ]
+    report = dict(
+        device="A card", threads=1, versions=dict(torch="2.11"), git={}, command="python b --json F", rows=rows
+    )
+    found = done(fast=report, epochs_mae=dict(seconds=3.5, waits=4.0), knn_mae=dict(top1=20.0))
+    found |= dict(device="A card", git=dict(commit="0123456789"), epochs=dict(mae=7))
+    figures = {row[0]: row[1:] for row in gpu.figures(found)}
+    assert figures == {
+        "mae, compiled: times as fast as ViTMAE": ["1.5", "≥ 2", "no"],
+        "mae, compiled: share of the matrix rate": ["50 %", "≥ 45 %", "yes"],
+        "mae: epoch of 100,000 images, ViT-S/8": ["3.5 s", "≤ 4 s", "yes"],
+        "mae: the GPU waits": ["4 %", "≤ 3 %", "no"],
+        "knn-mae after 7 epochs": ["20.0 %", "", ""],
+    }
+    (tmp_path / "gpu").mkdir()
+    (tmp_path / "gpu/card-a.json").write_text(json.dumps(found))
+    text = documents.speed_block(tmp_path)
+    assert "### A card" in text and "| knn-mae after 7 epochs | 20.0 % |" in text
+    assert "A card, 1 threads, torch 2.11, commit [0123456](../results/gpu/card-a.json)\n\n    python b\n" in text
+    found["steps"]["fast"]["state"] = "cut"
+    assert "mae, compiled: share of the matrix rate" not in str(gpu.figures(found))
+
+
+def test_without_a_gpu_only_a_rehearsal_runs(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu.torch.cuda, "is_available", lambda: False)
+    with pytest.raises(InputError, match="no GPU found; rehearse"):
+        gpu.options(["--out", str(tmp_path)])
+
+
+@pytest.mark.slow
+def test_a_rehearsal_does_everything_and_goes_on_where_it_was_cut(tmp_path, monkeypatch, capsys):
+    def run(more="--minutes 30"):
+        monkeypatch.setattr(sys, "argv", f"gpu --out {tmp_path} --device cpu --rehearse {more}".split())
+        gpu.main()
+        return json.loads((tmp_path / "results.json").read_text()), capsys.readouterr().out
+
+    found, printed = run()
+    states = {name: record["state"] for name, record in found["steps"].items()}
+    steps = "right fast data epochs-mae epochs-cmae others learn-mae knn-mae linear-mae learn-cmae knn-cmae linear-cmae"
+    assert states == dict.fromkeys(steps.split(), "ok"), (tmp_path / "log.txt").read_text()
+    assert [row["name"] for row in gpu.result(found, "fast")["rows"]][:2] == ["mae", "cmae"]
+    assert gpu.result(found, "epochs-mae")["seconds"] > 0 and 0 < gpu.result(found, "knn-cmae")["top1"] <= 100
+    assert str(tmp_path) not in (tmp_path / "results.json").read_text()
+    assert len(printed.splitlines()) < 60 and max(map(len, printed.splitlines())) <= 80
+    again, printed = run()
+    assert again == found and "after" not in printed.split("torch")[0]
+    found["steps"]["data"]["state"] = "cut"
+    (tmp_path / "results.json").write_text(json.dumps(found))
+    again, printed = run("--minutes 0.3")  # too short for it
+    assert again["steps"]["data"]["state"] == "cut" and "data             30 s: no room for it" in printed
+    again, printed = run()
+    assert again["steps"]["data"]["state"] == "ok" and printed.count(" after ") - printed.count(" epochs") == 1
+    assert {name: r for name, r in again["steps"].items() if name != "data"} == {
+        name: r for name, r in found["steps"].items() if name != "data"
+    }
