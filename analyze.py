@@ -14,7 +14,6 @@ Needs matplotlib: pip install ".[plots]".
 import argparse
 import importlib.util
 import json
-import re
 from pathlib import Path
 
 from figures import plots
@@ -35,8 +34,6 @@ OPTIONS = [
     ("images", None, int, "N", set(FIGURES) - {"curves"}, "how many images to use; each figure has its own default"),
     ("reference", [], str, "PATH", WITH_REFERENCE, "encoders to compare with: runs, or files of weights"),
     ("keep-visible", True, bool, None, {"reconstruction"}, "show visible patches as they are, not as predicted [yes]"),
-    ("query", None, str, "ROW,COLUMN", {"attention-map"}, "the patch that attends [the class token]"),
-    ("mass", 0.5, float, "SHARE", {"attention-map"}, "the share of attention inside the outline [0.5]"),
     ("classes", 50, int, "K", {"class-distances"}, "how many classes to use [50]"),
     ("projection", "pca", ["pca", "tsne"], None, {"features"}, "principal components or t-SNE [pca]"),
     ("label-maps", None, str, "DIR", {"features"},
@@ -69,12 +66,6 @@ def options(argv: list[str] | None = None) -> argparse.Namespace:
     for name, least in (("images", 1), ("classes", 2)):
         if (given := getattr(args, name)) is not None and given < least:
             raise InputError(f"{name} {given}: must be at least {least}")
-    if not 0 < args.mass <= 1:
-        raise InputError(f"mass {args.mass:g}: must be above 0 and at most 1")
-    if args.query is not None:
-        if not re.fullmatch(r"\d+,\d+", args.query):
-            raise InputError(f"query {args.query!r}: not a patch; give its row and column, as in 3,4")
-        args.query = tuple(map(int, args.query.split(",")))
     if args.to and (args.figure == "all" or Path(args.to).suffix != ".png"):
         raise InputError(f"to {args.to}: must end in .png, and take one figure, not all")
     return args

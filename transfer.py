@@ -41,7 +41,6 @@ def options() -> argparse.Namespace:
     add("--data", metavar="DIR", help="a folder in VOC's, ADE20K's or COCO's format")
     add("--format", choices=["voc", "ade", "coco"], help="if not given, voc to segment and coco to detect")
     add("--untrained", action="store_true", help="the same encoder at its initial weights")
-    add("--freeze", action="store_true", help="train the heads only")
     add("--image-size", type=int, metavar="PIXELS", help="side of the square; if not given, the encoder's")
     add("--epochs", type=int, default=20, metavar="N", help="passes over the images")
     add("--batch-size", type=int, default=16, metavar="B", help="images per step")
@@ -91,7 +90,7 @@ def main() -> None:
     torch.manual_seed(args.seed)
     if args.precision == "auto":
         args.precision = "bf16" if fastest(device)["precision"] == "bf16" else "fp32"
-    model = Task(Features(encoder, args.freeze, args.precision == "bf16"), sets[0].classes).to(device)
+    model = Task(Features(encoder, args.precision == "bf16"), sets[0].classes).to(device)
     fine_tune(model, Reader(sets[0], args.image_size, args.seed, args.jitter), args, device)
     result = measure(model, Reader(sets[1], args.image_size), args, device)
     del args.make_scenes, args.n

@@ -109,15 +109,9 @@ class Features(nn.Module):
     It alone runs in bf16: heads stay in float32, because boxes rounded to bf16 would be off by pixels.
     """
 
-    def __init__(self, encoder: ViT, freeze: bool = False, bf16: bool = False):
+    def __init__(self, encoder: ViT, bf16: bool = False):
         super().__init__()
-        self.encoder, self.out_channels = encoder.requires_grad_(not freeze), encoder.width
-        self.freeze, self.bf16 = freeze, bf16
-
-    def train(self, mode: bool = True) -> "Features":
-        super().train(mode)
-        self.encoder.train(mode and not self.freeze)  # a frozen encoder drops no paths
-        return self
+        self.encoder, self.out_channels, self.bf16 = encoder, encoder.width, bf16
 
     def forward(self, images: Tensor) -> Tensor:
         with torch.autocast(images.device.type, torch.bfloat16, enabled=self.bf16):
@@ -126,7 +120,7 @@ class Features(nn.Module):
 
 
 def fine_tune(model: nn.Module, reader: Reader, args, device: torch.device) -> None:
-    """AdamW, a tenth of the steps to warm up, then a cosine to zero; the heads and, unless frozen, the encoder."""
+    """AdamW, a tenth of the steps to warm up, then a cosine to zero; the heads and the encoder."""
     n, B = len(reader.images), args.batch_size
     if n < B:
         raise InputError(f"batch size {B}: larger than the {n} images to learn from")

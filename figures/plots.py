@@ -152,27 +152,21 @@ def latent_reconstruction(study: Study):
 
 
 def attention_map(study: Study):
-    """CAE Figure 6: the last block's attention from the class token (or a patch), with the region of half its mass."""
-    images, mass, query = study.pictures(study.args.images or 8), study.args.mass, study.args.query
+    """CAE Figure 6: the last block's attention from the class token, with the region of half its mass."""
+    images = study.pictures(study.args.images or 8)
     rows, regions, numbers = {"input": augment.center_crop_resize(images, study.encoders[0][1].image_size)}, [], {}
     for label, encoder in study.encoders:
-        h, w = encoder.grid
-        if query and not (query[0] < h and query[1] < w):
-            raise InputError(f"query {query[0]},{query[1]}: outside of {label}'s {h} x {w} patches; count from 0,0")
         (maps,) = measures.encoder_maps(encoder, images, encoder.blocks[-1:])
-        attention = maps[:, :, 1 + query[0] * w + query[1] if query else 0, 1:].mean(dim=1)  # (B, N)
-        region = measures.mass_region(attention, mass)
-        rows[label], share = attention.unflatten(1, (h, w)), region.double().mean(dim=1)
-        regions += region.unflatten(1, (h, w))
+        attention = maps[:, :, 0, 1:].mean(dim=1)  # (B, N)
+        region = measures.mass_region(attention, 0.5)
+        rows[label], share = attention.unflatten(1, encoder.grid), region.double().mean(dim=1)
+        regions += region.unflatten(1, encoder.grid)
         numbers[label] = {"share_of_patches": rounded(share), "mean": share.mean().item(), "maps": rounded(rows[label])}
-    asks = f"patch {query[0]},{query[1]}" if query else "the class token"
-    title = f"Attention of {asks} in the last block, mean over heads; outlined: {mass:.0%} of its mass"
+    title = "Attention of the class token in the last block, mean over heads; outlined: 50% of its mass"
     figure, axes = gallery(title, rows, "share of the patches inside the outline")
     for axis, region in zip(axes[1:].flat, regions, strict=True):
         outline(axis, region)
         axis.set_xlabel(f"{region.double().mean():.0%}", labelpad=1)
-        if query:
-            circle(axis, *query)
     return figure, numbers
 
 

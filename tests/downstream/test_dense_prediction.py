@@ -228,16 +228,6 @@ def test_what_is_measured_does_not_train():
     assert found == dict(training=False, grad=False, seen=[0, 1, 2], n=3)
 
 
-def test_freezing_trains_the_heads_only_and_drops_no_paths():
-    torch.manual_seed(0)
-    features = dense_prediction.Features(ViT(32, 8, 16, 2, 2, drop_path=0.9), freeze=True)
-    frozen = dense_prediction.Segmenter(features, 3).train()
-    assert not frozen.backbone.encoder.training and frozen.head.training
-    assert not any(p.requires_grad for p in frozen.backbone.parameters())
-    assert all(p.requires_grad for p in frozen.head.parameters())
-    assert dense_prediction.Segmenter(dense_prediction.Features(small_vit()), 3).train().backbone.encoder.training
-
-
 @pytest.mark.parametrize("p, size", [(8, 64), (16, 128)])
 def test_the_pyramid_has_its_strides_and_each_level_sees_its_own_place(p, size):
     encoder = small_vit(size, p)
