@@ -33,7 +33,6 @@ WITH_REFERENCE = {"attention-map", "attention-distance", "semantic-similarity", 
 OPTIONS = [
     ("images", None, int, "N", set(FIGURES) - {"curves"}, "how many images to use; each figure has its own default"),
     ("reference", [], str, "PATH", WITH_REFERENCE, "encoders to compare with: runs, or files of weights"),
-    ("keep-visible", True, bool, None, {"reconstruction"}, "show visible patches as they are, not as predicted [yes]"),
     ("classes", 50, int, "K", {"class-distances"}, "how many classes to use [50]"),
     ("projection", "pca", ["pca", "tsne"], None, {"features"}, "principal components or t-SNE [pca]"),
     ("label-maps", None, str, "DIR", {"features"},

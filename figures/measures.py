@@ -21,7 +21,6 @@ from torch import Tensor
 import mae
 from common import Attention, Mask, ViT, take
 from inputs import augment
-from runtime import reconstruction
 from runtime.errors import InputError
 
 
@@ -198,17 +197,3 @@ def tsne(x: Tensor, seed: int) -> Tensor:
         raise InputError('scikit-learn: missing, and t-SNE needs it; pip install ".[plots]"') from None
     perplexity = min(30.0, (len(x) - 1) / 3)
     return torch.from_numpy(TSNE(perplexity=perplexity, init="pca", random_state=seed).fit_transform(x.cpu().numpy()))
-
-
-def to_pixels(predicted: Tensor, patches: Tensor, mask: Mask | None, grid: tuple[int, int]) -> Tensor:
-    """Predictions standardised patch by patch → pixels, both (B, N, P) in raster order.
-
-    Visible patches, without a mask all, get back their own mean and variance; hidden ones those of the visible around
-    them, as no model knows their own.
-    """
-    variance, mean = torch.var_mean(patches, dim=2, keepdim=True)
-    if mask is not None:
-        around = reconstruction.visible_statistics(patches, mask, grid)  # (B, M, 1) each
-        index = mask.masked[:, :, None]
-        mean, variance = mean.scatter(1, index, around[0]), variance.scatter(1, index, around[1])
-    return predicted * (variance + 1e-6).sqrt() + mean

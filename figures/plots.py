@@ -15,13 +15,12 @@ from torch import Tensor
 import cmae_loc
 import dvae
 import mae
-from common import Mask, patchify, take, unpatchify
+from common import Mask, patchify, unpatchify
 from figures import measures
-from figures.measures import centred, to_pixels
+from figures.measures import centred
 from figures.study import Absent, Study, spaced
 from inputs import augment
 from runtime.command_line import field_comments
-from runtime.errors import InputError
 
 WIDTH = 9.0  # inches, of 100 pixels
 STYLE = {  # colours differ in lightness, lines and classes also in their markers, so that grey prints tell them apart
@@ -54,34 +53,19 @@ def curves(study: Study):
 
 
 def reconstruction(study: Study):
-    """What the decoder makes of what is hidden (as MAE's Figure 2); other methods draw what they do predict."""
-    run, keep, images = study.only(), study.args.keep_visible, study.pictures(study.args.images or 8)
-    method, encoder, batch = run.method, run.method.encoder, run.draw(images)
-    picture, decoder = method.picture(batch), getattr(method, "decoder", None)
+    """The rows of reconstruction.png: for most methods what a decoder makes of what is hidden (as MAE's Figure 2)."""
+    run, images = study.only(), study.pictures(study.args.images or 8)
+    batch = run.draw(images)
+    if isinstance(getattr(run.method, "decoder", None), mae.Decoder):
+        batch = batch._replace(images=centred(images, run.encoder.image_size))
+    picture = run.method.picture(batch)
     if picture is None:
         raise Absent(f"{run.label} was taught nothing that can be seen; give a run that predicts pixels or tokens")
-    pixels = isinstance(decoder, mae.Decoder) and decoder.predict.out_features == 3 * encoder.patch_size**2
-    if not pixels or not batch.mask.masked.shape[1]:  # not the pixels of hidden patches
-        if not keep:
-            raise InputError(f"{run.label} predicts no patches of pixels; leave out --no-keep-visible")
-        about = " ".join(method.picture.__doc__.split("\n\n")[0].split()).split(": ", 1)[-1]
-        rows = {f"row {i}": row for i, row in enumerate(picture, start=1)}
-        return gallery(f"Reconstruction by {run.label}", rows, f"Rows: {about}")[0], {"rows": about}
-    x, mask, norm = centred(images, encoder.image_size), batch.mask, method.config.norm_pixels
-    p, grid, hidden = encoder.patch_size, encoder.grid, mask.hidden[:, :, None]
-    with torch.no_grad():
-        predicted = decoder.predict(decoder.features(encoder(x, mask.visible), mask)).float()
-    predicted, patches = take(predicted, mask.order.argsort(dim=1)), patchify(x, p)  # (B, N, P), raster order
-    if norm:
-        predicted = to_pixels(predicted, patches, mask, grid)
-    made = torch.where(hidden, predicted, patches) if keep else predicted
-    made, original = (augment.denormalize(unpatchify(y, p, grid)) for y in (made, patches))
-    caption = "mean and variance of hidden patches: those of visible neighbours" if norm else "pixels as predicted"
-    kept = "visible patches kept" if keep else "visible patches predicted too"
-    rows = {"original": original, "masked": greyed(original, mask, p, grid), f"decoded, {kept}": made}
-    error = (patchify(made - original, p).square() * hidden).sum(dim=(1, 2)) / (hidden.sum(dim=(1, 2)) * 3 * p * p)
-    numbers = {"statistics": caption, "visible": kept, "squared_error_of_hidden_pixels": rounded(error)}
-    return gallery(f"Reconstruction by {run.label}", rows, caption)[0], numbers
+    about = " ".join(run.method.picture.__doc__.split("\n\n")[0].split()).split(": ", 1)[-1]
+    names = about.rstrip(".").split(", ")
+    names = names if len(names) == len(picture) else [f"row {i}" for i in range(1, 1 + len(picture))]
+    rows = dict(zip(names, picture, strict=True))
+    return gallery(f"Reconstruction by {run.label}", rows, about)[0], {"rows": about}
 
 
 def views(study: Study):
@@ -135,7 +119,8 @@ def latent_reconstruction(study: Study):
             made = run.method.reconstruct(x).float()  # (B, N, codes or P)
         if tokenizer is None:
             if run.method.config.norm_pixels:  # nothing is hidden: each patch may have its own statistics back
-                made = to_pixels(made, patchify(x, encoder.patch_size), None, encoder.grid)
+                variance, mean = torch.var_mean(patchify(x, encoder.patch_size), dim=2, keepdim=True)
+                made = made * (variance + 1e-6).sqrt() + mean
             made = augment.denormalize(unpatchify(made, encoder.patch_size, encoder.grid)).clamp(0, 1)
         elif tokenizer.decoder is None:
             raise Absent(f"{run.label} predicts tokens that nothing here can draw; give a run with pixels or a dvae")

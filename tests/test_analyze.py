@@ -151,7 +151,6 @@ def test_several_runs_share_the_axes(runs, monkeypatch, tmp_path, capsys):
         ("mae", "latent-reconstruction", "latent-reconstruction: mae has no regressor"),
         ("dvae", "features", "features: dvae keeps no ViT"),
         ("cross", "reconstruction", "cross was taught nothing that can be seen"),
-        ("conmim", "reconstruction --no-keep-visible", "conmim predicts no patches of pixels; leave out --no-keep"),
         ("mae", "semantic-similarity", "give --reference PATH"),
         ("mae", "curves --images 3", "--images: does nothing to curves; leave it out, or draw attention-"),
         ("mae", "features --images 0", "images 0: must be at least 1"),

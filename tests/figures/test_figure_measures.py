@@ -10,8 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import common
-from common import Attention, StepRandom, random_mask
+from common import Attention
 from figures import measures
 from runtime.errors import InputError
 
@@ -201,16 +200,3 @@ def test_tsne_without_scikit_learn_is_one_line(monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn.manifold", None)
     with pytest.raises(InputError, match=r'scikit-learn: missing.*pip install "\.\[plots\]"'):
         measures.tsne(numbers(0, 8, 4), 0)
-
-
-@given(seeds)
-@few
-def test_pixels_come_back_where_all_is_seen_and_know_nothing_that_is_hidden(seed):
-    patches, mask = numbers(seed, 2, 16, 12).abs() + 1, random_mask(StepRandom(seed, 0, 2), (4, 4), 0.75)
-    predicted = common.normalize_patches(patches)
-    torch.testing.assert_close(measures.to_pixels(predicted, patches, None, (4, 4)), patches, rtol=1e-4, atol=1e-4)
-    by_visible = measures.to_pixels(predicted, patches, mask, (4, 4))
-    seen = ~mask.hidden
-    torch.testing.assert_close(by_visible[seen], patches[seen], rtol=1e-4, atol=1e-4)
-    changed = torch.where(mask.hidden[:, :, None], patches * 7 - 2, patches)
-    assert torch.equal(measures.to_pixels(predicted, changed, mask, (4, 4)), by_visible)
