@@ -37,15 +37,13 @@ OPTIONS = [
     ("projection", "pca", ["pca", "tsne"], None, {"features"}, "principal components or t-SNE [pca]"),
     ("label-maps", None, str, "DIR", {"features"},
      "colour patches by the label maps of a folder in VOC's or ADE20K's format, as transfer.py reads them"),
-    ("of", "images", ["images", "patches"], None, {"features"}, "one point for an image or for a patch [images]"),
 ]  # fmt: skip
 
 
 def options(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(description="Draw the papers' figures of runs.", allow_abbrev=False)
     add = parser.add_argument
-    add("--run", required=True, nargs="+", metavar="RUN",
-        help="run directories; files of weights too, for figures of encoders alone, with --data")  # fmt: skip
+    add("--run", required=True, nargs="+", metavar="RUN", help="run directories, or with --data files of weights")
     add("--figure", required=True, metavar="NAME", choices=[*FIGURES, "all"], help=f"all, or {', '.join(FIGURES)}")
     add("--to", metavar="FILE.png", help="the file to write [figures/NAME.png in the first run]")
     add("--data", metavar="SET", help="show images of this set, named as for train.py, not of the first run's set")

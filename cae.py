@@ -120,9 +120,6 @@ class Batch(NamedTuple):
     token_images: Tensor | None  # (B, 3, 8h, 8w) in [0, 1], the same crops for the tokenizer; None for pixels
 
 
-# ---------------------------------------------------------------------------------------------------------- regressor
-
-
 class CrossBlock(nn.Module):
     """Queries attend to Z_v and to each other: x + attention, then x + MLP.
 
@@ -158,9 +155,6 @@ class CrossBlock(nn.Module):
         return x + drop_path(self.ls2(self.mlp(y)), self.drop_path, self.training)
 
 
-# --------------------------------------------------------------------------------------------------------------- losses
-
-
 def token_loss(predicted: Tensor, tokens: Tensor) -> Tensor:
     """ℓ_y(Y_m, Ȳ_m) of Eq. (1): cross entropy, averaged over the masked patches. (B, M, codes), (B, M) → scalar."""
     return F.cross_entropy(predicted.float().flatten(0, 1), tokens.flatten())
@@ -185,7 +179,12 @@ class CAE(nn.Module):
             raise InputError("norm pixels: tokens are no pixels; leave it out, or give --target pixels")
         self.config, self.encoder = c, encoder
         self.masked = encoder.patches - visible_count(encoder.patches, c.mask_ratio)
-        self.tokenizer = None if c.target == "pixels" else self.new_tokenizer().requires_grad_(False)
+        if c.target == "pixels":
+            self.tokenizer = None
+        elif c.tokenizer:
+            self.tokenizer = dvae.load_tokenizer(c.tokenizer).requires_grad_(False)
+        else:  # `prepare` trains it
+            self.tokenizer = dvae.Tokenizer(c.codes, c.hidden, c.blocks, c.first_stride).requires_grad_(False)
 
         heads, layer_scale = encoder.blocks[0].attn.heads, encoder.settings["layer_scale"]
 
@@ -205,12 +204,6 @@ class CAE(nn.Module):
         for part in (self.regressor, self.decoder, self.predict):
             initialize(part)
         nn.init.normal_(self.mask_token, std=0.02)
-
-    def new_tokenizer(self) -> dvae.Tokenizer:
-        c = self.config
-        if c.tokenizer:
-            return dvae.load_tokenizer(c.tokenizer)
-        return dvae.Tokenizer(c.codes, c.hidden, c.blocks, c.first_stride)  # `prepare` trains it
 
     def prepare(self, pretrain) -> None:
         """Before the first step, if there is no tokenizer: train one. From here on it is part of every checkpoint.

@@ -43,7 +43,6 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import mae
@@ -221,4 +220,4 @@ class CMAE(nn.Module):
 
 def byol_loss(y: Tensor, z: Tensor) -> Tensor:
     """2 - 2ρ⁺, the squared distance of the normalised positive pairs (§3.3 names the loss, BYOL writes it)."""
-    return (2 - 2 * F.cosine_similarity(y.float(), z.float(), dim=-1)).mean()
+    return (2 - 2 * torch.cosine_similarity(y.float(), z.float(), dim=-1)).mean()

@@ -113,9 +113,6 @@ class Batch(NamedTuple):
     key_mask: Mask  # its k1 and k2
 
 
-# -------------------------------------------------------------------------------------------- ContrastiveCrop (§3.2)
-
-
 def class_attention(encoder: ViT, images: Tensor) -> Tensor:
     """(B, 3, H, W) → (B, N): what the class token attends to in the last block, averaged over heads."""
     attention, inputs = encoder.blocks[-1].attn, []
@@ -135,9 +132,6 @@ def feature_norms(encoder: ViT, images: Tensor) -> Tensor:
 
 
 HEAT = {"attention": class_attention, "features": feature_norms}
-
-
-# ------------------------------------------------------------------------------------------------------------ modules
 
 
 def two_layers(width: int, hidden: int, out: int) -> nn.Sequential:
@@ -192,9 +186,6 @@ class Decoder(mae.Decoder):
         for block in self.blocks:
             x = block(x)
         return take(self.norm(x[:, 1:]), mask.order)
-
-
-# ------------------------------------------------------------------------------------------------------------- method
 
 
 class CMAELoc(nn.Module):

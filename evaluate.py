@@ -2,9 +2,7 @@
 
     python evaluate.py --run runs/cmae-shapes --protocol knn
     python evaluate.py --run runs/cmae-shapes --protocol finetune --seeds 3
-    python evaluate.py --run runs/cmae-shapes --protocol partial --blocks 1 --seeds 3
     python evaluate.py --run mae_pretrain_vit_base.pth --protocol knn --data tiny-imagenet --data-root DIR
-    python evaluate.py --run runs/cmae-shapes --export timm
     python evaluate.py --run runs/cmae-shapes --export hf --to vit
     torchrun --nproc_per_node=2 -- evaluate.py --run runs/cmae-shapes --protocol linear --untrained
 

@@ -149,9 +149,6 @@ class LCMAE(nn.Module):
         return torch.cat([rows[0], *(more[1:] for more in rows[1:])])
 
 
-# ------------------------------------------------------------------------------------------------- views and losses
-
-
 def both_views(batch: Batch) -> tuple[Tensor, Mask]:
     """The images twice, under m_1 and then under m_2: (2·B, 3, H, W), and a mask of 2·B rows."""
     both = Mask(*(torch.cat(pair) for pair in zip(batch.mask, batch.second, strict=True)))
@@ -164,15 +161,11 @@ def cross_view_loss(v: Tensor, w: Tensor, mask: Mask, second: Mask) -> Tensor:
     v, w: (B, M, d), in the order of `mask.masked` and of `second.masked`. The gradient flows into both (§3.3).
     """
     # Unit vectors in their places in the image, zero where a patch is visible: the product of two is the cosine.
-    v, w = (on_grid(F.normalize(x.float(), dim=-1), m) for x, m in ((v, mask), (w, second)))  # (B, N, d)
+    v, w = (F.normalize(x.float(), dim=-1) for x in (v, w))
+    v, w = (restore(x.new_zeros(*m.visible.shape, x.shape[2]), x, m) for x, m in ((v, mask), (w, second)))  # (B, N, d)
     both = (mask.hidden & second.hidden).float()  # m_1 · m_2: (B, N)
     distance = (1 - (v * w).sum(dim=-1)) * both
     return (distance.sum(dim=1) / both.sum(dim=1).clamp(min=1)).mean()
-
-
-def on_grid(x: Tensor, mask: Mask) -> Tensor:
-    """(B, M, d) in the order of `mask.masked` → (B, N, d) in raster order, zero elsewhere."""
-    return restore(x.new_zeros(*mask.visible.shape, x.shape[2]), x, mask)
 
 
 def in_view_loss(v: Tensor, x: Tensor) -> Tensor:
@@ -190,9 +183,6 @@ def cosine_matrix(x: Tensor) -> Tensor:
     with torch.autocast(x.device.type, enabled=False):
         x = F.normalize(x.float(), dim=-1)
         return x @ x.transpose(1, 2)
-
-
-# ---------------------------------------------------------------------------------------------------- local decoders
 
 
 class LocalDecoder(mae.Decoder):

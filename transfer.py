@@ -49,8 +49,7 @@ def options() -> argparse.Namespace:
     add("--seed", type=int, default=0, metavar="N", help="of everything random")
     add("--workers", type=int, metavar="N", help="processes that read; if not given, 8 for a GPU, none otherwise")
     add("--device", default="auto", choices=["auto", "cpu", "cuda"], metavar="NAME", help="auto, cpu, cuda")
-    add("--precision", default="auto", choices=["auto", "fp32", "bf16"], metavar="NAME",
-        help="of the encoder: auto (what is fastest), fp32, bf16")  # fmt: skip
+    add("--precision", default="auto", choices=["auto", "fp32", "bf16"], metavar="NAME", help="auto, fp32, bf16")
     args = parser.parse_args()
     for name, least in dict(n=1, image_size=1, epochs=1, batch_size=1, workers=0).items():
         if getattr(args, name) is not None and getattr(args, name) < least:

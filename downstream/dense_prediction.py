@@ -18,10 +18,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchvision.models.convnext import LayerNorm2d
-from torchvision.models.detection import MaskRCNN
-from torchvision.models.detection.anchor_utils import AnchorGenerator
-from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
-from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
+from torchvision.models.detection import MaskRCNN, anchor_utils, faster_rcnn, mask_rcnn
 from torchvision.models.segmentation.fcn import FCNHead
 from torchvision.ops import MultiScaleRoIAlign, masks_to_boxes
 from tqdm import tqdm
@@ -153,9 +150,6 @@ def measure(model: nn.Module, reader: Reader, args, device: torch.device) -> dic
         return {**model.measure(reader.images, bar, device), "n": n}
 
 
-# --------------------------------------------------------------------------------------------------------- segmentation
-
-
 def lines(path: Path) -> list[str]:
     try:
         found = path.read_text().split("\n")
@@ -251,9 +245,6 @@ def segmentation_scores(matrix: Tensor) -> dict:
     union = matrix.sum(0) + matrix.sum(1) - hits
     iou = 100 * (hits / union)[union > 0]
     return {"miou": iou.mean().item(), "pixel_accuracy": 100 * (hits.sum() / matrix.sum()).item()}
-
-
-# ------------------------------------------------------------------------------------------------------------ detection
 
 
 class Instances:
@@ -352,11 +343,13 @@ class Detector(nn.Module):
         self.rcnn = MaskRCNN(
             Pyramid(backbone, C),
             min_size=size, max_size=size, size_divisible=1, image_mean=[0.0] * 3, image_std=[1.0] * 3,  # as it is
-            rpn_anchor_generator=AnchorGenerator(anchors, ((0.5, 1.0, 2.0),) * 5),
+            rpn_anchor_generator=anchor_utils.AnchorGenerator(anchors, ((0.5, 1.0, 2.0),) * 5),
             rpn_batch_size_per_image=min(256, regions), box_batch_size_per_image=regions,
             box_roi_pool=MultiScaleRoIAlign(levels, 7, 2), mask_roi_pool=MultiScaleRoIAlign(levels, 14, 2),
-            box_head=TwoMLPHead(C * 7 * 7, 4 * C), box_predictor=FastRCNNPredictor(4 * C, 1 + classes),
-            mask_head=MaskRCNNHeads(C, [C] * 4, 1), mask_predictor=MaskRCNNPredictor(C, C, 1 + classes),
+            box_head=faster_rcnn.TwoMLPHead(C * 7 * 7, 4 * C),
+            box_predictor=faster_rcnn.FastRCNNPredictor(4 * C, 1 + classes),
+            mask_head=mask_rcnn.MaskRCNNHeads(C, [C] * 4, 1),
+            mask_predictor=mask_rcnn.MaskRCNNPredictor(C, C, 1 + classes),
         )  # fmt: skip
 
     def loss(self, samples: list[Sample], device) -> Tensor:

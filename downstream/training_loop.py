@@ -152,10 +152,7 @@ def checksum(module: nn.Module) -> int:
 
 
 class Progress:
-    """checkpoint.pt and log.jsonl of one training, which rank 0 alone reads and writes; without a directory, nothing.
-
-    The log is part of the checkpoint, so the two never disagree.
-    """
+    """One training's checkpoint.pt, with its log in it, and log.jsonl; rank 0 alone reads and writes them, if any."""
 
     def __init__(self, directory: Path | None, settings: dict, classifier: Classifier, states: dict, resume: bool):
         self.directory, self.settings, self.classifier, self.states = directory, settings, classifier, states

@@ -254,12 +254,12 @@ def class_distances(study: Study):
 
 
 def features(study: Study):
-    """Features in the plane, by principal components or t-SNE (CAE Figure 5): of images, or of their patches.
+    """Features of images in the plane, by principal components or t-SNE, coloured by their classes.
 
-    A patch has the colour of its image's class, or with --label-maps, as in the paper, of most of its own pixels: then
-    the ten most frequent labels are drawn, at most 1000 patches of each.
+    With --label-maps, of their patches (CAE Figure 5), coloured by what most of a patch's pixels are: the ten most
+    frequent labels, at most 1000 patches of each.
     """
-    maps, of = study.args.label_maps, "patches" if study.args.label_maps else study.args.of
+    maps, of = study.args.label_maps, "patches" if study.args.label_maps else "images"
     n, numbers = study.args.images or (500 if of == "images" else 50), {}
     figure, axes = canvas(1, len(study.encoders), height=1.6 + 6 / len(study.encoders) ** 0.7)
     for axis, (label, encoder) in zip(axes[0], study.encoders, strict=True):
@@ -272,8 +272,7 @@ def features(study: Study):
             at = torch.cat([(every == c).nonzero()[:1000, 0] for c in most])
             every, x = every[at], x.flatten(0, 1)[at]
         else:
-            numbers["labels"] = labels.tolist()
-            every, x = labels.repeat_interleave(x[..., 0].numel() // len(x)), x.flatten(0, -2)
+            every, numbers["labels"] = labels, labels.tolist()
         names, numbers[label] = ["t-SNE 1", "t-SNE 2"], {"labels": every.tolist()} if maps else {}
         if study.args.projection == "pca":
             points, share = measures.pca(x)
@@ -332,8 +331,7 @@ def frame(axis, box, size: int, style: str = "-") -> None:
     from matplotlib.patches import Rectangle
 
     top, left, height, width = (float(x) * size for x in box)
-    for color, line in (("white", 3.5), ("black", 1.5)):  # seen on any ground
-        how = dict(color=color, linewidth=line, linestyle=style if color == "black" else "-")
+    for how in (dict(color="white", linewidth=3.5), dict(color="black", linewidth=1.5, linestyle=style)):
         axis.add_patch(Rectangle((left - 0.5, top - 0.5), width, height, fill=False, clip_on=False, **how))
 
 

@@ -120,10 +120,7 @@ class Picture:
         self.paint(d, tone * self.uniform(0.6, 1.2)[:, None])
 
     def paint(self, d: np.ndarray, colour: np.ndarray, bulge=0.25, surface=0.0):
-        """Lay a colour over where d < 0, lit from one side, darker towards its rim by the share `bulge`.
-
-        A surface makes it lighter and darker: see below.
-        """
+        """Lay a colour over where d < 0, lit from one side, darker towards its rim by `bulge`; surfaces: below."""
         cover = np.clip(0.5 - d * self.pixels, 0, 1)
         shade = self.glow - bulge * np.clip(1 + 8 * d, 0, 1) if bulge else self.glow
         self.canvas *= (1 - cover)[:, None]

@@ -17,7 +17,7 @@ import tempfile
 import urllib.error
 import urllib.request
 import zipfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 
@@ -128,14 +128,7 @@ def open_for(settings, split: str) -> ImageSet:
 
 
 def open_set(
-    name: str,
-    root: str | Path | None = None,
-    split: str = "train",
-    *,
-    download: bool = False,
-    skip_bad_images: bool = False,
-    class_level: int = 1,
-    value_range: Sequence[float] | None = None,
+    name: str, root=None, split="train", *, download=False, skip_bad_images=False, class_level=1, value_range=None
 ) -> ImageSet:
     """Open one split of an image set.
 

@@ -129,18 +129,14 @@ def bench_input(args, device: torch.device) -> list[dict]:
     return rows
 
 
-def command(args, name: str, out: Path, *more: str) -> list[str]:
+def run_train(args, name: str, out: Path, *more: str) -> dict:
+    """Seconds from train.py's command to its first logged step and to its end, the most it held in memory, its log."""
     keys = ["data", "data_root", "classes", "model", "width", "depth", "heads", "image_size", "patch_size", "device"]
     given = {key: vars(args)[key] for key in keys if vars(args)[key] is not None} | decoder_sizes(args, name)
     given |= dict(method=name, batch_size=args.batch_size[-1], precision=args.precision[0], lr=1e-3, out=out)
     flags = [word for key, value in given.items() for word in ("--" + key.replace("_", "-"), str(value))]
     flags += ["--compile" if args.compile else "--no-compile", "--no-evaluate", "--resume", "never"]
-    return [sys.executable, str(HERE / "train.py"), *flags, *more]
-
-
-def run_train(args, name: str, out: Path, *more: str) -> dict:
-    """Seconds from train.py's command to its first logged step and to its end, the most it held in memory, its log."""
-    words = command(args, name, out, *more)
+    words = [sys.executable, str(HERE / "train.py"), *flags, *more]
     begin, first, pid = time.perf_counter(), None, 0
     log, said = out / "log.jsonl", out.with_suffix(".err")
     with open(said, "w") as errors:

@@ -72,7 +72,11 @@ def load_encoder(path, device="cpu", image_size=None, heads: int | None = None) 
     if isinstance(saved, dict) and "settings" in saved:
         if heads is not None:
             raise InputError(f"{file}: says itself how many heads it has; leave out --heads {heads}")
-        encoder = run_encoder(file, saved)
+        try:
+            encoder = ViT(**saved["settings"])
+            encoder.load_state_dict(saved["state_dict"])
+        except (LookupError, TypeError, ValueError, AttributeError, RuntimeError):  # whatever a stranger's may lack
+            raise unknown(file) from None
     else:
         encoder = foreign_encoder(file, saved, heads)
     return resize(encoder, image_size or encoder.image_size).to(device).eval()
@@ -122,15 +126,6 @@ def read(file: Path):
 def unknown(file: Path) -> InputError:
     right = "give an encoder.pt that train.py wrote, or weights named as MAE's, timm's or Hugging Face's"
     return InputError(f"{file}: not a minMIM encoder; {right}")
-
-
-def run_encoder(file: Path, saved: dict) -> ViT:
-    try:
-        encoder = ViT(**saved["settings"])
-        encoder.load_state_dict(saved["state_dict"])
-        return encoder
-    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError):  # whatever a stranger's file may lack
-        raise unknown(file) from None
 
 
 def foreign_encoder(file: Path, saved, heads: int | None) -> ViT:

@@ -12,10 +12,7 @@ from runtime.errors import InputError
 
 
 def write_whole(path, write: Callable, advice: str = "") -> None:
-    """Let `write(file)` fill a temporary file beside `path`, flush it to disk and rename it: all of it or none.
-
-    The folder is made if need be.
-    """
+    """Let `write(file)` fill a temporary file beside `path`, then rename it: all of it or none. Makes the folder."""
     path = Path(path)
     kept = "; what was there before is kept" if os.path.exists(path) else ""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
