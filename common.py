@@ -123,35 +123,40 @@ def random_mask(rng: StepRandom, grid: tuple[int, int], ratio: float, cell: int 
 def block_mask(rng: StepRandom, grid: tuple[int, int], count: int, smallest: int = 16, tries: int = 10) -> Mask:
     """BEiT's block-wise mask, continued as in CAE until exactly `count` patches of every image are hidden.
 
-    A block has an area uniform in [smallest, what is missing] and an aspect ratio log-uniform in [0.3, 1/0.3]; one that
-    spans the grid, hides nothing new or more than is missing is drawn again. After `tries` failures the smallest area
-    is halved, so that the quota is met in any grid; where less than the smallest is missing, all of it is the area.
+    A block's area is uniform between `smallest` and the number of patches that are missing, whichever is larger, and
+    its aspect ratio log-uniform in [0.3, 1/0.3]. One that spans the grid, hides nothing new or more than is missing is
+    drawn again. After `tries` failures in a row an image's smallest area is halved, so that any grid can be filled.
     """
-    h, w = grid
-    if not 0 < count < h * w:
-        raise InputError(f"{count} masked patches of {h * w} leave nothing visible or nothing masked")
-    # One child generator per image keeps an image's blocks independent of its neighbours' number of tries.
-    seeds = rng.generator.integers(0, 2**63, rng.total)[rng.rows]
-    orders = np.stack([_blocks(np.random.default_rng(s), h, w, count, smallest, tries) for s in seeds])
-    return split(upload(torch.from_numpy(orders), rng.device), h * w - count)
+    if not 0 < count < math.prod(grid):
+        raise InputError(f"{count} masked patches of {math.prod(grid)} leave nothing visible or nothing masked")
+    draws = rng.child()  # of its own, since ranks may need different numbers of tries
+    B = len(range(rng.total)[rng.rows])
+    hidden, missing = np.zeros((B, *grid), dtype=bool), np.full(B, count)
+    least, failures = np.full(B, smallest), np.zeros(B, dtype=int)
+    while len(i := missing.nonzero()[0]):  # the images that are not finished
+        block = _blocks(draws.uniform(4).double().numpy()[i], grid, least[i], missing[i])
+        new = (block & ~hidden[i]).sum((1, 2))
+        good = (new > 0) & (new <= missing[i])
+        hidden[i[good]] |= block[good]
+        missing[i[good]] -= new[good]
+        failures[i] = np.where(good, 0, failures[i] + 1)
+        halved = i[~good & (failures[i] % tries == 0)]
+        least[halved] = np.maximum(1, least[halved] // 2)
+    hidden = hidden.reshape(B, -1)
+    return Mask(*(upload(torch.from_numpy(x.nonzero()[1].reshape(B, -1)), rng.device) for x in (~hidden, hidden)))
 
 
-def _blocks(draw: np.random.Generator, h: int, w: int, count: int, smallest: int, tries: int) -> np.ndarray:
-    hidden, missing, failures = np.zeros((h, w), dtype=bool), count, 0
-    while missing:
-        area = draw.uniform(min(smallest, missing), missing)
-        aspect = math.exp(draw.uniform(math.log(0.3), -math.log(0.3)))
-        rows, columns = max(1, round(math.sqrt(area * aspect))), max(1, round(math.sqrt(area / aspect)))
-        if rows <= max(1, h - 1) and columns <= max(1, w - 1):
-            top, left = draw.integers(0, h - rows + 1), draw.integers(0, w - columns + 1)
-            block = hidden[top : top + rows, left : left + columns]
-            if 0 < (new := block.size - block.sum()) <= missing:
-                block[:], missing, failures = True, missing - new, 0
-                continue
-        failures += 1
-        if failures % tries == 0:
-            smallest = max(1, smallest // 2)
-    return np.argsort(hidden.ravel(), kind="stable")  # visible first, both halves in raster order
+def _blocks(units: np.ndarray, grid: tuple[int, int], smallest: np.ndarray, missing: np.ndarray) -> np.ndarray:
+    """bool (B, h, w), a block for each row of unit numbers (B, 4); an empty one instead of one that spans the grid."""
+    area, aspect = smallest + units[:, 0] * (missing - smallest), 0.3 ** (1 - 2 * units[:, 1])
+    inside = []
+    for side, length, place in zip(grid, (area * aspect, area / aspect), units.T[2:], strict=True):
+        length = np.sqrt(length).round().clip(1)
+        first, line = np.floor(place * (side - length + 1)), np.arange(side)
+        fits = length <= max(1, side - 1)
+        inside.append(fits[:, None] & (first[:, None] <= line) & (line < (first + length)[:, None]))
+    down, across = inside
+    return down[:, :, None] & across[:, None]
 
 
 # -------------------------------------------------------------------------------------------------------------- ViT

@@ -19,6 +19,10 @@ class StepRandom:
         self.generator = np.random.default_rng((seed, step))
         self.total, self.rows, self.device = total, rows or slice(0, total), torch.device(device)
 
+    def child(self) -> "StepRandom":
+        """One with draws of its own, kept on the CPU, as many as it takes: what its parent draws next is the same."""
+        return StepRandom(int(self.generator.integers(2**63)), 0, self.total, self.rows)
+
     def _mine(self, drawn) -> Tensor:
         return upload(torch.from_numpy(np.ascontiguousarray(drawn[self.rows])), self.device)
 

@@ -2,6 +2,8 @@
 
 import itertools
 import math
+import random
+from functools import partial
 
 import numpy as np
 import pytest
@@ -23,7 +25,6 @@ from common import (
     Mask,
     StepRandom,
     ViT,
-    _blocks,
     block_mask,
     cosine,
     drop_path,
@@ -290,66 +291,90 @@ def test_block_mask_is_a_partition_with_exact_counts(grid, seed, smallest, share
         assert torch.equal(indices, indices.sort(dim=1).values)  # raster order
 
 
-def test_block_mask_hides_blocks_not_specks():
-    """Neighbours of hidden patches are hidden far more often than under a random mask of the same count."""
+def plain_block(units, h, w, smallest, missing):
+    """The rows and columns of one block, from four unit numbers; None where it would span the grid."""
+    area = smallest + units[0] * (missing - smallest)  # `missing` may be the smaller of the two
+    aspect = math.exp((2 * units[1] - 1) * math.log(1 / 0.3))
+    rows, columns = max(1, round(math.sqrt(area * aspect))), max(1, round(math.sqrt(area / aspect)))
+    if rows > max(1, h - 1) or columns > max(1, w - 1):
+        return None
+    top, left = int(units[2] * (h - rows + 1)), int(units[3] * (w - columns + 1))
+    return slice(top, top + rows), slice(left, left + columns)
 
-    def joined(mask):
-        hidden = mask.hidden.reshape(-1, 14, 14).double()
-        return ((hidden[:, :, 1:] * hidden[:, :, :-1]).mean() / hidden.mean()).item()
 
+def plain_block_mask(units, h, w, count, smallest, tries):
+    """One image's mask, block after block, as BEiT's generator and CAE's loop around it, from rows of unit numbers."""
+    hidden, failures = np.zeros((h, w), dtype=bool), 0
+    while missing := count - hidden.sum():
+        block = plain_block(next(units), h, w, smallest, missing)
+        new = 0 if block is None else hidden[block].size - hidden[block].sum()
+        if 0 < new <= missing:
+            hidden[block], failures = True, 0
+        else:
+            failures += 1
+            if failures % tries == 0:
+                smallest = max(1, smallest // 2)
+    return hidden
+
+
+@given(grids, st.integers(0, 10**6), st.integers(1, 20), st.floats(0.01, 0.99), st.integers(1, 10))
+def test_block_masks_are_those_of_a_plain_loop_over_images(grid, seed, smallest, share, tries):
+    count = min(math.prod(grid) - 1, max(1, round(math.prod(grid) * share)))
+    masks = block_mask(rng(seed), grid, count, smallest, tries).hidden.view(-1, *grid)
+    for image, mask in enumerate(masks):
+        units = (drawn[image].tolist() for drawn in iter(partial(rng(seed).child().uniform, 4), None))
+        assert np.array_equal(mask, plain_block_mask(units, *grid, count, smallest, tries))
+
+
+def official_mask(draw, h, w, count, smallest):
+    """A mask by the official generators of BEiT and CAE, where only a block that spans the grid has no place."""
+    hidden = np.zeros((h, w), dtype=bool)
+    while missing := count - hidden.sum():
+        area = draw.uniform(smallest, missing)  # in either order
+        aspect = math.exp(draw.uniform(math.log(0.3), math.log(1 / 0.3)))
+        rows, columns = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if rows < h and columns < w:
+            top, left = draw.randint(0, h - rows), draw.randint(0, w - columns)
+            block = hidden[top : top + rows, left : left + columns]
+            if 0 < block.size - block.sum() <= missing:
+                block[:] = True
+    return hidden
+
+
+def shapes(hidden):
+    """(n, 3): connected components, patches without a hidden neighbour, length of the border inside the grid."""
+    h, w = hidden.shape[1:]
+    names = np.pad(np.arange(1, h * w + 1).reshape(h, w) * hidden, ((0, 0), (1, 1), (1, 1)))
+    first, before = names[:, 1:-1, 1:-1].copy(), None
+    neighbours = [names[:, :-2, 1:-1], names[:, 2:, 1:-1], names[:, 1:-1, :-2], names[:, 1:-1, 2:]]
+    alone = (hidden & (np.max(neighbours, axis=0) == 0)).sum((1, 2))
+    while not np.array_equal(names, before):  # the greatest name spreads over its component
+        before = names.copy()
+        names[:, 1:-1, 1:-1] = np.maximum(first, np.max(neighbours, axis=0)) * hidden
+    components = (hidden & (names[:, 1:-1, 1:-1] == first)).sum((1, 2))
+    border = (hidden[:, 1:] ^ hidden[:, :-1]).sum((1, 2)) + (hidden[:, :, 1:] ^ hidden[:, :, :-1]).sum((1, 2))
+    return np.stack([components, alone, border], axis=1).astype(float)
+
+
+@pytest.mark.parametrize("side,count,smallest", [(14, 98, 16), (8, 32, 5)])
+def test_block_masks_have_the_shapes_of_the_official_generators(side, count, smallest, n=2000):
+    """Without halving the same distribution; halving after ten failures leaves some more single patches."""
+    draw, grid = random.Random(0), (side, side)
+    theirs = shapes(np.stack([official_mask(draw, *grid, count, smallest) for _ in range(n)]))
+    never, ours = (
+        shapes(block_mask(rng(0, total=n), grid, count, smallest, tries).hidden.view(n, *grid).numpy())
+        for tries in (10**9, 10)
+    )
+    z = (never.mean(0) - theirs.mean(0)) / np.sqrt((never.var(0) + theirs.var(0)) / n)
+    assert (abs(z) < 4).all()
+    assert (abs(ours.mean(0) - theirs.mean(0)) < [0.1, 0.05, 1.5]).all()
+
+
+def test_block_masks_defaults_are_beits_and_every_image_has_its_own():
     for grid, count in [((14, 14), 98), ((4, 4), 15)]:
         beits = block_mask(rng(), grid, count, smallest=16, tries=10)
         assert torch.equal(block_mask(rng(), grid, count).masked, beits.masked)
-    mask = block_mask(rng(total=200), (14, 14), 98)
-    assert joined(mask) > 0.75 > 0.6 > joined(random_mask(rng(), (14, 14), 0.5))
-    assert len(mask.masked.unique(dim=0)) == 200  # every image has its own
-
-
-def test_no_block_spans_the_grid():
-    """As in BEiT's code. A row of four may still fill up by a smaller block and chance; as one block it came often."""
-    hidden = block_mask(rng(total=300), (4, 4), 4, smallest=4).hidden.view(-1, 4, 4)
-    spanned = hidden.all(1).any(1) | hidden.all(2).any(1)
-    assert spanned.float().mean() < 0.1
-
-
-def test_blocks_are_as_often_tall_as_wide():
-    """The logarithm of their aspect ratio is uniform around 0: neighbours below and to the right are hidden alike."""
-    hidden = block_mask(rng(total=1500), (14, 14), 30).hidden.view(-1, 14, 14)
-    below, right = (hidden[:, 1:] & hidden[:, :-1]).sum((1, 2)), (hidden[:, :, 1:] & hidden[:, :, :-1]).sum((1, 2))
-    difference = (below - right).double()
-    assert difference.mean().abs() < 4 * difference.std() / math.sqrt(1500)
-
-
-class LeastArea:
-    """Stands in for a generator: areas are the least allowed, and kept in a list; all aspect ratios are `aspect`."""
-
-    def __init__(self, aspect, seed=0):
-        self.areas, self.aspect, self.integers = [], aspect, np.random.default_rng(seed).integers
-
-    def uniform(self, low, high):
-        if low == math.log(0.3) == -high:
-            return math.log(self.aspect)
-        assert len(self.areas) < 1000, "blocks are drawn without end"
-        self.areas.append(low)
-        return low
-
-
-def test_a_block_has_its_area_and_aspect_and_its_least_area_halves_after_so_many_failures():
-    shapes = [(1, 3, 3), (0.5, 2, 4), (2, 4, 2), (0.3, 2, 6), (1 / 0.3, 6, 2)]
-    for (aspect, rows, columns), seed in itertools.product(shapes, range(8)):  # at any place
-        h, w, area = rows + 1, columns + 1, rows * columns  # where it just fits
-        hidden = np.zeros((h, w), dtype=bool)
-        hidden.flat[_blocks(LeastArea(aspect, seed), h, w, area, area, 10)[-area:]] = True
-        assert (hidden.any(1).sum(), hidden.any(0).sum()) == (rows, columns)
-    draw = LeastArea(0.3)
-    _blocks(draw, 4, 4, 15, 16, 4)  # 15 would be 2 x 7 patches, 8 2 x 5, 4 1 x 4: too many for a grid of 4 x 4
-    assert draw.areas[:13] == [15] * 4 + [8] * 4 + [4] * 4 + [2]
-    draw, anywhere = LeastArea(1), LeastArea(1).integers
-    draw.integers = lambda low, high: anywhere(low, high) if len(draw.areas) > 9 else 0
-    _blocks(draw, 5, 5, 8, 5, 4)  # 2 x 2 in the corner, then nothing new there
-    assert draw.areas[:10] == [5] + [4] * 4 + [2] * 4 + [1]
-    for h, w in [(1, 2), (2, 1), (2, 2), (5, 5)]:
-        _blocks(LeastArea(1), h, w, h * w - 1, 16, 10)  # to the last patch
+    assert len(block_mask(rng(total=200), (14, 14), 98).masked.unique(dim=0)) == 200
 
 
 def test_block_mask_refuses_to_hide_all_or_nothing():
