@@ -427,7 +427,8 @@ def test_a_choice_on_the_cpu_computes_the_chosen_and_one_on_a_gpu_all(seed, B):
     assert computed == [where.sum(), B]
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: CUDA finds none")
 @pytest.mark.parametrize("shape", [(3, 3024, 4032), (3, 2600, 2600), (3, 50, 9000)])
 def test_a_gpu_takes_large_photos(shape):
     """CUDA's kernel refuses to shrink too much at once."""
@@ -438,7 +439,8 @@ def test_a_gpu_takes_large_photos(shape):
         torch.testing.assert_close(function(photo.cuda()).cpu(), function(photo), **close)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: CUDA finds none")
 @pytest.mark.parametrize("where_on", ["cpu", "cuda"])
 def test_a_gpu_gives_what_the_cpu_gives_without_waiting(where_on):
     """A synchronisation inside would raise. TF32 and autocast are on, and must not matter."""
