@@ -42,7 +42,7 @@ VIT_B = "--model base --image-size 224 --patch-size 16 --decoder-width 512 --dec
 TINY = "--width 16 --depth 2 --heads 2 --decoder-width 8 --decoder-depth 1 --decoder-heads 1 --image-size 32"
 METHODS = ("mae", "cmae")  # that are trained
 GRACE = 15  # seconds in which a process that was asked to end may save
-START = 30  # seconds until a training whose compiled kernels are cached makes its first step
+START = 45  # seconds until a training whose compiled kernels are cached makes its first step
 PROBES = {"knn": 15, "linear": 20}  # seconds expected of each
 OPEN = """import json, sys; from inputs.image_sets import open_set
 print(json.dumps({split: len(open_set(sys.argv[1], sys.argv[2] or None, split)) for split in ("train", "val")}))"""
@@ -72,14 +72,14 @@ def plan(args, found: dict) -> list[Step]:
     tests = ("tests/test_house.py" if tiny else "-m cuda") + " -n auto" * bool(find_spec("xdist"))
     steps = [
         Step("right", 120, 150, f"-m pytest -q {tests}"),
-        Step("fast", 140, 200, f"{bench}mae cmae" + " --peer hf" * bool(find_spec("transformers"))),
+        Step("fast", 140, 280, f"{bench}mae cmae" + " --peer hf" * bool(find_spec("transformers"))),
         Step("data", 30, 90, f"-c {shlex.quote(OPEN)} {args.data} {root}"),
     ]
     for method in METHODS:
         length = f"--repeat {repeat} --epochs {3 + 60 // max(1, per_epoch)} --max-steps {2 * per_epoch + 60}"
         words = f"{train}{method} {length} --resume never --out {work}/epochs-{method}"
         steps.append(Step(f"epochs-{method}", 70, 120, f"-m reporting.gpu --watch {per_epoch} {words}"))
-    steps.append(Step("others", 140, 200, f"{bench}cmae_loc cae conmim lcmae"))
+    steps.append(Step("others", 140, 280, f"{bench}cmae_loc cae conmim lcmae"))
     for method in METHODS:
         epochs, run = found.get("epochs", {}).get(method, 0), f"{work}/learn-{method}"
         seconds = START + epochs * images / EPOCH * result(found, f"epochs-{method}").get("seconds", 0)
@@ -175,7 +175,8 @@ class Session:
             self.args.data_root = self.args.work
             if not (self.work / "tiny-imagenet-200").exists():
                 with tarfile.open(part) as archive:
-                    archive.extractall(self.work, filter="data")
+                    archive.extractall(self.work / "part", filter="data")
+                (self.work / "part/tiny-imagenet-200").rename(self.work / "tiny-imagenet-200")
         name = torch.cuda.get_device_name() if self.args.device == "cuda" else processor()
         self.found |= dict(device=name, versions=versions(), data=self.args.data, git=git_state())
         for step, fit in fits(plan(self.args, self.found), self.found, self.left()):
