@@ -68,23 +68,26 @@ def crop_boxes(rng: StepRandom, sizes, scale=(0.2, 1.0), ratio=(3 / 4, 4 / 3)) -
     return torch.cat([corner, box], dim=1).long()
 
 
-def cubic_taps(start: Tensor, length: Tensor, n: int, size: int) -> tuple[Tensor, Tensor]:
-    """The pixels and weights that make `size` samples of [start, start + length), (B,) each, of a line of n pixels.
+def cubic_taps(
+    start: Tensor, length: Tensor, samples: Tensor, first: Tensor, size: int, shrink: float
+) -> tuple[Tensor, Tensor]:
+    """Pixels and weights that resize [start, start + length) of a line to `samples` and keep `size` from `first` on.
 
-    Keys' cubic with a = -1/2, stretched where it shrinks the image (antialiasing), cut off at the ends of the crop and
-    normalised: what PIL and torch's `interpolate(antialias=True)` compute. Returns int64 and float32 (B, size, K).
+    All are (B,), and no length is more than `shrink` times its samples. Keys' cubic with a = -1/2, stretched where it
+    shrinks the image (antialiasing), cut off at the ends of the length and normalised: what PIL and torch's
+    `interpolate(antialias=True)` compute. Returns int64 and float32 (B, size, K).
     """
-    length, line = length[:, None, None], torch.arange(size, device=start.device)[:, None]
-    scale = length / size
+    start, length, samples, first = (x[:, None, None] for x in (start, length, samples, first))
+    scale = length / samples
     stretch = scale.clamp(min=1)
-    center = (line + 0.5) * scale
-    K = math.ceil(4 * max(1, n / size))  # pixel centres in an open interval of length 4 · stretch
+    center = (first + torch.arange(size, device=start.device)[:, None] + 0.5) * scale
+    K = math.ceil(4 * max(1, shrink))  # pixel centres in an open interval of length 4 · stretch
     pixel = (center - 2 * stretch + 0.5).floor() + torch.arange(K, device=start.device)  # (B, size, K)
     x = (pixel + 0.5 - center).abs() / stretch
     near, far = (1 - x).clamp(min=0), (2 - x).clamp(min=0)
     weight = far.square() * (far - 1) / 2 + near.square() * (1 - 2 * near)  # Keys' two branches, without a branch
     weight = weight * ((pixel >= 0) & (pixel < length))
-    pixel = pixel.clamp(min=0).minimum(length - 1).long() + start[:, None, None]
+    pixel = pixel.clamp(min=0).minimum(length - 1).long() + start
     return pixel, weight / weight.sum(dim=2, keepdim=True)
 
 
@@ -114,18 +117,52 @@ def separable(images: Tensor, rows: tuple[Tensor, Tensor], columns: tuple[Tensor
     return out
 
 
-def crop_resize(images: Tensor | list[Tensor], boxes: Tensor, size: int, hflip: Tensor | None = None) -> Tensor:
-    """uint8 (B, 3, H, W), or a list of (3, H_i, W_i), cropped to `boxes` (B, 4) → float32 (B, 3, size, size) in [0, 1].
+def like_sized(boxes: Tensor, most: int) -> list[list[int]]:
+    """Positions of the boxes (B, 4), in groups whose `canvas` has at most `most` numbers, or that are a single box."""
+    groups, sides = [], (0, 0)
+    for i, box in sorted(enumerate(boxes[:, 2:].tolist()), key=lambda pair: max(pair[1])):
+        sides = [*map(max, sides, box)]
+        if not groups or 3 * math.prod(sides) * (len(groups[-1]) + 1) > most:
+            groups, sides = [*groups, []], box
+        groups[-1].append(i)
+    return groups
 
-    Bicubic and antialiased as torchvision's `resized_crop`, though not rounded to whole grey levels; `hflip` (B,) bool
-    mirrors the views it marks.
+
+def canvas(images: list[Tensor], boxes: Tensor) -> Tensor:
+    """uint8 (B, 3, h, w) that has each box (B, 4) of its image (3, H_i, W_i) in the upper left corner.
+
+    h and w are the largest height and width; beyond a smaller box lie other pixels. Each row is a window on all images
+    in one line, so the GPU copies all images at once.
+    """
+    device, (h, w), (top, left, height, _) = images[0].device, boxes[:, 2:].amax(dim=0).tolist(), boxes.T
+    line = torch.cat([*(image.flatten() for image in images), images[0].new_zeros(w)])  # room for the last window
+    H, W = sizes(images).T
+    start = (3 * H * W).cumsum(0) - 3 * H * W + top * W + left
+    start, plane, W, last = upload(torch.stack([start, H * W, W, height - 1]), device)[:, :, None, None]
+    row = start + plane * torch.arange(3, device=device)[:, None] + W * torch.arange(h, device=device).minimum(last)
+    return line.unfold(0, w, 1)[row]
+
+
+def resample(
+    images: Tensor | list[Tensor], boxes: Tensor, samples: Tensor, first: Tensor, size: int, hflip: Tensor | None = None
+) -> Tensor:
+    """Each box (B, 4) resized to `samples` (B, 2), of which `size` rows and columns from `first` (B, 2) on are kept.
+
+    A list of images is computed in groups of similar sizes. All parameters are on the CPU; `hflip` may be anywhere.
     """
     if isinstance(images, list):
-        crops = [x[None, :, t : t + h, s : s + w] for x, (t, s, h, w) in zip(images, boxes.tolist(), strict=True)]
-        views = torch.cat([resize(crop, (size, size)) for crop in crops])
-        return views if hflip is None else change(views, hflip, lambda x: x.flip(3))
-    corner, box = upload(boxes, images.device).T.flatten().chunk(2)  # (2 · B,): down, then across
-    taps = cubic_taps(corner, box, max(images.shape[2:]), size)
+        device = images[0].device
+        most = 2**20 if device.type == "cpu" else 2**26  # what a core's cache holds; 256 MiB as float32
+        views = torch.empty(len(images), 3, size, size, device=device)
+        for some in like_sized(boxes, most):
+            crops, whole = canvas([images[i] for i in some], boxes[some]), F.pad(boxes[some, 2:], (2, 0))
+            places = upload(torch.tensor(some), device)
+            flips = None if hflip is None else upload(hflip, device)[places]
+            views[places] = resample(crops, whole, samples[some], first[some], size, flips)
+        return views
+    shrink = max([1, *(boxes[:, 2:] / samples).flatten().tolist()])
+    numbers = upload(torch.cat([boxes, samples, first], dim=1), images.device)
+    taps = cubic_taps(*numbers.T.flatten().chunk(4), size, shrink)  # (2 · B, …): down, then across
     rows, columns = zip(*(x.chunk(2) for x in taps), strict=True)
     if hflip is not None:
         mirror = upload(hflip, images.device)[:, None, None]
@@ -133,15 +170,14 @@ def crop_resize(images: Tensor | list[Tensor], boxes: Tensor, size: int, hflip: 
     return separable(images, (rows[0], rows[1] / 255), columns).clamp_(0, 1)
 
 
-def resize(images: Tensor, size: tuple[int, int]) -> Tensor:
-    """uint8 (B, 3, H, W) → float32 (B, 3, *size) in [0, 1], bicubic and antialiased, by torch's own kernel.
+def crop_resize(images: Tensor | list[Tensor], boxes: Tensor, size: int, hflip: Tensor | None = None) -> Tensor:
+    """uint8 (B, 3, H, W), or a list of (3, H_i, W_i), cropped to `boxes` (B, 4) → float32 (B, 3, size, size) in [0, 1].
 
-    CUDA's has no room for the taps of more than some 47-fold shrinking: a large photo goes by way of the CPU.
+    Bicubic and antialiased as torchvision's `resized_crop`, though not rounded to whole grey levels; `hflip` (B,) bool
+    mirrors the views it marks.
     """
-    device, shrinks = images.device, max(old / new for old, new in zip(images.shape[2:], size, strict=True))
-    if device.type == "cuda" and shrinks > 40:
-        images = images.cpu()
-    return F.interpolate(images.float(), size, mode="bicubic", antialias=True).to(device).div_(255).clamp_(0, 1)
+    samples = torch.full((len(boxes), 2), size)
+    return resample(images, boxes, samples, torch.zeros_like(samples), size, hflip)
 
 
 def center_crop_resize(images: Tensor | list[Tensor], size: int) -> Tensor:
@@ -150,15 +186,16 @@ def center_crop_resize(images: Tensor | list[Tensor], size: int) -> Tensor:
     The shorter side becomes 256/224 of `size` and the centre is cut out, as torchvision's Resize and CenterCrop do;
     images that have the right size already are taken whole.
     """
-    if isinstance(images, list):
-        return torch.cat([center_crop_resize(image[None], size) for image in images])
-    H, W = images.shape[2:]
-    if H == W == size:
-        return images.float().div_(255)
-    short, shorter = round(size * 256 / 224), min(H, W)
-    h, w = (short * side // shorter for side in (H, W))
-    top, left = round((h - size) / 2), round((w - size) / 2)
-    return resize(images, (h, w))[:, :, top : top + size, left : left + size]
+    sides = torch.as_tensor(sizes(images)).expand(len(images), 2)
+    samples = round(size * 256 / 224) * sides // sides.amin(dim=1, keepdim=True)
+    samples = samples.where((sides != size).any(dim=1, keepdim=True), size)
+    first = ((samples - size) / 2).round().long()
+    return resample(images, F.pad(sides, (2, 0)), samples, first, size)
+
+
+def resize(images: Tensor, size: tuple[int, int]) -> Tensor:
+    """uint8 (B, 3, H, W) → float32 (B, 3, *size) in [0, 1], bicubic and antialiased, by torch's own kernel."""
+    return F.interpolate(images.float(), size, mode="bicubic", antialias=True).div_(255).clamp_(0, 1)
 
 
 def shift_crop(master: Tensor, offsets: Tensor, size: int) -> Tensor:

@@ -1,5 +1,6 @@
 """Every augmentation against torchvision's own function, image by image, and every draw against its definition."""
 
+import itertools
 import math
 import sys
 from types import SimpleNamespace
@@ -12,6 +13,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch.nn import functional
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.transforms import InterpolationMode, v2
 
 from common import MEAN, STD, StepRandom
@@ -84,6 +86,68 @@ def test_crop_resize_takes_a_list_of_differing_sizes():
         assert_close(view, tv.hflip(expected) if flip else expected, atol=1e-5, rtol=0)
 
 
+def test_a_list_gives_what_its_images_give_alone_whatever_their_sizes():
+    """In many groups and not in the order of sizes, strips and an image of the right size among them."""
+    g = torch.Generator().manual_seed(0)
+    shapes = [(32, 32), (700, 600), (9, 500), *torch.randint(20, 300, (40, 2), generator=g).tolist(), (40, 2)]
+    images = [pixels(i, 1, H, W)[0] for i, (H, W) in enumerate(shapes)]
+    boxes, flips = augment.crop_boxes(StepRandom(0, 0, 44), shapes), unit(0, 44) < 0.5
+    assert len(augment.like_sized(boxes, 2**20)) > 2
+    views, centres = augment.crop_resize(images, boxes, 32, flips), augment.center_crop_resize(images, 32)
+    for i, image in enumerate(images):
+        s = slice(i, i + 1)
+        assert_close(views[s], augment.crop_resize(image[None], boxes[s], 32, flips[s]), atol=1e-5, rtol=0)
+        assert_close(centres[s], augment.center_crop_resize(image[None], 32), atol=1e-5, rtol=0)
+    assert_close(centres[0], images[0] / 255, atol=1e-6, rtol=0)
+
+
+@SMALL
+@given(seeds, st.integers(1, 60), st.integers(1, 10**5))
+def test_groups_of_like_size_fill_their_canvas_and_no_more(seed, B, most):
+    boxes = boxes_in(seed, B, 100, 90)
+    groups = augment.like_sized(boxes, most)
+    order = [i for group in groups for i in group]
+    longest = boxes[order, 2:].amax(dim=1)
+    assert sorted(order) == list(range(B)) and torch.equal(longest, longest.sort().values)
+
+    def numbers(some: list[int]) -> int:
+        return 3 * len(some) * int(boxes[some, 2:].amax(dim=0).prod())
+
+    assert all(numbers(group) <= most or len(group) == 1 for group in groups)
+    assert all(numbers([*group, after[0]]) > most for group, after in itertools.pairwise(groups))
+
+
+def test_a_canvas_has_every_box_in_its_corner():
+    """The last box is at the end of all pixels, and lower and narrower than the canvas."""
+    images, boxes = [pixels(0, 1, 9, 5)[0], pixels(1, 1, 4, 8)[0]], torch.tensor([[1, 0, 7, 5], [2, 4, 2, 4]])
+    packed = augment.canvas(images, boxes)
+    assert packed.dtype == torch.uint8 and packed.shape == (2, 3, 7, 5)
+    assert torch.equal(packed[0], images[0][:, 1:8]) and torch.equal(packed[1, :, :2, :4], images[1][:, 2:, 4:])
+
+
+def test_more_images_of_many_sizes_need_no_more_launches():
+    """A launch is an operation that computes, on torch's device of shapes without numbers as it would be on a GPU."""
+
+    class Launches(TorchDispatchMode):
+        number = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            alias = function._schema.returns[0].alias_info  # of a view: it has one that is not written to
+            out = function(*args, **(kwargs or {}))
+            self.number += getattr(out, "is_meta", False) and (alias is None or alias.is_write)
+            return out
+
+    numbers = []
+    for B in (4, 64):
+        images = [torch.empty(3, 30 + i, 60 - i // 2, dtype=torch.uint8, device="meta") for i in range(B)]
+        boxes = augment.crop_boxes(StepRandom(0, 0, B), augment.sizes(images))
+        with Launches() as launches:
+            augment.crop_resize(images, boxes, 24, torch.zeros(B, dtype=torch.bool))
+            augment.center_crop_resize(images, 24)
+        numbers.append(launches.number)
+    assert 20 < numbers[0] == numbers[1] < 200
+
+
 def test_crop_resize_of_the_whole_image_is_the_image():
     images = pixels(0, 3, 16, 16)
     whole = torch.tensor([[0, 0, 16, 16]]).expand(3, -1)
@@ -92,7 +156,8 @@ def test_crop_resize_of_the_whole_image_is_the_image():
 
 @pytest.mark.parametrize("n, size, taps", [(64, 64, 4), (32, 64, 4), (96, 64, 6), (100, 64, 7), (128, 32, 16)])
 def test_a_sample_has_as_many_taps_as_the_kernel_is_wide(n, size, taps):
-    pixel, weight = augment.cubic_taps(torch.tensor([0]), torch.tensor([n]), n, size)
+    start, length, samples = torch.tensor([[0], [n], [size]])
+    pixel, weight = augment.cubic_taps(start, length, samples, start, size, n / size)
     assert pixel.shape == weight.shape == (1, size, taps)
 
 
@@ -220,7 +285,7 @@ def test_center_crop_resize_matches_torchvision(seed, H, W, size):
         expected = tv.resize(expected, [short], InterpolationMode.BICUBIC, antialias=True)
         expected = tv.center_crop(expected, [size, size]).clamp(0, 1)
     assert_close(augment.center_crop_resize(image[None], size)[0], expected, atol=2e-5, rtol=0)
-    assert_close(augment.center_crop_resize([image, image], size)[1], expected, atol=2e-5, rtol=0)
+    assert_close(augment.center_crop_resize([image[:, :1], image], size)[1], expected, atol=2e-5, rtol=0)
 
 
 @SMALL
@@ -377,15 +442,17 @@ def test_all_is_computed_where_the_images_are(where_on):
     rng, images = StepRandom(0, 0, 4), torch.empty(4, 3, 40, 48, dtype=torch.uint8, device="meta")
     boxes, jitter = augment.crop_boxes(rng, (40, 48)), augment.draw_color_jitter(rng, 0.4, 0.4, 0.4, 0.1, 0.8)
     flips, where = rng.chance(0.5), rng.chance(0.5).to(where_on)
-    views = all_kinds(images, boxes, flips, jitter, where, rng.uniform(), rng.integers(0, 9, 2))
-    assert augment.denormalize(views).device.type == "meta" and views.shape == (4, 3, 32, 32)
+    for given_as in (images, list(images)):
+        views = all_kinds(given_as, boxes, flips, jitter, where, rng.uniform(), rng.integers(0, 9, 2))
+        assert augment.denormalize(views).device.type == "meta" and views.shape == (4, 3, 32, 32)
     there = StepRandom(0, 0, 4, device="meta")
     jitter = augment.draw_color_jitter(there, 0.4, 0.4, 0.4, 0.1)
     assert augment.crop_boxes(there, (40, 48)).device == jitter.order.device == jitter.where.device == rng.device
     assert jitter.hue.device == there.device
 
 
-def test_what_goes_to_another_device_goes_by_upload(monkeypatch):
+@pytest.mark.parametrize("given_as, number", [(torch.clone, 11), (list, 13)])
+def test_what_goes_to_another_device_goes_by_upload(given_as, number, monkeypatch):
     """That is, by pinned memory, without waiting for the GPU."""
     rng, images, by = StepRandom(0, 0, 4), torch.empty(4, 3, 40, 48, dtype=torch.uint8, device="meta"), []
     plain = torch.Tensor.to
@@ -398,8 +465,9 @@ def test_what_goes_to_another_device_goes_by_upload(monkeypatch):
 
     monkeypatch.setattr(torch.Tensor, "to", to)
     boxes, jitter = augment.crop_boxes(rng, (40, 48)), augment.draw_color_jitter(rng, 0.4, 0.4, 0.4, 0.1, 0.8)
-    all_kinds(images, boxes, rng.chance(0.5), jitter, rng.chance(0.5), rng.uniform(), rng.integers(0, 9, 2))
-    assert set(by) == {"upload"} and len(by) == 11
+    images, offsets = given_as(images), rng.integers(0, 9, 2)
+    all_kinds(images, boxes, rng.chance(0.5), jitter, rng.chance(0.5), rng.uniform(), offsets)
+    assert set(by) == {"upload"} and len(by) == number
 
 
 class OnAGPU(torch.Tensor):
@@ -431,7 +499,7 @@ def test_a_choice_on_the_cpu_computes_the_chosen_and_one_on_a_gpu_all(seed, B):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: CUDA finds none")
 @pytest.mark.parametrize("shape", [(3, 3024, 4032), (3, 2600, 2600), (3, 50, 9000)])
 def test_a_gpu_takes_large_photos(shape):
-    """CUDA's kernel refuses to shrink too much at once."""
+    """A pixel of the view is made of hundreds in each direction; torch's own CUDA kernel would refuse that."""
     photo = torch.randint(0, 256, shape, dtype=torch.uint8)
     boxes = torch.tensor([[0, 0, *shape[1:]]])
     for function in (lambda x: augment.crop_resize([x], boxes, 64), lambda x: augment.center_crop_resize([x], 32)):
@@ -454,13 +522,14 @@ def test_a_gpu_gives_what_the_cpu_gives_without_waiting(where_on):
     )
 
     here = all_kinds(images, boxes, flips, jitter, where, sigma, offsets)
-    there = images.cuda(), boxes, flips.cuda(), jitter, where.to(where_on), sigma, offsets.cuda()
+    there = boxes, flips.cuda(), jitter, where.to(where_on), sigma, offsets.cuda()
     torch.set_float32_matmul_precision("high")
     torch.cuda.set_sync_debug_mode("error")
     try:
         with torch.autocast("cuda", dtype=torch.bfloat16):
-            out = all_kinds(*there)
+            outs = [all_kinds(given_as, *there) for given_as in (images.cuda(), list(images.cuda()))]
     finally:
         torch.cuda.set_sync_debug_mode("default")
         torch.set_float32_matmul_precision("highest")
-    assert (out.cpu() - here).abs().flatten().quantile(0.999) < 1e-4  # a value at solarize's threshold may tip over
+    for out in outs:
+        assert (out.cpu() - here).abs().flatten().quantile(0.999) < 1e-4  # a value at solarize's threshold may tip over
