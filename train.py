@@ -27,7 +27,7 @@ from common import StepRandom, ViT
 from downstream.protocols import evaluate
 from inputs import image_sets
 from methods import METHODS
-from runtime import files, process
+from runtime import fast, files, process
 from runtime.command_line import build_encoder, pretraining_options, settle
 from runtime.encoders import untrained
 from runtime.errors import InputError
@@ -77,7 +77,7 @@ def loop(args, plan: "Plan", run: Run, images: image_sets.ImageSet, device: torc
     """The steps of a run from `run.step` on: each draws a batch, learns from it, moves the teacher, logs and saves."""
     method, optimizer, scaler = run.parts.values()
     network = distribute(method)
-    compiled = torch.compile(network) if args.compile else network
+    compiled = fast.compiled(network, device, args.accumulate) if args.compile else network
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(args.precision)
     autocast = torch.autocast(device.type, dtype, enabled=dtype is not None)
 

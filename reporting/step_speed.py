@@ -111,7 +111,7 @@ def stepper(args, name: str, B: int, precision: str, compiled: bool, device: tor
     module, loss_of = (peer_loss if name in PEERS else our_loss)(args, name, B, device)
     groups = parameter_groups(module, weight_decay=0.05)
     optimizer = torch.optim.AdamW(groups, lr=1e-4, betas=(0.9, 0.95), fused=True)
-    network = torch.compile(module) if compiled else module
+    network = fast.compiled(module, device) if compiled else module
 
     def step():
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):

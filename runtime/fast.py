@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from runtime.ranks import world_size
+
 # Whether `linear` computes float32 products as convolutions. A run sets it once, before its first step.
 as_convolution = False
 PLAIN_SCORES = 256 * 256  # queries times keys up to which `attend` multiplies plainly on a CPU in half precision
@@ -61,6 +63,15 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tenso
             scores = q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)
             return (scores if bias is None else scores + bias).softmax(dim=-1) @ v
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+
+
+def compiled(network: nn.Module, device: torch.device, accumulate: int = 1) -> nn.Module:
+    """`torch.compile(network)`. One GPU gets each pass as one CUDA graph: a host launches small kernels too slowly.
+
+    CUDA graphs do not add up the gradients of several parts of a batch, and do not go together with DDP.
+    """
+    whole = device.type == "cuda" and world_size() == 1 and accumulate == 1
+    return torch.compile(network, mode="reduce-overhead" if whole else None)
 
 
 def multiplies_bf16() -> bool:

@@ -16,6 +16,12 @@ if offset := int(os.environ.get("SEED_OFFSET", "0")):  # tests/variants: no test
     torch.manual_seed = lambda seed, plain=torch.manual_seed: plain(seed + offset)
 
 
+def pytest_configure(config):
+    """Only `-m cuda` sees a GPU: commands that other tests start would take it, and they promise a CPU's bits."""
+    if "cuda" not in config.option.markexpr:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 def pytest_collection_finish(session):
     """Where Python 3.14 starts every process from one server, the first to start it says what it imports."""
     if "forked" in sys.modules:
