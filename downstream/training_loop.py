@@ -49,9 +49,11 @@ def train(
     steps, warmup = recipe.epochs * per_epoch, round(recipe.warmup_epochs * per_epoch)
     optimizer = optimizer_for(classifier, recipe, device)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+    weights = classifier.encoder.state_dict().values()
+    checksum = zlib.crc32(b"".join(x.cpu().numpy().tobytes() for x in weights))
     settings = dict(
         asdict(recipe), kind=classifier.kind, blocks=classifier.blocks, classes=classes, images=len(source), seed=seed,
-        precision=precision, accumulate=accumulate, encoder=checksum(classifier.encoder),
+        precision=precision, accumulate=accumulate, encoder=checksum,
         linear="convolution" if fast.as_convolution else "product",
     )  # fmt: skip
     run = Progress(directory, settings, classifier, dict(optimizer=optimizer, scaler=scaler), resume)
@@ -142,13 +144,6 @@ def prepared_steps(
         if classifier.blocks == 0:
             parts = [tuple(torch.cat(tensors) for tensors in zip(*parts, strict=True))]
         yield parts
-
-
-def checksum(module: nn.Module) -> int:
-    value = 0
-    for tensor in module.state_dict().values():
-        value = zlib.crc32(tensor.detach().cpu().contiguous().numpy(), value)
-    return value
 
 
 class Progress:

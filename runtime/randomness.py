@@ -30,10 +30,6 @@ class StepRandom:
         """float32 (B, *shape), uniform in [low, high)."""
         return self._mine(self.generator.random((self.total, *shape), dtype=np.float32)) * (high - low) + low
 
-    def normal(self, *shape: int) -> Tensor:
-        """float32 (B, *shape), standard normal."""
-        return self._mine(self.generator.standard_normal((self.total, *shape), dtype=np.float32))
-
     def integers(self, low: int, high: int, *shape: int) -> Tensor:
         """int64 (B, *shape), uniform in low … high-1."""
         return self._mine(self.generator.integers(low, high, (self.total, *shape)))

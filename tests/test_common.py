@@ -70,7 +70,6 @@ def test_ranks_together_draw_what_one_process_draws(seed, step, ranks, share):
     parts = [rng(seed, step, total, slice(r * share, (r + 1) * share)) for r in range(ranks)]
     draws = [
         lambda r: r.uniform(3, low=-1.0, high=2.0),
-        lambda r: r.normal(2, 2),
         lambda r: r.integers(3, 9, 4),
         lambda r: r.beta(0.6, 0.6),
         lambda r: r.chance(0.4),
@@ -113,7 +112,7 @@ def test_draws_have_their_ranges_types_and_rates():
     assert i.dtype == torch.int64 and set(i.tolist()) == {3, 4, 5, 6}
     assert abs(b.mean() - 0.5) < 0.01 and abs(b.var() - 0.125) < 0.005  # variance of Beta(a, a): 1 / (4 (2a + 1))
     assert c.dtype == torch.bool and abs(c.float().mean() - 0.2) < 0.01
-    assert abs(r.normal().std() - 1) < 0.02 and r.normal().dtype == b.dtype == torch.float32
+    assert b.dtype == torch.float32
 
 
 @given(st.integers(0, 99), st.integers(0, 99), st.integers(1, 50))
