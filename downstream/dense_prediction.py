@@ -93,13 +93,6 @@ class Reader(torch.utils.data.Dataset):
             yield batch
 
 
-def decode(path: Path) -> Tensor:
-    try:
-        return images_in_files.decode(path)
-    except InputError:  # whose advice is not for here
-        raise InputError(f"{path}: missing, or does not decode as an image") from None
-
-
 class Features(nn.Module):
     """An encoder as a dense backbone: normalised images (B, 3, S, S) → (B, D, h, w), its final-norm patch tokens.
 
@@ -184,7 +177,7 @@ class Segments:
 
     def read(self, i: int) -> tuple[Tensor, Tensor, Tensor]:
         """uint8 image (3, H, W) and labels (1, H, W); no kinds, as labels have their own."""
-        image, file = decode(self.pairs[i][0]), self.pairs[i][1]
+        image, file = images_in_files.decode(self.pairs[i][0]), self.pairs[i][1]
         try:
             with Image.open(file) as png:
                 labels = np.array(png)
@@ -284,7 +277,7 @@ class Instances:
             kinds = torch.tensor([1 + self.categories.index(a["category_id"]) for a in found], dtype=torch.int64)
         except Exception as error:  # pycocotools checks little of what it is given
             raise InputError(f"{self.file}: image {self.ids[i]} is wrongly annotated ({error!r})") from None
-        image = decode(file)
+        image = images_in_files.decode(file)
         if any(mask.shape != image.shape[1:] for mask in masks):
             raise InputError(f"{file}: not of the size that its annotations are for")
         return image, torch.from_numpy(np.stack(masks)) if masks else image.new_empty(0, *image.shape[1:]), kinds

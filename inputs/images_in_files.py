@@ -39,7 +39,7 @@ def decode(path: Path, value_range: tuple[float, float] | None = None) -> Tensor
             return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
     except Exception as error:  # Pillow's plugins raise every kind there is, SyntaxError included
         what = f"{path}: does not decode as an image ({type(error).__name__})"
-        raise InputError(f"{what}; repair or remove it, or give --skip-bad-images") from error
+        raise InputError(f"{what}; repair or remove it (train.py, evaluate.py: or --skip-bad-images)") from error
 
 
 def is_deep(image: Image.Image) -> bool:

@@ -122,7 +122,7 @@ REFUSED = {
     "not a COCO annotation file": (DETECT, lambda d: (d / "annotations/instances_train.json").write_text("[1")),
     "instances_train": (DETECT, lambda d: (d / "annotations/instances_train.json").unlink()),
     "no objects": (DETECT, lambda d: (d / "annotations/instances_val.json").write_text('{"images": []}')),
-    "missing, or does not decode": (SEGMENT, lambda d: (d / "JPEGImages/train_00003.jpg").write_text("x")),
+    "does not decode as an image": (SEGMENT, lambda d: (d / "JPEGImages/train_00003.jpg").write_text("x")),
     "does not decode as a label map": (SEGMENT, lambda d: (d / "SegmentationClass/train_00003.png").unlink()),
     "as the image": (SEGMENT, another_size),
     "not of the size": (DETECT, another_size),
