@@ -11,6 +11,7 @@ import time
 import numpy as np
 import pytest
 import torch
+import torch._inductor.config
 import torch.distributed as dist
 from test_train import (  # noqa: F401  (three are fixtures)
     OWN,
@@ -215,7 +216,8 @@ def check_compiled(name: str, device: torch.device):
     for step in range(1, 6):
         batch = batch_on(method, device, step)
         losses, gradients = losses_and_gradients(method, batch)
-        theirs, their_gradients = losses_and_gradients(compiled, batch)
+        with torch._inductor.config.patch(compile_threads=4):  # workers of pytest -n share the cores
+            theirs, their_gradients = losses_and_gradients(compiled, batch)
         assert theirs == pytest.approx(losses, rel=CLOSE)
         assert_close(their_gradients, gradients)
 
@@ -328,9 +330,9 @@ def test_a_group_of_nccl_with_one_process_takes_the_plain_step(tmp_path, monkeyp
 
 def image_set(n: int, device: torch.device) -> image_sets.ImageSet:
     """Images of three classes, which differ by their colour, in class order."""
-    labels = torch.arange(n).sort().values * 3 // n
+    labels = torch.arange(n) * 3 // n
     images = torch.from_numpy(np.random.default_rng(n).integers(0, 150, (n, 3, 36, 32), dtype=np.uint8))
-    images[torch.arange(n), labels] += 60
+    images[torch.arange(n), labels] += 5
     flat = image_cache.Packed(*image_cache.pack(list(images)))
     return image_sets.ImageSet("colours", ["red", "green", "blue"], labels, flat).to(device)
 
