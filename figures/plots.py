@@ -63,9 +63,9 @@ def reconstruction(study: Study):
         raise Absent(f"{run.label} was taught nothing that can be seen; give a run that predicts pixels or tokens")
     about = " ".join(run.method.picture.__doc__.split("\n\n")[0].split()).split(": ", 1)[-1]
     names = about.rstrip(".").split(", ")
-    names = names if len(names) == len(picture) else [f"row {i}" for i in range(1, 1 + len(picture))]
-    rows = dict(zip(names, picture, strict=True))
-    return gallery(f"Reconstruction by {run.label}", rows, about)[0], {"rows": about}
+    named = len(names) == len(picture)
+    rows = {names[i] if named else f"row {i + 1}": row for i, row in enumerate(picture)}
+    return gallery(f"Reconstruction by {run.label}", rows, "" if named else about)[0], {"rows": about}
 
 
 def views(study: Study):
