@@ -15,7 +15,6 @@ import argparse
 import json
 import os
 import re
-import runpy
 import shlex
 import signal
 import subprocess
@@ -30,14 +29,13 @@ from typing import NamedTuple
 import torch
 
 from reporting import HERE
+from reporting.run_speed import EPOCH, watch
 from reporting.speed import processor
 from runtime import files, process
 from runtime.command_line import Parser
 from runtime.errors import InputError
-from runtime.log import Meter
 from runtime.run import git_state, versions
 
-EPOCH = 100_000  # images of Tiny-ImageNet's
 VIT_B = "--model base --image-size 224 --patch-size 16 --decoder-width 512 --decoder-depth 8 --decoder-heads 16"
 TINY = "--width 16 --depth 2 --heads 2 --decoder-width 8 --decoder-depth 1 --decoder-heads 1 --image-size 32"
 METHODS = ("mae", "cmae")  # that are trained
@@ -219,6 +217,9 @@ def figures(found: dict) -> list[list]:
             met = value >= aim if sign == "≥" else value <= aim
             rows.append([what, f"{value:.3g}{unit}", f"{sign} {aim:g}{unit}", "yes" if met else "no"])
 
+    if said := found["steps"].get("right", {}).get("result", {}).get("said"):
+        passed = found["steps"]["right"]["state"] == "ok"
+        rows.append(["tests that use the GPU", said.split(" in ")[0], "all pass", "yes" if passed else "no"])
     for line in [*result(found, "fast").get("rows", []), *result(found, "others").get("rows", [])]:
         if line["name"] == "mae, compiled" and "by_hf" in line:
             row("mae, compiled: times as fast as ViTMAE", line["by_hf"], "≥", 2, "")
@@ -242,47 +243,8 @@ def summary(args, found: dict) -> str:
         record = found["steps"].get(step.name, dict(state="not begun", seconds=0, result={}))
         said = record["result"].get("said", "")[:44]
         lines.append(f"{step.name:13} {record['state']:9} {record['seconds'] or 0:5.0f} s  {said}".rstrip())
-    return "\n".join(
-        lines + [f"{what:43} {value:>9} {aim:>9} {met}".rstrip() for what, value, aim, met in figures(found)]
-    )
-
-
-def watch(per_epoch: int, words: list[str]) -> dict:
-    """Seconds of train.py's second epoch, per 100,000 images, and for how much of 40 steps after it the GPU waits."""
-    cuda = torch.cuda.is_available() and words[words.index("--device") + 1] != "cpu"
-    kinds = torch.profiler.ProfilerActivity
-    profiler, update = torch.profiler.profile(activities=[kinds.CUDA if cuda else kinds.CPU]), Meter.update
-
-    def watched(meter, step, *rest):
-        update(meter, step, *rest)
-        if step == 2 * per_epoch + 10:
-            profiler.start()
-        elif step == 2 * per_epoch + 50:
-            profiler.stop()
-
-    Meter.update, sys.argv = watched, ["train.py", *words]
-    runpy.run_path(str(HERE / "train.py"), run_name="__main__")
-    out = Path(words[words.index("--out") + 1])
-    profiler.export_chrome_trace(str(out / "trace.json"))
-    events = json.loads((out / "trace.json").read_text())["traceEvents"]
-    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()[1:]]
-    first, last = (next(row for row in log if row["step"] >= n * per_epoch) for n in (1, 2))
-    settings = json.loads((out / "config.json").read_text())["settings"]
-    images = (last["step"] - first["step"]) * settings["batch_size"]
-    return dict(seconds=(last["seconds"] - first["seconds"]) * EPOCH / images, waits=waits(events))
-
-
-def waits(events: list[dict]) -> float | None:
-    """Per cent of the time from the first to the last work of the GPU in a trace in which it did none."""
-    kinds = ("kernel", "gpu_memcpy", "gpu_memset")
-    spans = sorted((e["ts"], e["ts"] + e["dur"]) for e in events if e.get("cat") in kinds)
-    if not spans:
-        return None
-    idle, busy_until = 0.0, spans[0][0]
-    for begin, end in spans:
-        idle += max(0.0, begin - busy_until)
-        busy_until = max(busy_until, end)
-    return 100 * idle / (busy_until - spans[0][0])
+    lines += [f"{what:43} {value:>9} {aim:>9} {met}".rstrip() for what, value, aim, met in figures(found)]
+    return "\n".join(lines)
 
 
 def collect(out: Path) -> Path:
@@ -297,17 +259,11 @@ def collect(out: Path) -> Path:
 
 
 def options(argv: list[str]) -> argparse.Namespace:
-    parser = Parser(
-        description="Is minMIM right and fast on this machine's GPU, and does it learn?", allow_abbrev=False
-    )
+    parser = Parser(description="Is minMIM right and fast on this GPU, and does it learn?", allow_abbrev=False)
     add = parser.add_argument
     add("--out", required=True, metavar="DIR", help="where results.json and log.txt go")
     add("--minutes", type=float, default=8, metavar="M", help="begin nothing that ends later [8]")
-    add(
-        "--data-root",
-        metavar="DIR",
-        help="where Tiny-ImageNet is, or its part-0.tar.xz; else the built-in images serve",
-    )
+    add("--data-root", metavar="DIR", help="where Tiny-ImageNet is, or its part-0.tar.xz [built-in images serve]")
     add("--work", metavar="DIR", help="where checkpoints and caches go [OUT/work]")
     add("--device", default="cuda", choices=["cuda", "cpu"], help="a CPU only for --rehearse [cuda]")
     add("--only", nargs="+", metavar="STEP", help="these steps alone")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import runpy
 import statistics
 import subprocess
 import sys
@@ -20,6 +21,9 @@ from reporting.speed import RSS_UNIT, interleave
 from reporting.step_speed import build_method, decoder_sizes
 from runtime import files
 from runtime.errors import InputError
+from runtime.log import Meter
+
+EPOCH = 100_000  # images of an epoch of Tiny-ImageNet
 
 
 def picture_folder(directory: Path, n: int, size: int) -> list[Path]:
@@ -184,3 +188,41 @@ def bench_start(args, device: torch.device) -> list[dict]:
             row |= dict(resident_gib=max(run["resident_gib"] for run in runs), checkpoint_seconds=saving["save"])
             rows.append(row | dict(checkpoint_megabytes=file.stat().st_size / 1e6))
     return rows
+
+
+def watch(per_epoch: int, words: list[str]) -> dict:
+    """Seconds of train.py's second epoch, per 100,000 images, and for how much of 40 steps after it the GPU waits."""
+    cuda = torch.cuda.is_available() and words[words.index("--device") + 1] != "cpu"
+    kinds = torch.profiler.ProfilerActivity
+    profiler, update = torch.profiler.profile(activities=[kinds.CUDA if cuda else kinds.CPU]), Meter.update
+
+    def watched(meter, step, *rest):
+        update(meter, step, *rest)
+        if step == 2 * per_epoch + 10:
+            profiler.start()
+        elif step == 2 * per_epoch + 50:
+            profiler.stop()
+
+    Meter.update, sys.argv = watched, ["train.py", *words]
+    runpy.run_path(str(HERE / "train.py"), run_name="__main__")
+    out = Path(words[words.index("--out") + 1])
+    profiler.export_chrome_trace(str(out / "trace.json"))
+    events = json.loads((out / "trace.json").read_text())["traceEvents"]
+    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()[1:]]
+    first, last = (next(row for row in log if row["step"] >= n * per_epoch) for n in (1, 2))
+    settings = json.loads((out / "config.json").read_text())["settings"]
+    images = (last["step"] - first["step"]) * settings["batch_size"]
+    return dict(seconds=(last["seconds"] - first["seconds"]) * EPOCH / images, waits=waits(events))
+
+
+def waits(events: list[dict]) -> float | None:
+    """Per cent of the time from the first to the last work of the GPU in a trace in which it did none."""
+    kinds = ("kernel", "gpu_memcpy", "gpu_memset")
+    spans = sorted((e["ts"], e["ts"] + e["dur"]) for e in events if e.get("cat") in kinds)
+    if not spans:
+        return None
+    idle, busy_until = 0.0, spans[0][0]
+    for begin, end in spans:
+        idle += max(0.0, begin - busy_until)
+        busy_until = max(busy_until, end)
+    return 100 * idle / (busy_until - spans[0][0])

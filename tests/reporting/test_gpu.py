@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from reporting import documents, gpu
+from reporting import documents, gpu, run_speed
 from runtime.errors import InputError
 
 
@@ -81,8 +81,8 @@ def test_idle_time_is_what_no_work_of_the_gpu_covers():
         event("gpu_memset", 190, 10),
     ]
     other = [event("cpu_op", 0, 500), event("gpu_user_annotation", 100, 100), dict(name="no time")]
-    assert gpu.waits(other + work[::-1]) == pytest.approx(20)  # 140 to 150 and 180 to 190 of 100 to 200
-    assert gpu.waits(other) is None
+    assert run_speed.waits(other + work[::-1]) == pytest.approx(20)  # 140 to 150 and 180 to 190 of 100 to 200
+    assert run_speed.waits(other) is None
 
 
 def test_figures_stand_beside_their_aims_in_the_document(tmp_path):
@@ -93,9 +93,11 @@ def test_figures_stand_beside_their_aims_in_the_document(tmp_path):
         device="A card", threads=1, versions=dict(torch="2.11"), git={}, command="python b --json F", rows=rows
     )
     found = done(fast=report, epochs_mae=dict(seconds=3.5, waits=4.0), knn_mae=dict(top1=20.0))
+    found["steps"]["right"] = dict(state="failed", result=dict(said="1 failed, 9 passed in 3.00s"))
     found |= dict(device="A card", git=dict(commit="0123456789"), epochs=dict(mae=7))
     figures = {row[0]: row[1:] for row in gpu.figures(found)}
     assert figures == {
+        "tests that use the GPU": ["1 failed, 9 passed", "all pass", "no"],
         "mae, compiled: times as fast as ViTMAE": ["1.5", "≥ 2", "no"],
         "mae, compiled: share of the matrix rate": ["50 %", "≥ 45 %", "yes"],
         "mae: epoch of 100,000 images, ViT-S/8": ["3.5 s", "≤ 4 s", "yes"],
