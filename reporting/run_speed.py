@@ -193,6 +193,7 @@ def bench_start(args, device: torch.device) -> list[dict]:
 def watch(per_epoch: int, words: list[str]) -> dict:
     """Seconds of train.py's second epoch, per 100,000 images, and for how much of 40 steps after it the GPU waits."""
     cuda = torch.cuda.is_available() and words[words.index("--device") + 1] != "cpu"
+    os.environ["TEARDOWN_CUPTI"] = "0"  # CUDA graphs do not survive that the profiler goes
     kinds = torch.profiler.ProfilerActivity
     profiler, update = torch.profiler.profile(activities=[kinds.CUDA if cuda else kinds.CPU]), Meter.update
 

@@ -135,9 +135,7 @@ def flops(step: Callable) -> int:
 def first_steps(threads: int, args, name: str, B: int, precision: str, compiled: bool, device) -> tuple[int, float]:
     """Bytes that three steps hold at their peak, and seconds of the first; in a process of its own."""
     torch.set_num_threads(threads)
-    if device.type == "cpu":
-        process.keep_freed_memory()  # as train.py does
-        fast.use(fast.measured()["linear"])
+    process.start(device.type)  # as the process that times: torch's cache of what is compiled goes by these settings
     tiny = dict(recipe=None, width=8, depth=1, heads=1, decoder_width=8, decoder_depth=1, decoder_heads=1)
     stepper(argparse.Namespace(**vars(args) | tiny), name, 2, precision, False, device)()
     before = held("VmRSS")
