@@ -44,6 +44,7 @@ class ImageSet:
 
     def __init__(self, name: str, classes: list[str], labels: Tensor, pixels: Packed | Files, skip_bad: bool = False):
         self.name, self.classes, self._labels, self.pixels, self.skip_bad = name, classes, labels, pixels, skip_bad
+        self.resident = isinstance(pixels, Packed)  # held in memory, rather than streamed
         self.bad = set()  # positions that a stream found undecodable
 
     def __len__(self) -> int:
@@ -56,11 +57,6 @@ class ImageSet:
             return self._labels
         what = "its images have no labels, as they do not lie in class folders"
         raise InputError(f"{self.name}: {what}; sort them into a folder for each class to measure an encoder on them")
-
-    @property
-    def resident(self) -> bool:
-        """Whether the pixels are held in memory, rather than streamed."""
-        return isinstance(self.pixels, Packed)
 
     def to(self, device) -> "ImageSet":
         """Move a resident set; a streamed one stays as it is."""
