@@ -37,7 +37,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common import ViT, cosine, initialize, sum_over_ranks
+from common import ViT, cosine, initialize, sum_over_ranks, world_size
 from inputs import augment
 from runtime import dalle, files
 from runtime.errors import InputError
@@ -54,6 +54,7 @@ class Config:
     blocks: Size = 2  # residual blocks at each resolution
     first_stride: Size = 1  # of the first convolution: 1 in DALL-E; 2, 4 or 8 leave out the finest resolutions
     kl_weight: Weight = 6.6  # β of Eq. (1) at the end of its rise; 1: the bound itself (App. A.2)
+    diversity_weight: Weight = 0.0  # of the KL of the batch's mean distribution, beside β (CAE's code); 0: none
     kl_warmup: Share = 0.05  # share of training over which β rises from 0 along a cosine
     tau: Positive = 1.0  # τ, the temperature of the Gumbel-softmax, at the start (App. A.2)
     tau_end: Positive = 0.0625  # τ at the end of its cosine (App. A.2)
@@ -223,6 +224,15 @@ def uniform_kl(logits: Tensor) -> Tensor:
     return math.log(logits.shape[1]) + (log_q.exp() * log_q).sum(dim=1).mean()
 
 
+def diversity_loss(logits: Tensor) -> Tensor:
+    """KL(q̄ ‖ uniform) = log K - H(q̄) in nats, of the mean q̄ of q over the tokens of all ranks. (B, K, h, w) → scalar.
+
+    `DiscreteVAE.forward` of CAE's code has -H(q̄) by this name, with the same 1e-6, as q may be 0 in float32.
+    """
+    q = sum_over_ranks(logits.softmax(dim=1).mean(dim=(0, 2, 3))) / world_size()
+    return math.log(logits.shape[1]) + (q * (q + 1e-6).log()).sum()
+
+
 def gumbel_noise(seeds: Tensor, shape: torch.Size) -> Tensor:
     """(B, 2) integers below 2^32 → float32 (B, *shape), standard Gumbel: -log(-log u).
 
@@ -248,7 +258,7 @@ def relax(logits: Tensor, noise: Tensor, tau: Tensor) -> Tensor:
 
 @torch.no_grad()
 def perplexity(tokens: Tensor, codes: int) -> Tensor:
-    """How many codes are in use over the images of all ranks: exp of the entropy of their frequencies."""
+    """How many codes are effective, over the images of all ranks: exp of the entropy of their frequencies."""
     ones = torch.ones(tokens.numel(), device=tokens.device)
     frequency = sum_over_ranks(torch.zeros(codes, device=tokens.device).scatter_add(0, tokens.flatten(), ones))
     frequency = frequency / frequency.sum()
@@ -283,13 +293,17 @@ class DVAE(nn.Module):
         likelihood = logit_laplace_loss(x, mu, log_b)
         kl = uniform_kl(logits)
         # The bound sums over tokens and over pixel values; a mean over values leaves β / (3 · 8 · 8) (App. A.2).
-        return {
+        losses = {
             "loss": likelihood + self.beta / (3 * STRIDE**2) * kl,
             "likelihood": likelihood,
             "kl": kl,
             "reconstruction": (unsqueeze(mu.sigmoid()) - batch.images).square().mean(),  # of pixels in [0, 1]
-            "codes_used": perplexity(logits.argmax(dim=1), self.config.codes),
+            "effective_codes": perplexity(logits.argmax(dim=1), self.config.codes),
         }
+        if self.config.diversity_weight:
+            losses["diversity"] = diversity_loss(logits)
+            losses["loss"] = losses["loss"] + self.config.diversity_weight / (3 * STRIDE**2) * losses["diversity"]
+        return losses
 
     def update_teacher(self, progress: float) -> None:
         """There is no teacher; τ falls and β rises with the share of training that is done (App. A.2)."""

@@ -64,6 +64,9 @@ def load(path, instead: str = "make or fetch it again, or give another"):
 
 
 def differences(theirs: dict, ours: dict, free: set[str] = frozenset()) -> str:
-    """What differs between the settings of a checkpoint and those given, but for the `free`; "" if nothing does."""
-    keys = sorted(k for k in (theirs.keys() | ours.keys()) - free if theirs.get(k) != ours.get(k))
+    """What differs between the settings of a checkpoint and those given, but for the `free`; "" if nothing does.
+
+    One that an older version did not have yet does not differ as long as it is off: 0, False or empty.
+    """
+    keys = sorted(k for k in (theirs.keys() | ours.keys()) - free if (theirs.get(k) or 0) != (ours.get(k) or 0))
     return "; ".join(f"{k} {theirs.get(k)!r} there, {ours.get(k)!r} here" for k in keys)

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import dvae
 from common import StepRandom, ViT
 from dvae import (
     DVAE,
@@ -17,6 +18,7 @@ from dvae import (
     Batch,
     Config,
     Tokenizer,
+    diversity_loss,
     gumbel_noise,
     load_tokenizer,
     logit_laplace_loss,
@@ -221,6 +223,32 @@ def test_kl_to_the_uniform_prior_in_a_loop(K, seed):
     assert uniform_kl(sure).item() == pytest.approx(math.log(K), abs=1e-5)
 
 
+@given(st.integers(2, 9), st.integers(0, 10**6))
+def test_diversity_is_the_kl_of_the_mean_distribution_in_a_loop(K, seed):
+    torch.manual_seed(seed)
+    logits = 3 * torch.randn(2, K, 2, 3, dtype=torch.float64)
+    q = logits.softmax(1).permute(0, 2, 3, 1).reshape(12, K).tolist()
+    mean = [statistics.fmean(token[k] for token in q) for k in range(K)]
+    assert diversity_loss(logits).item() == pytest.approx(sum(p * math.log(p * K) for p in mean), abs=1e-5)
+    sure = 200 * torch.eye(K)[None, :, None]  # (1, K, 1, K): each token is sure of a code of its own
+    assert diversity_loss(sure).abs() < 1e-5 and uniform_kl(sure).item() == pytest.approx(math.log(K), abs=1e-5)
+    alike = sure[..., :1].requires_grad_()  # all are sure of one: the others' shares are 0 in float32
+    diversity_loss(alike).backward()
+    assert diversity_loss(alike).item() == pytest.approx(math.log(K), abs=1e-5) and alike.grad.isfinite().all()
+
+
+def test_diversity_is_that_of_all_ranks_and_weighs_as_the_kl_does(monkeypatch):
+    batch = batch_for(B=4)
+    losses, logits = small(diversity_weight=3.0)(batch), small().encoder.encoder(squeeze(batch.images))
+    assert losses["diversity"] == diversity_loss(logits) > 0
+    plain = small()(batch)
+    assert "diversity" not in plain
+    assert losses["loss"].item() == pytest.approx((plain["loss"] + 3 / 192 * losses["diversity"]).item(), abs=1e-6)
+    monkeypatch.setattr(dvae, "world_size", lambda: 2)  # the other rank has the other half
+    monkeypatch.setattr(dvae, "sum_over_ranks", lambda mean: mean + logits[2:].softmax(1).mean((0, 2, 3)))
+    assert diversity_loss(logits[:2]).item() == pytest.approx(losses["diversity"].item(), abs=1e-6)
+
+
 def test_squeeze_and_unsqueeze_are_inverse():
     x = torch.rand(50)
     assert torch.equal(squeeze(x), 0.8 * x + 0.1)
@@ -362,7 +390,7 @@ def test_forward_is_the_negative_bound_in_plain_steps():
     bound = sum(values) + beta * sum(rate)  # over all pixel values and all tokens
     assert out["loss"].item() == pytest.approx(bound / len(values), abs=1e-5)
     counts = logits.argmax(1).flatten().bincount(minlength=12).double() / 48
-    assert out["codes_used"].item() == pytest.approx(
+    assert out["effective_codes"].item() == pytest.approx(
         math.exp(-sum(p * math.log(p) for p in counts.tolist() if p)), abs=1e-4
     )
 

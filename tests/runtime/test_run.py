@@ -136,6 +136,16 @@ def test_a_refusal_by_rank_0_is_every_rank_s(start, tmp_path):
     assert refused.lines()[-1].endswith("(seed 0 there, 5 here); give the same, another --out or --resume never")
 
 
+def test_a_setting_that_an_older_version_lacks_differs_only_if_it_is_on():
+    theirs = dict(seed=0, tau=1.0)
+    for off in (0, 0.0, False, "", None, []):
+        assert files.differences(theirs, theirs | dict(new=off)) == ""
+    assert files.differences(theirs, theirs | dict(new=2.0)) == "new None there, 2.0 here"
+    assert files.differences(theirs, dict(seed=5, tau=1.0)) == "seed 0 there, 5 here"
+    assert files.differences(theirs, dict(seed=0, tau=0.0)) == "tau 1.0 there, 0.0 here"
+    assert files.differences(theirs, dict(seed=5, tau=1.0), {"seed"}) == ""
+
+
 # ------------------------------------------------------------------------------------------------------------- signals
 
 
