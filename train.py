@@ -81,8 +81,7 @@ def loop(args, plan: "Plan", run: Run, images: image_sets.ImageSet, device: torc
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(args.precision)
     autocast = torch.autocast(device.type, dtype, enabled=dtype is not None)
 
-    def losses_of(pixels, index: Tensor, step: int, part: int) -> dict[str, Tensor]:
-        rng = StepRandom(args.seed, step, args.batch_size, plan.rows(part), device)
+    def losses_of(pixels, index: Tensor, rng: StepRandom) -> dict[str, Tensor]:
         batch = method.draw(pixels, index, rng)
         with autocast:
             return compiled(batch)
@@ -91,7 +90,8 @@ def loop(args, plan: "Plan", run: Run, images: image_sets.ImageSet, device: torc
         # After its first backward pass DDP lays its buckets out anew, and with them the order in which processes are
         # added up. The run that is continued was past that. So must this one be, for the same bits.
         index = next(plan.indices(run.step))
-        losses_of(images.images(index, device), index, run.step, 0)["loss"].backward()
+        rng = StepRandom(args.seed, run.step, args.batch_size, plan.rows(0), device)
+        losses_of(images.images(index, device), index, rng)["loss"].backward()
         optimizer.zero_grad(set_to_none=True)
     batches = images.batches(plan.indices(run.step), device, workers=args.workers)
     pictures = Pictures(image_sets.open_for(args, "val"), method, args.seed, args.image_size, device)
@@ -103,11 +103,11 @@ def loop(args, plan: "Plan", run: Run, images: image_sets.ImageSet, device: torc
             for group in optimizer.param_groups:
                 group["lr"] = rate
             torch.manual_seed(args.seed + (step * world_size() + rank()) * 1_000_003)  # of drop path alone
-            losses: dict[str, Tensor] = {}
+            rng, losses = StepRandom(args.seed, step, args.batch_size, device=device), {}
             for part in range(args.accumulate):
                 if world_size() > 1:  # gradients are averaged over the processes once a step, in its last part
                     network.require_backward_grad_sync = part == args.accumulate - 1
-                parts = losses_of(*next(batches), step, part)
+                parts = losses_of(*next(batches), rng.of(plan.rows(part)))
                 scaler.scale(parts["loss"] / args.accumulate).backward()
                 losses = {k: losses.get(k, 0) + v.detach() / args.accumulate for k, v in parts.items()}
             if args.clip_grad:

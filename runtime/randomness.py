@@ -1,5 +1,9 @@
 """All that is random in a run: functions of (seed, step) and of (seed, epoch), and of nothing else."""
 
+import copy
+import itertools
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -18,33 +22,49 @@ class StepRandom:
     def __init__(self, seed: int, step: int, total: int, rows: slice | None = None, device="cpu"):
         self.generator = np.random.default_rng((seed, step))
         self.total, self.rows, self.device = total, rows or slice(0, total), torch.device(device)
+        self.drawn, self.places = [], itertools.count()
+
+    def of(self, rows: slice) -> "StepRandom":
+        """The same draws from the first on, for other rows of the batch. What has been drawn is not drawn again."""
+        other = copy.copy(self)
+        other.rows, other.places = rows, itertools.count()
+        return other
 
     def child(self) -> "StepRandom":
         """One with draws of its own, kept on the CPU, as many as it takes: what its parent draws next is the same."""
-        return StepRandom(int(self.generator.integers(2**63)), 0, self.total, self.rows)
+        return self._once(lambda: StepRandom(int(self.generator.integers(2**63)), 0, self.total)).of(self.rows)
 
-    def _mine(self, drawn) -> Tensor:
-        return upload(torch.from_numpy(np.ascontiguousarray(drawn[self.rows])), self.device)
+    def _once(self, draw: Callable, *args, **options):
+        """`draw(...)`, or what it has returned for other rows."""
+        if (place := next(self.places)) == len(self.drawn):
+            self.drawn.append(draw(*args, **options))
+        return self.drawn[place]
+
+    def _tensor(self, rows: np.ndarray) -> Tensor:
+        return upload(torch.from_numpy(rows), self.device)
 
     def uniform(self, *shape: int, low: float = 0.0, high: float = 1.0) -> Tensor:
         """float32 (B, *shape), uniform in [low, high)."""
-        return self._mine(self.generator.random((self.total, *shape), dtype=np.float32)) * (high - low) + low
+        units = self._once(self.generator.random, (self.total, *shape), dtype=np.float32)
+        return self._tensor(units[self.rows]) * (high - low) + low
 
     def integers(self, low: int, high: int, *shape: int) -> Tensor:
         """int64 (B, *shape), uniform in low … high-1."""
-        return self._mine(self.generator.integers(low, high, (self.total, *shape)))
+        return self._tensor(self._once(self.generator.integers, low, high, (self.total, *shape))[self.rows])
 
     def beta(self, a: float, b: float, *shape: int) -> Tensor:
         """float32 (B, *shape), from Beta(a, b)."""
-        return self._mine(self.generator.beta(a, b, (self.total, *shape)).astype(np.float32))
+        drawn = self._once(self.generator.beta, a, b, (self.total, *shape))
+        return self._tensor(drawn[self.rows].astype(np.float32))
 
     def chance(self, probability: float) -> Tensor:
         """bool (B,), True with the given probability."""
-        return self._mine(self.generator.random(self.total) < probability)
+        return self._tensor(self._once(self.generator.random, self.total)[self.rows] < probability)
 
     def permutation(self, n: int) -> Tensor:
         """int64 (B, n), one uniform permutation of 0 … n-1 per image: the order of float64 noise (float32 in MAE)."""
-        return self._mine(self.generator.random((self.total, n)).argsort(axis=1))
+        noise = self._once(self.generator.random, (self.total, n))
+        return self._tensor(noise[self.rows].argsort(axis=1))
 
 
 def epoch_order(seed: int, epoch: int, n: int) -> Tensor:

@@ -1,5 +1,6 @@
 """common.py: masks, patches, positions, the ViT, losses, heads, EMA, schedules, randomness."""
 
+import copy
 import itertools
 import math
 import random
@@ -64,10 +65,11 @@ def assert_partition(mask: Mask, n: int):
 
 
 @given(st.integers(0, 2**31), st.integers(0, 10**6), st.integers(1, 4), st.integers(1, 3))
-def test_ranks_together_draw_what_one_process_draws(seed, step, ranks, share):
+def test_ranks_or_parts_together_draw_what_one_process_draws(seed, step, ranks, share):
     total = ranks * share
-    whole = rng(seed, step, total)
-    parts = [rng(seed, step, total, slice(r * share, (r + 1) * share)) for r in range(ranks)]
+    whole, once = rng(seed, step, total), rng(seed, step, total)
+    rows = [slice(r * share, (r + 1) * share) for r in range(ranks)]
+    processes, parts = [rng(seed, step, total, r) for r in rows], [once.of(r) for r in rows]
     draws = [
         lambda r: r.uniform(3, low=-1.0, high=2.0),
         lambda r: r.integers(3, 9, 4),
@@ -77,9 +79,13 @@ def test_ranks_together_draw_what_one_process_draws(seed, step, ranks, share):
         lambda r: random_mask(r, (4, 4), 0.5).order,
         lambda r: block_mask(r, (4, 4), 7, smallest=2).order,
         lambda r: r.uniform(),  # after the block mask, whose number of tries varies from image to image
+        lambda r: copy.copy(r).uniform(2),  # as `augment.on_host` does
+        lambda r: r.chance(0.4),
     ]
     for draw in draws:
-        assert torch.equal(draw(whole), torch.cat([draw(part) for part in parts]))
+        assert torch.equal(drawn := draw(whole), torch.cat([draw(process) for process in processes]))
+        assert torch.equal(drawn, torch.cat([draw(part) for part in parts]))
+    assert once.generator.bit_generator.state == whole.generator.bit_generator.state  # nothing was drawn twice
 
 
 def test_draws_differ_between_steps_seeds_and_images():
