@@ -86,9 +86,6 @@ class Batch(NamedTuple):
     seeds: Tensor  # (B, 2) int64 in [0, 2^32), of the Gumbel noise
 
 
-# ---------------------------------------------------------------------------------------------------------- networks
-
-
 class ConvBlock(nn.Module):
     """x + gain · four convolutions with a ReLU before each, through a quarter of the channels."""
 
@@ -198,9 +195,6 @@ def load_tokenizer(file: str) -> Tokenizer:
         return tokenizer
     except (LookupError, TypeError, ValueError, AttributeError, RuntimeError):  # InputError is a ValueError
         raise InputError(f"tokenizer {path}: not one; {WANTED}") from None
-
-
-# ------------------------------------------------------------------------------------------- likelihood, relaxation, KL
 
 
 def squeeze(images: Tensor, eps: float = 0.1) -> Tensor:

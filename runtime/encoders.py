@@ -20,7 +20,6 @@ import sys
 import warnings
 import zipfile
 from pathlib import Path
-from pickle import UnpicklingError
 
 import torch
 import torch.nn.functional as F
@@ -102,25 +101,24 @@ def weights_file(path: Path) -> Path:
 
 def read(file: Path):
     """What torch or safetensors saved in a file, on the CPU."""
-    damaged = InputError(f"{file}: damaged, or no weights without code; give an encoder.pt, .pth, .bin or .safetensors")
-    if file.suffix == ".safetensors":
-        try:
+    try:
+        if file.suffix == ".safetensors":
             import safetensors.torch
-        except ImportError:
-            raise InputError(f"{file}: needs the package safetensors; pip install safetensors") from None
-        try:
+
             return safetensors.torch.load_file(file)
-        except (OSError, ValueError, RuntimeError, safetensors.SafetensorError):
-            raise damaged from None
-    # The options, in MAE's and timm's own checkpoints. torch warns of pickles that it then refuses.
-    with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        if zipfile.is_zipfile(file):
-            return files.load(file)
-        try:
+        # The options, in MAE's and timm's own checkpoints. torch warns of pickles that it then refuses.
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            if zipfile.is_zipfile(file):
+                return files.load(file)
             return torch.load(file, map_location="cpu", weights_only=True)  # torch's format before 1.6
-        except (OSError, EOFError, LookupError, ValueError, TypeError, AttributeError, RuntimeError, UnpicklingError):
-            raise damaged from None
+    except ImportError:
+        raise InputError(f"{file}: needs the package safetensors; pip install safetensors") from None
+    except InputError:
+        raise
+    except Exception:  # safetensors, pickle and torch raise every kind there is
+        right = "give an encoder.pt, .pth, .bin or .safetensors"
+        raise InputError(f"{file}: damaged, or no weights without code; {right}") from None
 
 
 def unknown(file: Path) -> InputError:
