@@ -522,12 +522,13 @@ def test_a_gpu_gives_what_the_cpu_gives_without_waiting(where_on):
     )
 
     here = all_kinds(images, boxes, flips, jitter, where, sigma, offsets)
+    batches = images.cuda(), list(images.cuda())
     there = boxes, flips.cuda(), jitter, where.to(where_on), sigma, offsets.cuda()
     torch.set_float32_matmul_precision("high")
     torch.cuda.set_sync_debug_mode("error")
     try:
         with torch.autocast("cuda", dtype=torch.bfloat16):
-            outs = [all_kinds(given_as, *there) for given_as in (images.cuda(), list(images.cuda()))]
+            outs = [all_kinds(given_as, *there) for given_as in batches]
     finally:
         torch.cuda.set_sync_debug_mode("default")
         torch.set_float32_matmul_precision("highest")
