@@ -98,7 +98,6 @@ def main() -> None:
     print(columns(rows))
     if args.json is not None:
         file = Path(args.json or HERE / "results/bench" / folder(facts) / f"{args.what}.json")
-        file.parent.mkdir(parents=True, exist_ok=True)
         files.write_text(file, json.dumps(facts | dict(rows=rows), indent=1) + "\n")
 
 

@@ -253,7 +253,6 @@ def collect(out: Path) -> Path:
     found["git"] = found["git"] or git_state()
     name = "-".join(re.findall(r"[a-z0-9]+", found["device"].lower()))
     file = HERE / f"results/gpu/card-{name}.json"
-    file.parent.mkdir(parents=True, exist_ok=True)
     files.write_text(file, json.dumps(found, indent=1) + "\n")
     return file
 
