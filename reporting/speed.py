@@ -60,11 +60,19 @@ def held(what: str) -> int:
 
 def in_a_child(function: Callable, *arguments):
     """What `function(threads, *arguments)` returns in a new process; None if that has too little memory."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), initializer=forget_main) as pool:
         try:
             return pool.submit(function, torch.get_num_threads(), *arguments).result()
         except (BrokenProcessPool, torch.OutOfMemoryError):
             return None
+
+
+def forget_main() -> None:
+    """Have torch find in its cache what another process has compiled.
+
+    It looks for a pickle, in which the first module that holds torch is named; this one would hold it in a child alone.
+    """
+    sys.modules.pop("__mp_main__", None)
 
 
 def processor() -> str:

@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import subprocess
 import sys
 
 import pytest
@@ -98,6 +100,18 @@ def test_memory_is_measured_beyond_the_imports_and_grows_with_the_batch():
     small, large = (step_speed.measured_alone(args, [("mae", False)], B, "fp32", CPU) for B in (2, 512))
     (small,), (large,) = small.values(), large.values()
     assert large["megabytes"] - small["megabytes"] > 20  # the encoder alone keeps over 40 kB an image
+
+
+def test_a_child_finds_in_torchs_cache_what_its_parent_has_compiled(tmp_path):
+    file = tmp_path / "command.py"  # which holds torch, as bench.py does
+    file.write_text("""import pickle, torch
+from reporting import speed
+def key(threads=1):
+    return pickle.dumps(torch.contiguous_format)  # a part of the key
+if __name__ == "__main__":
+    assert speed.in_a_child(key) == key()
+""")
+    subprocess.run([sys.executable, file], env=os.environ | {"PYTHONPATH": str(bench.HERE)}, check=True, timeout=120)
 
 
 def test_input_rows_and_the_torchvision_path(tmp_path, monkeypatch):
