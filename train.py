@@ -74,7 +74,10 @@ def train(args, config, Method, device: torch.device) -> nn.Module:
 
 
 def loop(args, plan: "Plan", run: Run, images: image_sets.ImageSet, device: torch.device) -> None:
-    """The steps of a run from `run.step` on: each draws a batch, learns from it, moves the teacher, logs and saves."""
+    """The steps of a run from `run.step` on: each draws a batch, learns from it, moves the teacher, logs and saves.
+
+    Only the log, a checkpoint and fp16's scale wait for a GPU: the next step is drawn while it still computes this one.
+    """
     method, optimizer, scaler = run.parts.values()
     network = distribute(method)
     compiled = fast.compiled(network, device, args.accumulate) if args.compile else network
