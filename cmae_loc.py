@@ -185,7 +185,7 @@ class Decoder(mae.Decoder):
         x = torch.cat([x[:, :1], restore(x[:, 1:], tokens, mask)], dim=1) + self.pos_embed  # (B, 1 + N, width)
         for block in self.blocks:
             x = block(x)
-        return take(self.norm(x[:, 1:]), mask.order)
+        return take(self.norm(x[:, 1:]), mask.order())
 
 
 class CMAELoc(nn.Module):

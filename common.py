@@ -75,21 +75,19 @@ class Mask(NamedTuple):
     visible: Tensor  # (B, V) int64
     masked: Tensor  # (B, M) int64
 
-    @property
     def order(self) -> Tensor:
         """(B, N): the visible patches, then the masked ones."""
         return torch.cat([self.visible, self.masked], dim=1)
 
-    @property
     def hidden(self) -> Tensor:
         """(B, N) bool in raster order, True where a patch is masked."""
-        return torch.zeros_like(self.order, dtype=torch.bool).scatter(1, self.masked, True)
+        return torch.zeros_like(self.order(), dtype=torch.bool).scatter(1, self.masked, True)
 
 
 def restore(visible: Tensor, masked: Tensor, mask: Mask) -> Tensor:
     """(B, V, D) and (B, M, D) → (B, N, D) in raster order."""
     x = torch.cat([visible, masked], dim=1)
-    return torch.empty_like(x).scatter(1, mask.order[:, :, None].expand_as(x), x)
+    return torch.empty_like(x).scatter(1, mask.order()[:, :, None].expand_as(x), x)
 
 
 def visible_count(n: int, ratio: float) -> int:

@@ -163,7 +163,7 @@ def cross_view_loss(v: Tensor, w: Tensor, mask: Mask, second: Mask) -> Tensor:
     # Unit vectors in their places in the image, zero where a patch is visible: the product of two is the cosine.
     v, w = (F.normalize(x.float(), dim=-1) for x in (v, w))
     v, w = (restore(x.new_zeros(*m.visible.shape, x.shape[2]), x, m) for x, m in ((v, mask), (w, second)))  # (B, N, d)
-    both = (mask.hidden & second.hidden).float()  # m_1 · m_2: (B, N)
+    both = (mask.hidden() & second.hidden()).float()  # m_1 · m_2: (B, N)
     distance = (1 - (v * w).sum(dim=-1)) * both
     return (distance.sum(dim=1) / both.sum(dim=1).clamp(min=1)).mean()
 
@@ -212,7 +212,7 @@ class LocalDecoder(mae.Decoder):
         else:
             x = self.weights @ x
             x = x + self.mlp(self.norm1(x))
-        return self.norm(take(x, mask.order))
+        return self.norm(take(x, mask.order()))
 
 
 def gaussian_weights(grid: tuple[int, int], sigma: float = 1.0, reach: int = 2) -> Tensor:

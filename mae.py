@@ -99,7 +99,8 @@ class Decoder(nn.Module):
         """(B, 1 + V, D) → (B, N, width): visible patches, then masked ones; the class token is dropped."""
         x = self.embed(latents)
         tokens = self.mask_token.to(x.dtype).expand(len(x), mask.masked.shape[1], -1)
-        positions = torch.cat([self.pos_embed.expand(len(x), -1, -1)[:, :1], self.pos_embed[0, 1:][mask.order]], dim=1)
+        places = self.pos_embed[0, 1:][mask.order()]
+        positions = torch.cat([self.pos_embed.expand(len(x), -1, -1)[:, :1], places], dim=1)
         x = torch.cat([x, tokens], dim=1) + positions
         for block in self.blocks:
             x = block(x)

@@ -72,7 +72,7 @@ def decoding(run, images, mask: Mask) -> tuple[Callable, Tensor]:
     """
     decoder, x = run.decoder, centred(images, run.encoder.image_size)
     first = type(decoder).features is mae.Decoder.features
-    places = mask.order.argsort(dim=1) if first else mask.order.sort(dim=1).values
+    places = mask.order().argsort(dim=1) if first else mask.order().sort(dim=1).values
     return lambda: decoder.features(run.encoder(x, mask.visible), mask), F.pad(places + 1, (1, 0))
 
 

@@ -349,7 +349,7 @@ def circle(axis, row: float, column: float) -> None:
 
 def greyed(pictures: Tensor, mask: Mask, p: int, grid: tuple[int, int]) -> Tensor:
     """Pictures (B, 3, H, W) in [0, 1] with their hidden patches grey."""
-    return unpatchify(patchify(pictures, p).masked_fill(mask.hidden[:, :, None], 0.5), p, grid)
+    return unpatchify(patchify(pictures, p).masked_fill(mask.hidden()[:, :, None], 0.5), p, grid)
 
 
 def rounded(x) -> list:

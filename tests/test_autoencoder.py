@@ -201,7 +201,7 @@ def test_rows_of_ranks_are_those_of_one_process():
         rows = slice(3 * r, 3 * r + 3)
         part = model.draw(images[rows], torch.arange(6)[rows], StepRandom(3, 4, 6, rows))
         torch.testing.assert_close(part.images, whole.images[rows], atol=1e-5, rtol=0)
-        assert torch.equal(part.mask.order, whole.mask.order[rows])
+        assert torch.equal(part.mask.order(), whole.mask.order()[rows])
 
 
 @pytest.mark.parametrize("norm", [True, False])

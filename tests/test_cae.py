@@ -205,7 +205,7 @@ def test_the_encoder_never_sees_masked_patches_and_the_decoder_never_visible_lat
     z_v = model.encoder(images, batch.mask.visible)[:, 1:]
     model.decode(model.regress(z_v, batch.mask), batch.mask.masked).square().sum().backward()
     gradient = patchify(images.grad, 8).abs().sum(-1)
-    assert (gradient[batch.mask.hidden] == 0).all() and (gradient[~batch.mask.hidden] > 0).all()
+    assert (gradient[batch.mask.hidden()] == 0).all() and (gradient[~batch.mask.hidden()] > 0).all()
     # Given Z_m, the decoder's answer is a function of the masked places alone.
     z_m = torch.randn(3, model.masked, 16)
     assert model.decode(z_m, batch.mask.masked).shape == (3, model.masked, 192)
@@ -236,7 +236,7 @@ def test_no_gradient_through_the_target_of_alignment():
     images = batch.images.requires_grad_()
     model(batch._replace(images=images))["alignment"].backward()
     gradient = patchify(images.grad, 8).abs().sum(-1)
-    assert (gradient[batch.mask.hidden] == 0).all() and (gradient[~batch.mask.hidden] > 0).all()
+    assert (gradient[batch.mask.hidden()] == 0).all() and (gradient[~batch.mask.hidden()] > 0).all()
     assert not model.masked_latents(batch).requires_grad
     target = torch.randn(2, 3, 4, requires_grad=True)
     alignment_loss(torch.randn(2, 3, 4, requires_grad=True), target).backward()
@@ -410,7 +410,7 @@ def test_draw_gives_crops_block_masks_and_the_tokenizers_view_of_the_rank():
         part = model.draw(images[rows], torch.arange(6)[rows], StepRandom(3, 9, 6, rows))
         torch.testing.assert_close(part.images, whole.images[rows], atol=1e-5, rtol=0)
         torch.testing.assert_close(part.token_images, whole.token_images[rows], atol=1e-5, rtol=0)
-        assert torch.equal(part.mask.order, whole.mask.order[rows])
+        assert torch.equal(part.mask.order(), whole.mask.order()[rows])
     assert small(target="pixels").draw(images, torch.arange(6), StepRandom(3, 9, 6)).token_images is None
 
 
@@ -453,7 +453,7 @@ def test_blocks_are_no_smaller_than_16_of_196_patches_in_proportion(monkeypatch,
 def test_masks_are_blocks_of_exactly_half():
     model = CAE(ViT(64, 8, 16, 1, 2), Config(target="pixels"))
     batch = model.draw(images_for(64, 64), torch.arange(64), StepRandom(0, 1, 64))
-    hidden = batch.mask.hidden.reshape(64, 8, 8)
+    hidden = batch.mask.hidden().reshape(64, 8, 8)
     assert (hidden.sum((1, 2)) == 32).all()
     neighbours = (hidden[:, 1:] == hidden[:, :-1]).float().mean()
     assert neighbours > 0.7  # random patches: 0.49
@@ -579,7 +579,7 @@ def test_pictures_of_tokens_are_what_the_dvae_draws():
     assert torch.equal(rows[2], model.tokenizer.images(tokens, (4, 4)))
     full = model.reconstruct(batch.images).argmax(-1)
     assert torch.equal(rows[3], model.tokenizer.images(full, (4, 4)))
-    hidden = batch.mask.hidden
+    hidden = batch.mask.hidden()
     assert (patchify(rows[1], 8)[hidden].reshape(-1, 64, 3).std(1) < 1e-6).all()  # flat grey
     assert torch.equal(patchify(rows[1], 8)[~hidden], patchify(rows[0], 8)[~hidden])
 

@@ -179,7 +179,7 @@ def test_the_momentum_encoder_sees_everything_or_the_unmasked():
         model = small(target_mask_ratio=ratio)
         batch = batch_for(model)
         z = model.target_feature(batch.target_images, batch.target_mask)
-        hidden = batch.target_mask.hidden if ratio else torch.zeros(3, 16, dtype=torch.bool)
+        hidden = batch.target_mask.hidden() if ratio else torch.zeros(3, 16, dtype=torch.bool)
         patches = patchify(batch.target_images, 8)
         changed = unpatchify(patches + torch.randn_like(patches) * hidden[:, :, None], 8, (4, 4))
         assert torch.equal(model.target_feature(changed, batch.target_mask), z)
@@ -407,12 +407,12 @@ def test_draw_masks_online_and_target_as_configured():
     assert batch.target_mask is None and batch.mask.visible.shape == (64, 4)
     _, batch = draw(target_mask_ratio=0.5)
     assert batch.target_mask.visible.shape == (64, 8)
-    assert not torch.equal(batch.mask.hidden, batch.target_mask.hidden)
+    assert not torch.equal(batch.mask.hidden(), batch.target_mask.hidden())
     official, batch = draw(mask_ratio=0.65, mask_cell=2, target_mask_ratio=0.5, size=64)
     assert official.shifts == (0, 9) and batch.mask.visible.shape == (64, 20)  # ⌊16 · 0.35⌋ = 5 cells of 4
     assert batch.target_mask.visible.shape == (64, 32)
     for mask in (batch.mask, batch.target_mask):
-        cells = mask.hidden.reshape(64, 4, 2, 4, 2)
+        cells = mask.hidden().reshape(64, 4, 2, 4, 2)
         assert torch.equal(cells, cells[:, :, :1, :, :1].expand_as(cells))  # whole squares of 2 x 2 patches
 
 
@@ -425,8 +425,8 @@ def test_rows_of_ranks_are_those_of_one_process():
         part = model.draw(images[rows], torch.arange(6)[rows], StepRandom(3, 4, 6, rows))
         torch.testing.assert_close(part.images, whole.images[rows], atol=1e-5, rtol=0)
         torch.testing.assert_close(part.target_images, whole.target_images[rows], atol=1e-5, rtol=0)
-        assert torch.equal(part.mask.order, whole.mask.order[rows])
-        assert torch.equal(part.target_mask.order, whole.target_mask.order[rows])
+        assert torch.equal(part.mask.order(), whole.mask.order()[rows])
+        assert torch.equal(part.target_mask.order(), whole.target_mask.order()[rows])
 
 
 def test_an_unknown_contrast_is_refused():

@@ -213,13 +213,13 @@ def test_gradient_stops_at_q2_and_at_the_whole_key_branch():
     batch.key_images.requires_grad_()
     model(batch)["contrast"].backward()
     gradient = patchify(batch.images.grad, 8).abs().sum(-1)
-    assert (gradient[batch.mask.hidden] == 0).all() and (gradient[~batch.mask.hidden] > 0).all()
+    assert (gradient[batch.mask.hidden()] == 0).all() and (gradient[~batch.mask.hidden()] > 0).all()
     assert batch.key_images.grad is None
     model.requires_grad_(True)
     assert not model.z_k(batch).requires_grad
     values = model(batch)["contrast"].item()
     patches = patchify(batch.images.detach(), 8)  # yet q2 is looked at
-    changed = unpatchify(patches + torch.randn_like(patches) * batch.mask.hidden[:, :, None], 8, (4, 4))
+    changed = unpatchify(patches + torch.randn_like(patches) * batch.mask.hidden()[:, :, None], 8, (4, 4))
     assert model(batch._replace(images=changed))["contrast"].item() != pytest.approx(values, abs=1e-4)
 
 
@@ -561,13 +561,13 @@ def test_plain_crops_before_there_are_boxes_and_for_images_of_other_sets():
     expected = augment.normalize(augment.crop_resize(images, boxes, 32, hflip=rng.chance(0.5)))
     torch.testing.assert_close(batch.images, expected)
     assert (batch.images - batch.key_images).abs().amax((1, 2, 3)).min() > 0.1  # a crop of its own
-    assert not torch.equal(batch.mask.hidden, batch.key_mask.hidden)
+    assert not torch.equal(batch.mask.hidden(), batch.key_mask.hidden())
     assert batch.mask.visible.shape == batch.key_mask.visible.shape == (7, 4)
     model.boxes = torch.rand(7, 2).repeat(1, 2)
     other = model.draw(images, torch.full((7,), -1), StepRandom(3, 4, 7))
     assert all(torch.equal(a, b) for a, b in zip(flat(other), flat(batch), strict=True))
     placed = model.draw(images, torch.arange(7), StepRandom(3, 4, 7))
-    assert torch.equal(placed.mask.order, batch.mask.order) and not torch.equal(placed.images, batch.images)
+    assert torch.equal(placed.mask.order(), batch.mask.order()) and not torch.equal(placed.images, batch.images)
 
 
 def flat(batch):

@@ -58,7 +58,7 @@ def rng(seed=0, step=0, total=4, rows=None):
 
 
 def assert_partition(mask: Mask, n: int):
-    assert torch.equal(mask.order.sort(dim=1).values, torch.arange(n).expand_as(mask.order))
+    assert torch.equal(mask.order().sort(dim=1).values, torch.arange(n).expand_as(mask.order()))
 
 
 # ------------------------------------------------------------------------------------------------------- randomness
@@ -76,8 +76,8 @@ def test_ranks_or_parts_together_draw_what_one_process_draws(seed, step, ranks, 
         lambda r: r.beta(0.6, 0.6),
         lambda r: r.chance(0.4),
         lambda r: r.permutation(7),
-        lambda r: random_mask(r, (4, 4), 0.5).order,
-        lambda r: block_mask(r, (4, 4), 7, smallest=2).order,
+        lambda r: random_mask(r, (4, 4), 0.5).order(),
+        lambda r: block_mask(r, (4, 4), 7, smallest=2).order(),
         lambda r: r.uniform(),  # after the block mask, whose number of tries varies from image to image
         lambda r: copy.copy(r).uniform(2),  # as `augment.on_host` does
         lambda r: r.chance(0.4),
@@ -255,7 +255,7 @@ def test_random_mask_is_a_partition_with_exact_counts(grid, ratio, seed, cell):
     mask = random_mask(rng(seed), (h, w), ratio, cell)
     assert mask.visible.shape == (4, keep) and mask.masked.shape == (4, h * w - keep)
     assert_partition(mask, h * w)
-    hidden = mask.hidden
+    hidden = mask.hidden()
     assert hidden.shape == (4, h * w) and (hidden.sum(1) == h * w - keep).all()
     assert hidden.gather(1, mask.masked).all() and not hidden.gather(1, mask.visible).any()
     cells = hidden.reshape(4, grid[0], cell, grid[1], cell)
@@ -273,7 +273,7 @@ def test_random_mask_refuses_cells_that_do_not_fit():
 def test_random_mask_is_uniform_and_independent(cell):
     """Chi-square over positions and over pairs of neighbours: a biased or repeated mask fails."""
     n, draws = 16, 20_000
-    hidden = random_mask(rng(7, total=draws), (4 * cell, 4 * cell), 0.75, cell).hidden
+    hidden = random_mask(rng(7, total=draws), (4 * cell, 4 * cell), 0.75, cell).hidden()
     hidden = hidden.reshape(draws, 4, cell, 4, cell)[:, :, 0, :, 0].flatten(1).double()
     p = 0.75
     z = (hidden.sum(0) - draws * p) / math.sqrt(draws * p * (1 - p))
@@ -325,7 +325,7 @@ def plain_block_mask(units, h, w, count, smallest, tries):
 @given(grids, st.integers(0, 10**6), st.integers(1, 20), st.floats(0.01, 0.99), st.integers(1, 10))
 def test_block_masks_are_those_of_a_plain_loop_over_images(grid, seed, smallest, share, tries):
     count = min(math.prod(grid) - 1, max(1, round(math.prod(grid) * share)))
-    masks = block_mask(rng(seed), grid, count, smallest, tries).hidden.view(-1, *grid)
+    masks = block_mask(rng(seed), grid, count, smallest, tries).hidden().view(-1, *grid)
     for image, mask in enumerate(masks):
         units = (drawn[image].tolist() for drawn in iter(partial(rng(seed).child().uniform, 4), None))
         assert np.array_equal(mask, plain_block_mask(units, *grid, count, smallest, tries))
@@ -367,7 +367,7 @@ def test_block_masks_have_the_shapes_of_the_official_generators(side, count, sma
     draw, grid = random.Random(0), (side, side)
     theirs = shapes(np.stack([official_mask(draw, *grid, count, smallest) for _ in range(n)]))
     never, ours = (
-        shapes(block_mask(rng(0, total=n), grid, count, smallest, tries).hidden.view(n, *grid).numpy())
+        shapes(block_mask(rng(0, total=n), grid, count, smallest, tries).hidden().view(n, *grid).numpy())
         for tries in (10**9, 10)
     )
     z = (never.mean(0) - theirs.mean(0)) / np.sqrt((never.var(0) + theirs.var(0)) / n)
@@ -579,7 +579,7 @@ def test_all_is_made_where_its_input_is(stem):
     vit = ViT(32, 8, 32, 1, 4, stem=stem, drop_path=0.5).to("meta")
     images, random = torch.empty(2, 3, 32, 32, device="meta"), StepRandom(0, 0, 2, device="meta")
     for mask in (random_mask(random, (4, 4), 0.5), random_mask(random, (4, 4), 0.5, 2), block_mask(random, (4, 4), 8)):
-        assert mask.order.device.type == mask.hidden.device.type == vit(images, mask.visible).device.type == "meta"
+        assert mask.order().device.type == mask.hidden().device.type == vit(images, mask.visible).device.type == "meta"
     assert drop_path(images.flatten(2), 0.5, training=True).device.type == "meta"
 
 
@@ -611,7 +611,7 @@ def test_masked_pixels_never_reach_visible_tokens(stem, seed, ratio):
     mask = random_mask(rng(seed, total=2), vit.grid, ratio)
     vit(images, mask.visible).square().sum().backward()
     leaked = patchify(images.grad, 8).abs().amax(-1)  # (B, N)
-    assert (leaked[mask.hidden] == 0).all() and (leaked[~mask.hidden] > 0).all()
+    assert (leaked[mask.hidden()] == 0).all() and (leaked[~mask.hidden()] > 0).all()
 
 
 def test_conv_stem_sees_neighbours_but_only_visible_ones():
@@ -895,7 +895,7 @@ def biased_masks(n: int = 4000):
 
 def test_masks_pass_a_chi_square_that_biased_ones_fail():
     for seed in range(3):
-        assert looks_uniform(random_mask(rng(seed, total=4000), (4, 4), 0.5).hidden)
+        assert looks_uniform(random_mask(rng(seed, total=4000), (4, 4), 0.5).hidden())
     for name, hidden in biased_masks():
         assert (hidden.sum(1) == 8).all() and not looks_uniform(hidden), name
 
@@ -903,7 +903,7 @@ def test_masks_pass_a_chi_square_that_biased_ones_fail():
 def test_masks_of_steps_and_images_are_independent():
     """One cell in two steps, in two images, in two seeds, and in the same row of the next step: all uncorrelated."""
     hidden = torch.stack([
-        torch.stack([random_mask(rng(seed, step, 500), (4, 4), 0.5).hidden for step in range(8)]) for seed in range(3)
+        torch.stack([random_mask(rng(seed, step, 500), (4, 4), 0.5).hidden() for step in range(8)]) for seed in range(3)
     ]).double()  # fmt: skip
     centred = hidden - 0.5  # (seeds, steps, images, cells)
     for other in (centred.roll(1, 0), centred.roll(1, 1), centred.roll(1, 2), centred.roll((1, 1), (1, 2))):

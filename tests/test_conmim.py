@@ -160,7 +160,7 @@ def test_masked_pixels_reach_the_keys_only():
         model = small(encoder=encoder)
         batch = batch_for(model)
         noise = torch.randn_like(patchify(batch.images, 8))
-        hidden = batch.mask.hidden[:, :, None]
+        hidden = batch.mask.hidden()[:, :, None]
         masked, visible = (unpatchify(patchify(batch.images, 8) + noise * m, 8, (4, 4)) for m in (hidden, ~hidden))
         anchors = model.anchors(batch.images, batch.mask)
         assert anchors.shape == (3, 16, 6)
@@ -231,7 +231,7 @@ def test_only_masked_places_are_looked_up():
     model.anchors = keep
     model(batch)["loss"].backward()
     got = kept["anchors"].grad.abs().sum(2) > 0
-    assert torch.equal(got, batch.mask.hidden)
+    assert torch.equal(got, batch.mask.hidden())
 
 
 def test_what_the_batch_norm_removes_is_not_trained():
@@ -432,7 +432,7 @@ def test_views_share_crop_and_flip_and_differ_as_table_6_says(augmentation, seen
     for view, strong in ((batch.images, seen), (batch.full_images, full)):
         basic = denormalize(plain.images)
         torch.testing.assert_close(denormalize(view), 1 - basic if strong else basic, atol=1e-5, rtol=0)
-    assert torch.equal(batch.mask.order, plain.mask.order)
+    assert torch.equal(batch.mask.order(), plain.mask.order())
     assert plain.images.shape == (6, 3, 32, 32) and plain.images.min() > -2.2 and plain.images.max() < 2.7
     assert not torch.allclose(plain.images[0], draw(seed=1, augmentation="basic")[1].images[0])
 
@@ -491,13 +491,13 @@ def test_crops_keep_the_share_they_are_told_and_half_are_flipped():
 
 def test_masks_are_cells_blocks_or_none():
     model, batch = draw(n=20, size=64)
-    hidden = batch.mask.hidden.reshape(20, 4, 2, 4, 2)
+    hidden = batch.mask.hidden().reshape(20, 4, 2, 4, 2)
     assert (hidden.amax((2, 4)) == hidden.amin((2, 4))).all() and (hidden.sum((1, 2, 3, 4)) == 48).all()  # 12 of 16
     single, batch = draw(n=20, size=64, mask_cell=1, mask_ratio=0.6)
     assert batch.mask.masked.shape == (20, 64 - 25) and single.config.masking == "random"
 
     def joined(mask):  # how often a hidden patch's right neighbour is hidden
-        grid = mask.hidden.reshape(20, 8, 8).double()
+        grid = mask.hidden().reshape(20, 8, 8).double()
         return (grid[:, :, 1:] * grid[:, :, :-1]).sum() / grid[:, :, :-1].sum()
 
     _, blocks = draw(n=20, size=64, masking="block", mask_ratio=0.4)
@@ -532,7 +532,7 @@ def test_rows_of_ranks_are_those_of_one_process(switches):
         part = model.draw(images[rows], torch.arange(6)[rows], StepRandom(3, 4, 6, rows))
         torch.testing.assert_close(part.images, whole.images[rows], atol=1e-5, rtol=0)
         torch.testing.assert_close(part.full_images, whole.full_images[rows], atol=1e-4, rtol=0)
-        assert torch.equal(part.mask.order, whole.mask.order[rows])
+        assert torch.equal(part.mask.order(), whole.mask.order()[rows])
 
 
 def test_picture_shows_the_patches_that_are_found():
@@ -540,7 +540,7 @@ def test_picture_shows_the_patches_that_are_found():
     rows = model.picture(batch)
     assert rows.shape == (4, 6, 3, 32, 32) and rows.min() >= 0 and rows.max() <= 1
     original, seen, found, full = rows
-    hidden = batch.mask.hidden
+    hidden = batch.mask.hidden()
     for row in (seen, found):
         assert torch.equal(patchify(row, 8)[~hidden], patchify(original, 8)[~hidden])
     assert (patchify(seen, 8)[hidden].reshape(-1, 64, 3).std(1) < 1e-6).all()

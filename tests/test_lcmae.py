@@ -157,7 +157,7 @@ def test_forward_matches_the_equations_in_plain_loops(name):
     total = sum(weights[part] * expected[part] for part in weights)
     assert out["loss"].item() == pytest.approx(total, rel=1e-5)
     if batch.second is not None:  # the mean over images is not the mean over patches
-        assert len({*(batch.mask.hidden & batch.second.hidden).sum(1).tolist()}) > 1
+        assert len({*(batch.mask.hidden() & batch.second.hidden()).sum(1).tolist()}) > 1
 
 
 # ----------------------------------------------------------------------------------------------------------- Table 1
@@ -174,7 +174,7 @@ def test_weights_1_0_0_are_mae_to_the_bit_over_whole_training_steps():
     for step in range(3):
         batches = [m.draw(images, torch.arange(4), StepRandom(0, step, 4)) for m in (ours, theirs)]
         assert torch.equal(batches[0].images, batches[1].images)
-        assert torch.equal(batches[0].mask.order, batches[1].mask.order) and batches[0].second is None
+        assert torch.equal(batches[0].mask.order(), batches[1].mask.order()) and batches[0].second is None
         losses = [m(b)["loss"] for m, b in zip((ours, theirs), batches, strict=True)]
         assert torch.equal(*losses)
         for loss, optimizer in zip(losses, optimizers, strict=True):
@@ -235,7 +235,7 @@ def test_images_weigh_the_same_however_they_are_shared_out():
     for ratio in (0.75, 0.1):
         model = small(mask_ratio=ratio)
         batch = batch_for(model, B=4, seed=5)
-        counts = (batch.mask.hidden & batch.second.hidden).sum(1)
+        counts = (batch.mask.hidden() & batch.second.hidden()).sum(1)
         assert counts[:2].sum() != counts[2:].sum() and (ratio > 0.5 or counts.min() == 0)
         halves = [
             model(Batch(batch.images[r], *(Mask(m.visible[r], m.masked[r]) for m in (batch.mask, batch.second))))
@@ -307,11 +307,11 @@ def test_cross_view_loss_is_eq_5(drawn):
 @given(two_masks())
 def test_only_patches_masked_in_both_views_get_gradient_from_eq_5(drawn):
     mask, second, v, w = drawn
-    assume(bool((mask.hidden & second.hidden).any()))
+    assume(bool((mask.hidden() & second.hidden()).any()))
     v.requires_grad_(), w.requires_grad_()
     cross_view_loss(v, w, mask, second).backward()
     for x, own, other in ((v, mask, second), (w, second, mask)):
-        shared = other.hidden.gather(1, own.masked)  # (B, M)
+        shared = other.hidden().gather(1, own.masked)  # (B, M)
         moved = x.grad.abs().sum(-1) > 0
         assert torch.equal(moved, shared)
 
@@ -425,11 +425,11 @@ def test_draw_gives_two_independent_masks_of_one_crop():
         300,
         16,
     )
-    shared = (batch.mask.hidden & batch.second.hidden).float().mean(1)
+    shared = (batch.mask.hidden() & batch.second.hidden()).float().mean(1)
     assert 0.555 < shared.mean() < 0.57 and shared.std() > 0  # 0.75² = 0.5625 of the patches, a standard error of 0.001
     images, mask = both_views(batch)
     assert torch.equal(images, torch.cat([batch.images, batch.images]))
-    assert torch.equal(mask.hidden, torch.cat([batch.mask.hidden, batch.second.hidden]))
+    assert torch.equal(mask.hidden(), torch.cat([batch.mask.hidden(), batch.second.hidden()]))
 
 
 def test_draw_hides_what_the_setting_asks_for():
@@ -438,7 +438,7 @@ def test_draw_hides_what_the_setting_asks_for():
     assert one.second is None and one.mask.visible.shape == (6, 4)
     cells = small(64, mask_cell=2, mask_ratio=0.5).draw(images, torch.arange(6), StepRandom(2, 3, 6))
     for mask in (cells.mask, cells.second):
-        squares = mask.hidden.reshape(6, 4, 2, 4, 2).float().mean((2, 4))
+        squares = mask.hidden().reshape(6, 4, 2, 4, 2).float().mean((2, 4))
         assert ((squares == 0) | (squares == 1)).all() and (squares.mean((1, 2)) == 0.5).all()
 
 
@@ -450,10 +450,10 @@ def test_rows_of_ranks_are_those_of_one_process(settings):
         rows = slice(3 * r, 3 * r + 3)
         part = model.draw(images[rows], torch.arange(6)[rows], StepRandom(3, 4, 6, rows))
         torch.testing.assert_close(part.images, whole.images[rows], atol=1e-5, rtol=0)
-        assert torch.equal(part.mask.order, whole.mask.order[rows])
+        assert torch.equal(part.mask.order(), whole.mask.order()[rows])
         assert (part.second is None) == (whole.second is None)
         if part.second is not None:
-            assert torch.equal(part.second.order, whole.second.order[rows])
+            assert torch.equal(part.second.order(), whole.second.order()[rows])
 
 
 def test_picture_shows_both_views_and_nothing_that_was_not_taught():

@@ -80,9 +80,9 @@ def test_same_weights_and_mask_give_hugging_faces_numbers(norm_pixels, ratio):
     model = small(Config(ratio, 1, 16, 2, 2, norm_pixels))
     theirs = hugging_face(model)
     batch = batch_for(model, ratio=ratio)
-    noise = torch.empty(batch.mask.order.shape).scatter(1, batch.mask.order, torch.arange(16.0).expand(3, -1))
+    noise = torch.empty(batch.mask.order().shape).scatter(1, batch.mask.order(), torch.arange(16.0).expand(3, -1))
     out = theirs(batch.images, noise=noise)
-    assert torch.equal(out.mask.bool(), batch.mask.hidden)  # the mask honoured
+    assert torch.equal(out.mask.bool(), batch.mask.hidden())  # the mask honoured
     loss = model(batch)["loss"]
     torch.testing.assert_close(loss, out.loss, atol=1e-5, rtol=0)
     predicted = model.decoder(model.encoder(batch.images, batch.mask.visible), batch.mask)
@@ -109,12 +109,12 @@ def test_loss_is_the_masked_mean_in_a_loop():
     batch = batch_for(model)
     latents = model.encoder(batch.images, batch.mask.visible)
     features = model.decoder.predict(model.decoder.features(latents, batch.mask)).double()  # (B, N, P), visible first
-    patches, order = patchify(batch.images, 8).double(), batch.mask.order
+    patches, order = patchify(batch.images, 8).double(), batch.mask.order()
     masked = 0
     for b in range(3):
         for place in range(16):
             i = order[b, place]
-            if batch.mask.hidden[b, i]:
+            if batch.mask.hidden()[b, i]:
                 t = patches[b, i]
                 t = (t - t.mean()) / (((t - t.mean()) ** 2).sum() / 191 + 1e-6).sqrt()
                 total, masked = total + ((features[b, place] - t) ** 2).mean().item(), masked + 1
@@ -130,7 +130,7 @@ def test_the_decoder_sees_every_token_at_its_own_place():
     features = model.decoder.features(latents, batch.mask)
     for b in range(3):
         expected = plain_decoder(model.decoder, latents[b], batch.mask.visible[b].tolist(), 16)
-        torch.testing.assert_close(features[b], expected[batch.mask.order[b]], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(features[b], expected[batch.mask.order()[b]], atol=1e-5, rtol=1e-5)
 
 
 @given(st.integers(0, 1000))
@@ -145,7 +145,7 @@ def test_visible_pixels_are_no_target_and_masked_ones_no_input():
     model = small()
     batch = batch_for(model)
     target = model.target(batch)
-    hidden = batch.mask.hidden[:, :, None].expand(-1, -1, 192)
+    hidden = batch.mask.hidden()[:, :, None].expand(-1, -1, 192)
     patches = patchify(batch.images, 8)
     other_visible = Batch(unpatchify(torch.where(hidden, patches, patches + 1), 8, (4, 4)), batch.mask)
     assert torch.equal(model.target(other_visible), target)
@@ -182,7 +182,7 @@ def test_draw_gives_normalised_crops_and_masks_of_the_rank():
         rows = slice(2 * r, 2 * r + 2)
         part = model.draw(images[rows], torch.arange(4)[rows], StepRandom(3, 9, 4, rows))
         torch.testing.assert_close(part.images, whole.images[rows], atol=1e-6, rtol=0)
-        assert torch.equal(part.mask.order, whole.mask.order[rows])
+        assert torch.equal(part.mask.order(), whole.mask.order()[rows])
     listed = model.draw(list(images), torch.arange(4), StepRandom(3, 9, 4))
     torch.testing.assert_close(listed.images, whole.images, atol=1e-4, rtol=0)
 
@@ -199,13 +199,15 @@ def test_picture_keeps_visible_patches_and_uses_no_hidden_statistics():
     rows = model.picture(batch)
     assert rows.shape == (3, 3, 3, 32, 32) and rows.min() >= 0 and rows.max() <= 1
     original, masked, filled = (patchify(r, 8) for r in rows)
-    visible = ~batch.mask.hidden
+    visible = ~batch.mask.hidden()
     assert torch.equal(filled[visible], original[visible]) and torch.equal(masked[visible], original[visible])
-    assert (masked[batch.mask.hidden].reshape(-1, 64, 3).std(1) < 1e-6).all()  # flat grey
+    assert (masked[batch.mask.hidden()].reshape(-1, 64, 3).std(1) < 1e-6).all()  # flat grey
     # A perfect prediction of a constant-contrast image comes out with the neighbours' brightness, not with its own.
     predicted = masked_pixels(batch.images, batch.mask, 8, norm=True)
     darker = unpatchify(
-        torch.where(batch.mask.hidden[:, :, None], patchify(batch.images, 8) - 3, patchify(batch.images, 8)), 8, (4, 4)
+        torch.where(batch.mask.hidden()[:, :, None], patchify(batch.images, 8) - 3, patchify(batch.images, 8)),
+        8,
+        (4, 4),
     )
     same = picture_rows(darker, batch.mask, predicted, model.encoder, True)[2]
     torch.testing.assert_close(same, picture_rows(batch.images, batch.mask, predicted, model.encoder, True)[2])
@@ -255,7 +257,7 @@ def test_draw_crops_flips_and_hides_as_configured():
         batch = small(Config(crop_scale=crop_scale, mask_cell=2)).draw(images, torch.arange(64), StepRandom(0, 0, 64))
         straight, mirrored = (((batch.images - x).abs().amax((1, 2, 3)) < 1e-3).sum() for x in (whole, whole.flip(3)))
         assert straight + mirrored == 64 and 20 < straight < 44 if crop_scale == 1 else straight + mirrored < 16
-        cells = batch.mask.hidden.reshape(64, 2, 2, 2, 2)
+        cells = batch.mask.hidden().reshape(64, 2, 2, 2, 2)
         assert torch.equal(cells, cells[:, :, :1, :, :1].expand_as(cells))
 
 
