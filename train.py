@@ -11,6 +11,7 @@ whole image set between two epochs (`end_epoch`), and asks for another method to
 A run lives in its directory (`--out`): config.json, log.jsonl, checkpoint.pt, encoder.pt, reconstruction.png. The same
 command continues it. Everything random in step t comes from (seed, t) and the order of epoch e from (seed, e), so a
 resumed run ends with the bits of one that never stopped, and the number of processes does not change the result.
+Only the log, a checkpoint and fp16's scale wait for a GPU: while it computes a step, the next one is drawn.
 """
 
 import json
@@ -74,10 +75,7 @@ def train(args, config, Method, device: torch.device) -> nn.Module:
 
 
 def loop(args, plan: "Plan", run: Run, images: image_sets.ImageSet, device: torch.device) -> None:
-    """The steps of a run from `run.step` on: each draws a batch, learns from it, moves the teacher, logs and saves.
-
-    Only the log, a checkpoint and fp16's scale wait for a GPU: the next step is drawn while it still computes this one.
-    """
+    """The steps of a run from `run.step` on: each draws a batch, learns from it, moves the teacher, logs and saves."""
     method, optimizer, scaler = run.parts.values()
     network = distribute(method)
     compiled = fast.compiled(network, device, args.accumulate) if args.compile else network
