@@ -11,7 +11,8 @@ whole image set between two epochs (`end_epoch`), and asks for another method to
 A run lives in its directory (`--out`): config.json, log.jsonl, checkpoint.pt, encoder.pt, reconstruction.png. The same
 command continues it. Everything random in step t comes from (seed, t) and the order of epoch e from (seed, e), so a
 resumed run ends with the bits of one that never stopped, and the number of processes does not change the result.
-Only the log, a checkpoint and fp16's scale wait for a GPU: while it computes a step, the next one is drawn.
+A GPU is waited for only to log, to save, to scale fp16, between epochs, and every tenth step among processes; else the
+next step is drawn while it computes.
 """
 
 import json
