@@ -10,9 +10,9 @@ import statistics
 from pathlib import Path
 
 from methods import METHODS
-from reporting import HERE, gpu
+from reporting import HERE
 from reporting.experiments import CLAIMS, VARIANTS
-from reporting.result_files import BASELINES, ROWS, changed, read, runs_of, values
+from reporting.result_files import BASELINES, ROWS, changed, read, result, runs_of, values
 from reporting.speed import columns
 from runtime.errors import InputError
 
@@ -158,10 +158,10 @@ def speed_block(results: Path) -> str:
     parts = []
     for file in gpu_files(results):
         found, link = json.loads(file.read_text()), f"../results/gpu/{file.name}"
-        parts += [f"### {found['device']}", table("what | figure | aim | reached", gpu.figures(found))]
+        parts += [f"### {found['device']}", table("what | figure | aim | reached", figures(found))]
         for name in ("fast", "others"):
-            if gpu.result(found, name):
-                parts += printed(gpu.result(found, name) | dict(git=found["git"]), link)
+            if result(found, name):
+                parts += printed(result(found, name) | dict(git=found["git"]), link)
     for folder in sorted(path for path in results.glob("bench/*") if path.is_dir()):
         parts.append(f"### {folder.name}")
         for file in sorted(folder.glob("*.json")):
@@ -172,6 +172,34 @@ def speed_block(results: Path) -> str:
             else:
                 parts += printed(found, link)
     return "\n\n".join(parts) or "Not run yet."
+
+
+def figures(found: dict) -> list[list]:
+    """What reporting/gpu.py has measured, the figure, what was aimed at, and whether it is reached."""
+    rows = []
+
+    def row(what: str, value: float | None, sign: str, aim: float, unit: str) -> None:
+        if value is not None:
+            met = value >= aim if sign == "≥" else value <= aim
+            rows.append([what, f"{value:.3g}{unit}", f"{sign} {aim:g}{unit}", "yes" if met else "no"])
+
+    if said := found["steps"].get("right", {}).get("result", {}).get("said"):
+        passed = found["steps"]["right"]["state"] == "ok"
+        rows.append(["tests that use the GPU", said.split(" in ")[0], "all pass", "yes" if passed else "no"])
+    for line in [*result(found, "fast").get("rows", []), *result(found, "others").get("rows", [])]:
+        if line["name"] == "mae, compiled" and "by_hf" in line:
+            row("mae, compiled: times as fast as ViTMAE", line["by_hf"], "≥", 2, "")
+        if not line["name"].startswith("hf"):
+            row(f"{line['name']}: share of the matrix rate", line["share"], "≥", 45, " %")
+    for method, aim in (("mae", 4), ("cmae", 8)):
+        epoch = result(found, f"epochs-{method}")
+        row(f"{method}: epoch of 100,000 images, ViT-S/8", epoch.get("seconds"), "≤", aim, " s")
+        row(f"{method}: the GPU waits", epoch.get("waits"), "≤", 3, " %")
+    for name, record in found["steps"].items():
+        if name.startswith(("knn", "linear")) and record["state"] == "ok":
+            epochs, top1 = found["epochs"][name.split("-")[1]], record["result"]["top1"]
+            rows.append([f"{name} after {epochs} epochs", f"{top1:.1f} %", "", ""])
+    return rows
 
 
 def gpu_files(results: Path) -> list[Path]:
@@ -299,9 +327,9 @@ def problems(root: Path, results: Path) -> list[str]:
         other = [part for part, block in parts.items() if split(name, text, part)[1] != f"\n\n{block(results)}\n\n"]
         found += [f"{name}: its part {part!r} is not what reproduce.py --readme writes" for part in other]
     for file in sorted(set(results.rglob("*.json")) - {*results.glob("bench/**/*.json"), *gpu_files(results)}):
-        result = read(file)
-        old = sorted({name for run in result["runs"] for name in changed(run["sources"])})
-        if old and not result.get("stale"):
+        made = read(file)
+        old = sorted({name for run in made["runs"] for name in changed(run["sources"])})
+        if old and not made.get("stale"):
             found.append(f"{file.name}: of other code than {', '.join(old)} now; run it again, or say in a field "
                          '"stale" why it may stay')  # fmt: skip
     return found

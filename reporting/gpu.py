@@ -7,8 +7,8 @@
 The steps come in order of worth. Each is a process of its own, with a limit of time at which it is asked to save and
 end. DIR/results.json has what was found, and is written after each step; DIR/log.txt has the ends of what the steps
 printed. The same command goes on: it leaves out what is done, and does again what failed or was cut. A step that the
-minutes have no room for is not begun. The last steps train for equal times, and share what the steps before them left.
-Checkpoints and caches lie in --work, which has to stay if a training shall go on.
+minutes have no room for is not begun. The last steps train for equal times, and share what the steps before them left;
+such a training goes on where --work, with its checkpoints, has stayed.
 """
 
 import argparse
@@ -29,6 +29,8 @@ from typing import NamedTuple
 import torch
 
 from reporting import HERE
+from reporting.documents import figures
+from reporting.result_files import result
 from reporting.run_speed import EPOCH, watch
 from reporting.speed import processor
 from runtime import files, process
@@ -42,6 +44,8 @@ METHODS = ("mae", "cmae")  # that are trained
 GRACE = 15  # seconds in which a process that was asked to end may save
 START = 45  # seconds until a training whose compiled kernels are cached makes its first step
 PROBES = {"knn": 15, "linear": 20}  # seconds expected of each
+STEPS = "right fast data epochs-mae epochs-cmae others".split()
+STEPS += [f"{what}-{method}" for method in METHODS for what in ("learn", *PROBES)]
 OPEN = """import json, sys; from inputs.image_sets import open_set
 print(json.dumps({split: len(open_set(sys.argv[1], sys.argv[2] or None, split)) for split in ("train", "val")}))"""
 
@@ -55,44 +59,37 @@ class Step(NamedTuple):
 
 def plan(args, found: dict) -> list[Step]:
     """All steps in order of worth. The number of images and the lengths of trainings show once they are found."""
-    work, root, device = shlex.quote(args.work), shlex.quote(args.data_root or ""), args.device
-    tiny = args.rehearse
+    work, root, device, tiny = shlex.quote(args.work), shlex.quote(args.data_root or ""), args.device, args.rehearse
     images = min(32 if tiny else EPOCH, result(found, "data").get("train", 0))
     repeat = 1 if tiny else EPOCH // max(1, images)
     per_epoch = images * repeat // (4 if tiny else 512)
-    sizes = (
-        f"{TINY} --batch-size 2 --repeats 1 --no-memory" if tiny else f"{VIT_B} --batch-size 256 --compile --repeats 3"
-    )
-    bench = f"bench.py --json {work}/NAME.json --device {device} --precision bf16 {sizes} --method "
+    sizes = f"{TINY} --batch-size 2 --no-memory" if tiny else f"{VIT_B} --batch-size 256 --compile"
+    bench, peer = f"bench.py --device {device} --precision bf16 {sizes} --repeats 3 --method", find_spec("transformers")
     train = f"--data {args.data} --device {device} --recipe tiny --no-evaluate --images {images} "
     train += f"{TINY} --classes 2 --batch-size 4" if tiny else "--model small --batch-size 512"
     train += f" --data-root {root}" * bool(args.data_root) + " --method "
-    tests = ("tests/test_house.py" if tiny else "-m cuda") + " -n auto" * bool(find_spec("xdist"))
+    tests = ("tests/test_house.py -k small" if tiny else "-m cuda") + " -n auto" * bool(find_spec("xdist"))
     steps = [
         Step("right", 120, 150, f"-m pytest -q {tests}"),
-        Step("fast", 140, 280, f"{bench}mae cmae" + " --peer hf" * bool(find_spec("transformers"))),
+        Step("fast", 140, 280, f"{bench} mae cmae{' --peer hf' if peer else ''} --json {work}/fast.json"),
         Step("data", 30, 90, f"-c {shlex.quote(OPEN)} {args.data} {root}"),
     ]
     for method in METHODS:
         length = f"--repeat {repeat} --epochs {3 + 60 // max(1, per_epoch)} --max-steps {2 * per_epoch + 60}"
         words = f"{train}{method} {length} --resume never --out {work}/epochs-{method}"
         steps.append(Step(f"epochs-{method}", 70, 120, f"-m reporting.gpu --watch {per_epoch} {words}"))
-    steps.append(Step("others", 140, 280, f"{bench}cmae_loc cae conmim lcmae"))
+    steps.append(Step("others", 140, 280, f"{bench} cmae_loc cae conmim lcmae --json {work}/others.json"))
     for method in METHODS:
         epochs, run = found.get("epochs", {}).get(method, 0), f"{work}/learn-{method}"
         seconds = START + epochs * images / EPOCH * result(found, f"epochs-{method}").get("seconds", 0)
         length = f"--epochs {epochs} --warmup-epochs {max(1, epochs // 9)} --save-every 5"
-        steps.append(Step(f"learn-{method}", seconds, 1.2 * seconds, f"train.py {train}{method} {length} --out {run}"))
+        words = f"train.py {train}{method} {length} --out {run}"
+        cut = found["steps"].get(f"learn-{method}", {}).get("state") == "cut"  # it goes on, and any time serves
+        steps.append(Step(f"learn-{method}", START if cut else seconds, 1.2 * seconds, words))
         for probe, expected in PROBES.items():
             words = f"evaluate.py --run {run} --protocol {probe} --device {device}"
             steps.append(Step(f"{probe}-{method}", expected, 3 * expected, words))
-    return [step._replace(command=step.command.replace("NAME", step.name)) for step in steps]
-
-
-def result(found: dict, name: str) -> dict:
-    """What a step that is done has found."""
-    record = found["steps"].get(name, {})
-    return record["result"] if record.get("state") == "ok" else {}
+    return steps
 
 
 def share_out(found: dict, left: float) -> None:
@@ -115,21 +112,19 @@ def fits(steps: list[Step], found: dict, left: float) -> list[tuple[Step, bool]]
     return answer
 
 
-def call(command: str, limit: float, log: Path, work: Path) -> tuple[str, int]:
+def call(command: str, limit: float, log: Path, work: Path) -> str:
     """Run python with this command, and all that it starts, for so many seconds at most: "ok", "failed" or "cut"."""
     environment = os.environ | {"MINMIM_CACHE": str(work / "cache"), "TORCHINDUCTOR_CACHE_DIR": str(work / "inductor")}
     with open(log, "w") as output:
         words = [sys.executable, *shlex.split(command)]
         child = subprocess.Popen(words, stdout=output, stderr=output, env=environment, cwd=HERE, start_new_session=True)
     try:
-        status = child.wait(limit)
-        return "failed" if status else "ok", status
+        return "failed" if child.wait(limit) else "ok"
     except subprocess.TimeoutExpired:
         child.terminate()  # train.py then saves
-        try:
-            return "cut", child.wait(GRACE)
-        except subprocess.TimeoutExpired:
-            return "cut", -signal.SIGKILL
+        with suppress(subprocess.TimeoutExpired):
+            child.wait(GRACE)
+        return "cut"
     finally:  # also where this process is itself asked to end
         with suppress(ProcessLookupError):
             os.killpg(child.pid, signal.SIGKILL)
@@ -138,12 +133,11 @@ def call(command: str, limit: float, log: Path, work: Path) -> tuple[str, int]:
 
 def harvest(log: Path, report: Path) -> dict:
     """What a step found: the file that it wrote, else the last line that it printed, read as JSON or as it is."""
-    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()] or [""]
-    try:
-        found = json.loads(report.read_text() if report.exists() else lines[-1])
-        return found if isinstance(found, dict) else dict(said=lines[-1])
-    except ValueError:
-        return dict(said=lines[-1])
+    last = [line for line in ["", *log.read_text(errors="replace").splitlines()] if line.strip()][-1:]
+    with suppress(ValueError, IndexError):
+        if isinstance(found := json.loads(report.read_text() if report.exists() else last[0]), dict):
+            return found
+    return dict(said="".join(last))
 
 
 class Session:
@@ -153,9 +147,6 @@ class Session:
         self.args, self.out, self.work = args, Path(args.out), Path(args.work)
         self.file, self.end = self.out / "results.json", time.monotonic() + 60 * args.minutes - GRACE
         self.found = json.loads(self.file.read_text()) if self.file.exists() else dict(steps={})
-
-    def left(self) -> float:
-        return self.end - time.monotonic()
 
     def save(self) -> None:
         text = json.dumps(self.found, indent=1)
@@ -167,8 +158,7 @@ class Session:
         files.write_text(self.out / "log.txt", "\n".join(tails))
 
     def run(self) -> None:
-        for folder in (self.out, self.work):
-            folder.mkdir(parents=True, exist_ok=True)
+        self.work.mkdir(parents=True, exist_ok=True)
         if self.args.data_root and (part := Path(self.args.data_root, "part-0.tar.xz")).exists():
             self.args.data_root = self.args.work
             if not (self.work / "tiny-imagenet-200").exists():
@@ -177,63 +167,34 @@ class Session:
                 (self.work / "part/tiny-imagenet-200").rename(self.work / "tiny-imagenet-200")
         name = torch.cuda.get_device_name() if self.args.device == "cuda" else processor()
         self.found |= dict(device=name, versions=versions(), data=self.args.data, git=git_state())
-        for step, fit in fits(plan(self.args, self.found), self.found, self.left()):
+        steps = [step for step in plan(self.args, self.found) if step.name in (self.args.only or step.name)]
+        for step, fit in fits(steps, self.found, self.end - time.monotonic()):
             print(f"{step.name:14} {step.seconds:4.0f} s{'' if fit else ': no room for it'}", flush=True)
-        for name in self.args.only or [step.name for step in plan(self.args, self.found)]:
-            if name == "learn-mae":
-                share_out(self.found, self.left())
+        for name in [step.name for step in steps]:
+            if name.startswith("learn"):
+                share_out(self.found, self.end - time.monotonic())
             step = next(step for step in plan(self.args, self.found) if step.name == name)  # by now it may know more
-            ready = not name.endswith(("mae", "cmae")) or self.ready(name)
-            if ready and any(fit for other, fit in fits([step], self.found, self.left())):
+            if self.ready(name) and (step, True) in fits([step], self.found, self.end - time.monotonic()):
                 self.do(step)
 
     def ready(self, name: str) -> bool:
         """Whether what a step builds on is there."""
-        what, method = name.split("-")
+        what, _, method = name.partition("-")
         needs = {"epochs": "data", "learn": f"epochs-{method}"}.get(what, f"learn-{method}")
-        return bool(result(self.found, needs)) and (what != "learn" or "epochs" in self.found)
+        return not method or (bool(result(self.found, needs)) and (what != "learn" or "epochs" in self.found))
 
     def do(self, step: Step) -> None:
         log, report = self.work / f"{step.name}.log", self.work / f"{step.name}.json"
         report.unlink(missing_ok=True)
-        record = dict(state="cut", seconds=0, command=step.command, result={})
-        self.found["steps"][step.name] = record
+        self.found["steps"][step.name] = record = dict(state="cut", seconds=0, command=step.command, result={})
         self.save()
         begin = time.monotonic()
         try:
-            record["state"], record["status"] = call(step.command, min(step.limit, self.left()), log, self.work)
+            record["state"] = call(step.command, min(step.limit, self.end - time.monotonic()), log, self.work)
         finally:
             record["seconds"], record["result"] = round(time.monotonic() - begin, 1), harvest(log, report)
             self.save()
         print(f"{step.name:14} {record['state']} after {record['seconds']:.0f} s", flush=True)
-
-
-def figures(found: dict) -> list[list]:
-    """What is measured, the figure, what was aimed at, and whether it is reached."""
-    rows = []
-
-    def row(what: str, value: float | None, sign: str, aim: float, unit: str) -> None:
-        if value is not None:
-            met = value >= aim if sign == "≥" else value <= aim
-            rows.append([what, f"{value:.3g}{unit}", f"{sign} {aim:g}{unit}", "yes" if met else "no"])
-
-    if said := found["steps"].get("right", {}).get("result", {}).get("said"):
-        passed = found["steps"]["right"]["state"] == "ok"
-        rows.append(["tests that use the GPU", said.split(" in ")[0], "all pass", "yes" if passed else "no"])
-    for line in [*result(found, "fast").get("rows", []), *result(found, "others").get("rows", [])]:
-        if line["name"] == "mae, compiled" and "by_hf" in line:
-            row("mae, compiled: times as fast as ViTMAE", line["by_hf"], "≥", 2, "")
-        if not line["name"].startswith("hf"):
-            row(f"{line['name']}: share of the matrix rate", line["share"], "≥", 45, " %")
-    for method, aim in (("mae", 4), ("cmae", 8)):
-        epoch = result(found, f"epochs-{method}")
-        row(f"{method}: epoch of 100,000 images, ViT-S/8", epoch.get("seconds"), "≤", aim, " s")
-        row(f"{method}: the GPU waits", epoch.get("waits"), "≤", 3, " %")
-    for name, record in found["steps"].items():
-        if name.startswith(tuple(PROBES)) and record["state"] == "ok":
-            epochs, top1 = found["epochs"][name.split("-")[1]], record["result"]["top1"]
-            rows.append([f"{name} after {epochs} epochs", f"{top1:.1f} %", "", ""])
-    return rows
 
 
 def summary(args, found: dict) -> str:
@@ -265,7 +226,7 @@ def options(argv: list[str]) -> argparse.Namespace:
     add("--data-root", metavar="DIR", help="where Tiny-ImageNet is, or its part-0.tar.xz [built-in images serve]")
     add("--work", metavar="DIR", help="where checkpoints and caches go [OUT/work]")
     add("--device", default="cuda", choices=["cuda", "cpu"], help="a CPU only for --rehearse [cuda]")
-    add("--only", nargs="+", metavar="STEP", help="these steps alone")
+    add("--only", nargs="+", choices=STEPS, metavar="STEP", help=f"of {', '.join(STEPS)} these alone")
     add("--rehearse", action="store_true", help="tiny sizes")
     add("--collect", action="store_true", help="put the results of OUT into results/gpu, and do nothing else")
     args = parser.parse_args(argv)

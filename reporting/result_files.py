@@ -44,6 +44,12 @@ def read(file: Path) -> dict:
     raise InputError(f"{file}: not a result of reproduce.py; delete it, and run its commands again")
 
 
+def result(found: dict, name: str) -> dict:
+    """What a step of reporting/gpu.py has found, if it is done."""
+    record = found["steps"].get(name, {})
+    return record["result"] if record.get("state") == "ok" else {}
+
+
 def runs_of(results: Path, name: str) -> list[dict]:
     file = results / f"{name}.json"
     return read(file)["runs"] if file.exists() else []
