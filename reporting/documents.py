@@ -194,7 +194,7 @@ def figures(found: dict) -> list[list]:
     for method, aim in (("mae", 4), ("cmae", 8)):
         epoch = result(found, f"epochs-{method}")
         row(f"{method}: epoch of 100,000 images, ViT-S/8", epoch.get("seconds"), "≤", aim, " s")
-        row(f"{method}: the GPU waits", epoch.get("waits"), "≤", 3, " %")
+        row(f"{method}: a step waits for images and draws", epoch.get("waits"), "≤", 3, " %")
     for name, record in found["steps"].items():
         if name.startswith(("knn", "linear")) and record["state"] == "ok":
             epochs, top1 = found["epochs"][name.split("-")[1]], record["result"]["top1"]

@@ -75,7 +75,7 @@ def plan(args, found: dict) -> list[Step]:
         Step("data", 30, 90, f"-c {shlex.quote(OPEN)} {args.data} {root}"),
     ]
     for method in METHODS:
-        length = f"--repeat {repeat} --epochs {3 + 60 // max(1, per_epoch)} --max-steps {2 * per_epoch + 60}"
+        length = f"--repeat {repeat} --epochs {3 + 120 // max(1, per_epoch)} --max-steps {2 * per_epoch + 120}"
         words = f"{train}{method} {length} --resume never --out {work}/epochs-{method}"
         steps.append(Step(f"epochs-{method}", 70, 120, f"-m reporting.gpu --watch {per_epoch} {words}"))
     steps.append(Step("others", 140, 280, f"{bench} cmae_loc cae conmim lcmae --json {work}/others.json"))

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 
 from common import StepRandom
 from inputs import augment, image_cache, images_in_files
+from methods import METHODS
 from reporting import HERE
 from reporting.speed import RSS_UNIT, interleave
 from reporting.step_speed import build_method, decoder_sizes
@@ -191,39 +192,37 @@ def bench_start(args, device: torch.device) -> list[dict]:
 
 
 def watch(per_epoch: int, words: list[str]) -> dict:
-    """Seconds of train.py's second epoch, per 100,000 images, and for how much of 40 steps after it the GPU waits."""
-    cuda = torch.cuda.is_available() and words[words.index("--device") + 1] != "cpu"
-    os.environ["TEARDOWN_CUPTI"] = "0"  # CUDA graphs do not survive that the profiler goes
-    kinds = torch.profiler.ProfilerActivity
-    profiler, update = torch.profiler.profile(activities=[kinds.CUDA if cuda else kinds.CPU]), Meter.update
+    """Seconds of train.py's second epoch, per 100,000 images, and for how much of a step it waits for images and draws.
+
+    The second in per cent, of 50 steps as they are beside 50 on one batch that was drawn before.
+    """
+    Method, begin = METHODS[words[words.index("--method") + 1]], 2 * per_epoch + 10
+    draw, update, marks, batch = (
+        Method.draw,
+        Meter.update,
+        dict.fromkeys((begin, begin + 50, begin + 60, begin + 110)),
+        [],
+    )
+
+    def drawn(*given):
+        if marks[begin + 50] is None:
+            batch[:] = [draw(*given)]
+        return batch[0]
 
     def watched(meter, step, *rest):
         update(meter, step, *rest)
-        if step == 2 * per_epoch + 10:
-            profiler.start()
-        elif step == 2 * per_epoch + 50:
-            profiler.stop()
+        if step in marks:
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            marks[step] = time.perf_counter()
 
-    Meter.update, sys.argv = watched, ["train.py", *words]
+    Method.draw, Meter.update, sys.argv = drawn, watched, ["train.py", *words]
     runpy.run_path(str(HERE / "train.py"), run_name="__main__")
     out = Path(words[words.index("--out") + 1])
-    profiler.export_chrome_trace(str(out / "trace.json"))
-    events = json.loads((out / "trace.json").read_text())["traceEvents"]
     log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()[1:]]
     first, last = (next(row for row in log if row["step"] >= n * per_epoch) for n in (1, 2))
     settings = json.loads((out / "config.json").read_text())["settings"]
     images = (last["step"] - first["step"]) * settings["batch_size"]
-    return dict(seconds=(last["seconds"] - first["seconds"]) * EPOCH / images, waits=waits(events))
-
-
-def waits(events: list[dict]) -> float | None:
-    """Per cent of the time from the first to the last work of the GPU in a trace in which it did none."""
-    kinds = ("kernel", "gpu_memcpy", "gpu_memset")
-    spans = sorted((e["ts"], e["ts"] + e["dur"]) for e in events if e.get("cat") in kinds)
-    if not spans:
-        return None
-    idle, busy_until = 0.0, spans[0][0]
-    for begin, end in spans:
-        idle += max(0.0, begin - busy_until)
-        busy_until = max(busy_until, end)
-    return 100 * idle / (busy_until - spans[0][0])
+    times = list(marks.values())
+    waits = 100 * (1 - (times[3] - times[2]) / (times[1] - times[0]))
+    return dict(seconds=(last["seconds"] - first["seconds"]) * EPOCH / images, waits=max(0.0, waits))
