@@ -158,7 +158,8 @@ def speed_block(results: Path) -> str:
     parts = []
     for file in gpu_files(results):
         found, link = json.loads(file.read_text()), f"../results/gpu/{file.name}"
-        parts += [f"### {found['device']}", table("what | figure | aim | reached", figures(found))]
+        about = f"{found['device']}, torch {found['versions']['torch']}, [commands and commits]({link})"
+        parts += [f"### {found['device']}", about, table("what | figure | aim | reached", figures(found))]
         for name in ("fast", "others"):
             if result(found, name):
                 parts += printed(result(found, name) | dict(git=found["git"]), link)
