@@ -97,7 +97,7 @@ def test_figures_stand_beside_their_aims_in_the_document(tmp_path):
     )
     found = done(fast=report, epochs_mae=dict(seconds=3.5, waits=4.0), knn_mae=dict(top1=20.0))
     found["steps"]["right"] = dict(state="failed", result=dict(said="1 failed, 9 passed in 3.00s"))
-    found |= dict(device="A card", git=dict(commit="0123456789"), epochs=dict(mae=7))
+    found |= dict(device="A card", versions=dict(torch="2.11"), git=dict(commit="0123456789"), epochs=dict(mae=7))
     figures = {row[0]: row[1:] for row in documents.figures(found)}
     assert figures == {
         "tests that use the GPU": ["1 failed, 9 passed", "all pass", "no"],
