@@ -29,9 +29,9 @@ import torch
 from common import SIZES
 from methods import METHODS
 from reporting import HERE
-from reporting.run_speed import bench_epoch, bench_input, bench_start
-from reporting.speed import columns, folder, processor
 from reporting.step_speed import PEERS, bench_scale, bench_step
+from reporting.timing import columns, folder, processor
+from reporting.whole_run_speed import bench_epoch, bench_input, bench_start
 from runtime import files, process
 from runtime.command_line import Parser
 from runtime.errors import InputError

@@ -19,9 +19,9 @@ from pathlib import Path
 import analyze
 from inputs import image_sets
 from reporting import HERE
+from reporting.claim_measures import MEASURES
 from reporting.documents import generated, problems
 from reporting.experiments import EPOCHS, TUNE_EPOCHS, Runner, plan
-from reporting.measures import MEASURES
 from runtime import files, process
 from runtime.errors import InputError
 from runtime.ranks import say

@@ -13,13 +13,14 @@ from methods import METHODS
 from reporting import HERE
 from reporting.experiments import CLAIMS, VARIANTS
 from reporting.result_files import BASELINES, ROWS, changed, read, result, runs_of, values
-from reporting.speed import columns
+from reporting.timing import columns
 from runtime.errors import InputError
 
 ITEM = r"\(?(?:[A-Z]\.?)?\d+(?:\.\d+)*[a-e]?(?!\w)\)?"
 LIST = rf"{ITEM}(?:(?:, | and |-| to ){ITEM})*"
 CITATION = re.compile(rf"(Eqs?\.|Tables?|Fig(?:ure|ures|\.|s\.)|Algorithm) ?({LIST})|(§)({ITEM})")
-PLACES = ["", "inputs/", "runtime/", "downstream/", "figures/", "reporting/measures"]  # other than tests and claims
+# Where equations are computed: not in tests, nor in the list of claims.
+PLACES = ["", "inputs/", "runtime/", "downstream/", "figures/", "reporting/claim_measures"]
 KINDS = {"E": "Eq. ", "T": "Table ", "F": "Figure ", "A": "Algorithm ", "§": "§"}  # by first letter
 
 

@@ -31,8 +31,8 @@ import torch
 from reporting import HERE
 from reporting.documents import figures
 from reporting.result_files import result
-from reporting.run_speed import EPOCH, watch
-from reporting.speed import processor
+from reporting.timing import processor
+from reporting.whole_run_speed import EPOCH, watch
 from runtime import files, process
 from runtime.command_line import Parser
 from runtime.errors import InputError

@@ -18,7 +18,7 @@ from functools import cache
 from pathlib import Path
 
 from reporting import HERE
-from reporting.speed import processor
+from reporting.timing import processor
 from runtime import files
 from runtime.errors import InputError
 
@@ -26,7 +26,7 @@ TABLE = ["mae", "cmae", "cmae_loc", "cae", "conmim", "lcmae"]
 BASELINES = "scratch"  # an untrained encoder, supervised training, pixels
 ROWS = [BASELINES, *TABLE]
 RENAMED = {"shapes.py": "inputs/builtin_images.py"}  # what a file that old results name is called now
-MEASURED_IN = {"reproduce.py": "reporting/measures.py"}
+MEASURED_IN = {"reproduce.py": "reporting/claim_measures.py"}
 # The list of all methods, the other image sets, and how a run starts, is logged and is saved.
 WITHOUT_NUMBERS = re.compile(r"methods\.py|inputs/builtin|runtime/(?!fast|ranks|encoders)")
 # Settings that are not the experiment's: where and how it ran, and the seed, which is beside it.

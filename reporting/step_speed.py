@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from common import SIZES, StepRandom, ViT, normalize_patches
 from methods import METHODS
-from reporting.speed import held, in_a_child, interleave
+from reporting.timing import held, in_a_child, interleave
 from runtime import fast, process
 from runtime.command_line import build_encoder, pretraining_options
 from runtime.optimization import parameter_groups

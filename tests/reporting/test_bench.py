@@ -11,7 +11,7 @@ import torch
 from torchvision.datasets.folder import default_loader
 
 import bench
-from reporting import run_speed, speed, step_speed
+from reporting import step_speed, timing, whole_run_speed
 from runtime import fast
 from runtime.errors import InputError
 
@@ -71,14 +71,14 @@ def test_the_peer_has_our_sizes_target_and_share_of_masked_patches():
 
 def test_contenders_take_turns_and_medians_are_reported(monkeypatch):
     now, order = [0.0], []
-    monkeypatch.setattr(speed.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
     costs = {"a": iter([9, 9, 1, 5, 2]), "b": iter([9, 9, 4, 4, 7])}  # the first two warm up
 
     def call(name):
         order.append(name)
         now[0] += next(costs[name])
 
-    found = speed.interleave({n: lambda n=n: call(n) for n in costs}, 3, CPU)
+    found = timing.interleave({n: lambda n=n: call(n) for n in costs}, 3, CPU)
     assert found == {"a": 2, "b": 4} and order[-6:] == ["a", "b"] * 3
 
 
@@ -105,25 +105,25 @@ def test_memory_is_measured_beyond_the_imports_and_grows_with_the_batch():
 def test_a_child_finds_in_torchs_cache_what_its_parent_has_compiled(tmp_path):
     file = tmp_path / "command.py"  # which holds torch, as bench.py does
     file.write_text("""import pickle, torch
-from reporting import speed
+from reporting import timing
 def key(threads=1):
     return pickle.dumps(torch.contiguous_format)  # a part of the key
 if __name__ == "__main__":
-    assert speed.in_a_child(key) == key()
+    assert timing.in_a_child(key) == key()
 """)
     subprocess.run([sys.executable, file], env=os.environ | {"PYTHONPATH": str(bench.HERE)}, check=True, timeout=120)
 
 
 def test_input_rows_and_the_torchvision_path(tmp_path, monkeypatch):
-    files, args = run_speed.picture_folder(tmp_path, 4, 32), parse()
+    files, args = whole_run_speed.picture_folder(tmp_path, 4, 32), parse()
     image = default_loader(files[0])
-    assert run_speed.torchvision_views(args, "mae")(image).shape == (3, 32, 32)
-    views = run_speed.torchvision_views(args, "cmae")(image)
+    assert whole_run_speed.torchvision_views(args, "mae")(image).shape == (3, 32, 32)
+    views = whole_run_speed.torchvision_views(args, "cmae")(image)
     assert [v.shape for v in views] == [(3, 32, 32)] * 2 and not torch.equal(*views)
     seconds = {True: 4.0, False: 1.0}  # of calls that go image by image, and of the others
     sort = lambda calls, *_: {k: seconds[type(calls[k]()) is list] for k in calls}  # noqa: E731
-    monkeypatch.setattr(run_speed, "interleave", sort)
-    *parts, mae, cmae = run_speed.bench_input(parse("--method mae cae --peer torchvision --cpu-time"), CPU)
+    monkeypatch.setattr(whole_run_speed, "interleave", sort)
+    *parts, mae, cmae = whole_run_speed.bench_input(parse("--method mae cae --peer torchvision --cpu-time"), CPU)
     assert [part["name"] for part in parts] == ["decode", "cache", "crop", "colour", "blur"]
     for part in parts:  # one batch, one image of it after the other at torchvision's; its cache has no peer
         assert part["images_per_second"] in (2, 2 / 4)
@@ -201,7 +201,7 @@ def test_a_machine_has_a_folder_of_its_own_and_adds_to_it(monkeypatch, tmp_path)
     monkeypatch.setattr(bench, "HERE", tmp_path)
     for model in models:
         (tmp_path / "cpuinfo").write_text(f"processor\t: 0\nmodel name\t: {model}\n")
-        monkeypatch.setattr(speed, "Path", lambda name: tmp_path / "cpuinfo")
+        monkeypatch.setattr(timing, "Path", lambda name: tmp_path / "cpuinfo")
         words = f"bench.py {TINY} --batch-size 2 --repeats 1 --precision fp32 --no-memory --device cpu --json"
         monkeypatch.setattr(sys, "argv", words.split())
         bench.main()
@@ -220,7 +220,7 @@ def test_tables_stay_within_80_columns():
                  compute_ms=123.0, all_reduce_megabytes=1234.0, all_reduce_ms=12.3, gathered_keys_megabytes=4.1,
                  memory_gib=79.0, first_limit="all-reduce")  # fmt: skip
     for one in (row, start, scale):
-        text = speed.columns([one])
+        text = timing.columns([one])
         assert max(map(len, text.splitlines())) <= 80 and "cmae_loc" in text
 
 
@@ -247,9 +247,9 @@ def test_a_peer_that_is_not_installed_is_named(monkeypatch):
 @pytest.mark.slow
 def test_start_and_epoch_run_train_py(tmp_path, monkeypatch):
     args = parse("--classes 2 --what start --precision fp32 --device cpu --repeats 2")
-    (start,) = run_speed.bench_start(args, CPU)
+    (start,) = whole_run_speed.bench_start(args, CPU)
     assert start["first_step_seconds"] > 0.5 and start["first_run_seconds"] > 0.5  # torch alone takes as long
     assert start["checkpoint_megabytes"] > 0 and start["resident_gib"] > 0.1
     args.batch_size = [-1]
     with pytest.raises(InputError, match=r"train\.py: failed \(batch size -1"):
-        run_speed.bench_epoch(args, CPU)
+        whole_run_speed.bench_epoch(args, CPU)

@@ -8,7 +8,7 @@ import time
 import pytest
 
 from methods import METHODS
-from reporting import documents, gpu, run_speed
+from reporting import documents, gpu, whole_run_speed
 from runtime.errors import InputError
 from runtime.log import Meter
 
@@ -84,7 +84,9 @@ def test_a_step_waits_as_long_as_its_draws_take(tmp_path, monkeypatch):
     monkeypatch.setattr(Meter, "update", Meter.update)
     monkeypatch.setattr(sys, "argv", sys.argv)
     words = f"--method mae --data shapes {gpu.TINY} --images 64 --batch-size 8 --epochs 18 --device cpu --no-evaluate"
-    found = run_speed.watch(8, [*words.split(), "--precision", "fp32", "--log-every", "8", "--out", str(tmp_path)])
+    found = whole_run_speed.watch(
+        8, [*words.split(), "--precision", "fp32", "--log-every", "8", "--out", str(tmp_path)]
+    )
     assert found["waits"] > 60 and found["seconds"] > 0.05 / 8 * 100_000
 
 

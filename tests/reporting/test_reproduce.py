@@ -294,7 +294,7 @@ def test_a_result_names_every_file_that_its_numbers_depend_on():
     commands = ["train.py --method mae", "evaluate.py --run RUN --protocol finetune", "reproduce.py --measure spread"]
     found = set(result_files.sources("mae", commands))
     assert found >= {"train.py", "evaluate.py", "downstream/training_loop.py", "inputs/image_sets.py"}
-    assert "reporting/measures.py" in found and not found & {"methods.py", "cmae.py", "reproduce.py"}
+    assert "reporting/claim_measures.py" in found and not found & {"methods.py", "cmae.py", "reproduce.py"}
     assert not any(name.startswith("tests/") for name in found)
 
 

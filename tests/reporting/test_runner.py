@@ -9,7 +9,7 @@ import pytest
 import evaluate
 import reproduce
 from methods import METHODS
-from reporting import HERE, experiments, measures, result_files
+from reporting import HERE, claim_measures, experiments, result_files
 from runtime.errors import InputError
 from train import options
 
@@ -37,7 +37,7 @@ def test_every_command_is_one_that_a_user_can_type(words, source, monkeypatch):
                 evaluate.task_options(args, {"method": work.method})
                 assert args.run == "RUN" and vars(args).get("seed", 3) == 3
             else:
-                assert reproduce.options(given).measure in measures.MEASURES
+                assert reproduce.options(given).measure in claim_measures.MEASURES
 
 
 def test_the_table_trains_all_methods_for_as_long_at_their_own_rates():

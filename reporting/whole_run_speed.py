@@ -18,8 +18,8 @@ from common import StepRandom
 from inputs import augment, image_cache, images_in_files
 from methods import METHODS
 from reporting import HERE
-from reporting.speed import RSS_UNIT, interleave
 from reporting.step_speed import build_method, decoder_sizes
+from reporting.timing import RSS_UNIT, interleave
 from runtime import files
 from runtime.errors import InputError
 from runtime.log import Meter

@@ -16,7 +16,7 @@ from common import MEAN, STD
 from downstream.protocols import knn
 from figures import measures as figure_measures
 from figures.study import Study
-from reporting import measures, result_files
+from reporting import claim_measures, result_files
 from runtime import files
 from runtime.command_line import build_encoder, settle
 from train import options
@@ -50,7 +50,7 @@ def study(tmp_path_factory):
 
 def test_spread_is_the_deviation_of_unit_vectors_over_images(study):
     its = study("lcmae", "--mae-weight 0 --in-weight 0 --projector-out 6")
-    found = measures.spread(its)["deviation"]
+    found = claim_measures.spread(its)["deviation"]
     run, images = its.runs[0], its.pictures(64)
     mask = run.masks(images, alike=True)
     with torch.no_grad():
@@ -65,7 +65,7 @@ def test_spread_is_the_deviation_of_unit_vectors_over_images(study):
     assert found == pytest.approx(math.sqrt(total / v.shape[1]), rel=1e-4) and found > 0.01
     torch.nn.init.zeros_(run.method.projector.weight)
     torch.nn.init.ones_(run.method.projector.bias)
-    assert measures.spread(its)["deviation"] == pytest.approx(0, abs=1e-6)
+    assert claim_measures.spread(its)["deviation"] == pytest.approx(0, abs=1e-6)
 
 
 def test_latent_error_is_of_all_pixels_decoded_without_the_regressor(study):
@@ -74,10 +74,10 @@ def test_latent_error_is_of_all_pixels_decoded_without_the_regressor(study):
     torch.nn.init.zeros_(method.predict.weight)
     torch.nn.init.constant_(method.predict.bias, 0.5)
     x = figure_measures.centred(its.pictures(64), 16).double()
-    assert measures.latents(its)["error"] == pytest.approx((x - 0.5).square().mean().item(), rel=1e-5)
+    assert claim_measures.latents(its)["error"] == pytest.approx((x - 0.5).square().mean().item(), rel=1e-5)
     for block in method.regressor:
         block.mlp.fc2.bias.data += 1e3  # what is skipped cannot matter
-    assert measures.latents(its)["error"] == pytest.approx((x - 0.5).square().mean().item(), rel=1e-5)
+    assert claim_measures.latents(its)["error"] == pytest.approx((x - 0.5).square().mean().item(), rel=1e-5)
 
 
 def test_positions_and_attention_are_the_figures_own_numbers(study):
@@ -89,19 +89,19 @@ def test_positions_and_attention_are_the_figures_own_numbers(study):
         rows = m[:, :, 1 + mask.masked[0], 1:].flatten(1).double()
         pairs = [torch.cosine_similarity(rows[i], rows[j], dim=0).item() for i in range(8) for j in range(8) if i != j]
         alike.append(sum(pairs) / len(pairs))
-    found = measures.positions(its)
+    found = claim_measures.positions(its)
     assert found == pytest.approx({"first": alike[0], "later": (alike[1] + alike[2]) / 2}, rel=1e-6)
     with torch.no_grad():
         for block in run.encoder.blocks:
             block.attn.qkv.weight.zero_()  # all attend to all alike, in a grid of 4 x 4 patches of 4 pixels
     places = [(i // 4, i % 4) for i in range(16)]
     mean = sum(4 * math.dist(a, b) for a in places for b in places) / 256
-    assert measures.attention(its)["distance"] == pytest.approx(mean, rel=1e-5)
+    assert claim_measures.attention(its)["distance"] == pytest.approx(mean, rel=1e-5)
 
 
 def test_pixels_and_classes_measure_the_set_not_a_random_one(study):
     its = study("mae")
-    found = measures.pixels(its)
+    found = claim_measures.pixels(its)
     assert set(found) == {"knn", "linear"} and all(0 <= x <= 100 for x in found.values())
     x = []
     for half in (its.train, its.val):  # 16 pixels a side: each colour is the mean of four, normalised
@@ -111,7 +111,7 @@ def test_pixels_and_classes_measure_the_set_not_a_random_one(study):
         x.append(((sum(four) / 4 - mean) / std).flatten(1).float())
     expected = knn(x[0], its.train.labels, x[1], its.val.labels, 2)
     assert found["knn"] == expected["top1"]
-    distances = measures.classes(its)
+    distances = claim_measures.classes(its)
     images, labels = its.labelled(500, 50)
     direct = figure_measures.class_distances(figure_measures.features(its.runs[0].encoder, images), labels)
     assert distances["intra_std"] == pytest.approx(direct["intra_std"].mean().item())
