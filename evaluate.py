@@ -21,7 +21,7 @@ from downstream import recipes
 from downstream.protocols import PROTOCOLS, Task, evaluate
 from inputs import image_sets
 from runtime import files, process
-from runtime.command_line import OPTIONS, Help, Parser, add_option, field_comments
+from runtime.command_line import OPTIONS, Help, Parser, add_option, field_comments, seed
 from runtime.encoders import TARGETS, load_encoder, untrained, write_export
 from runtime.errors import InputError
 from runtime.ranks import rank, world_size
@@ -52,7 +52,7 @@ def options() -> argparse.Namespace:
     group.add_argument("--paper", action="store_true", default=unset, help="the papers' linear probe, by LARS")
     group.add_argument("--blocks", type=int, metavar="K", help=f"last blocks that partial trains [{Task.blocks}]")
     group.add_argument("--recipe", metavar="NAME", help=", ".join(recipes.RECIPES))
-    group.add_argument("--seed", type=int, metavar="N", help=f"of everything random [{Task.seed}]")
+    group.add_argument("--seed", type=seed, metavar="N", help=f"of everything random [{Task.seed}]")
     group.add_argument("--seeds", type=int, metavar="N", help=f"trainings, for mean and deviation [{Task.seeds}]")
     group.add_argument("--accumulate", type=int, metavar="N", help=f"parts of a step, for memory [{Task.accumulate}]")
     group.add_argument("--resume", choices=["auto", "never"], help="continue what is in the run's directory [auto]")

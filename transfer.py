@@ -27,7 +27,7 @@ from common import pair
 from downstream.dense_prediction import Detector, Features, Instances, Reader, Segmenter, Segments, fine_tune, measure
 from inputs import builtin_scenes
 from runtime import encoders, files, process
-from runtime.command_line import Help, Parser, fastest
+from runtime.command_line import Help, Parser, fastest, seed
 from runtime.errors import InputError
 
 
@@ -46,7 +46,7 @@ def options() -> argparse.Namespace:
     add("--batch-size", type=int, default=16, metavar="B", help="images per step")
     add("--lr", type=float, default=5e-4, metavar="RATE", help="peak learning rate")
     add("--jitter", type=float, nargs=2, default=(0.5, 2.0), metavar="X", help="of the scale, in training")
-    add("--seed", type=int, default=0, metavar="N", help="of everything random")
+    add("--seed", type=seed, default=0, metavar="N", help="of everything random")
     add("--workers", type=int, metavar="N", help="processes that read; if not given, 8 for a GPU, none otherwise")
     add("--device", default="auto", choices=["auto", "cpu", "cuda"], metavar="NAME", help="auto, cpu, cuda")
     add("--precision", default="auto", choices=["auto", "fp32", "bf16"], metavar="NAME", help="auto, fp32, bf16")

@@ -23,6 +23,14 @@ from runtime import fast, process
 from runtime.errors import InputError
 from runtime.ranks import rank, world_size
 
+
+def seed(word: str) -> int:
+    """What `--seed` takes. torch begins alike with seeds of the same last 32 bits, so that larger ones share streams."""
+    if not 0 <= int(word) < 2**32:
+        raise argparse.ArgumentTypeError(f"{word}: must be from 0 to {2**32 - 1}")
+    return int(word)
+
+
 # Group → its options: name, default, kind, metavar, help. A kind is a type, or the list of words to choose from. Of
 # bool, the metavar "switch" means a flag that can only be given, else there is a --no- form beside it.
 OPTIONS = {
@@ -68,7 +76,7 @@ OPTIONS = {
         ("precision", "auto", ["auto", "fp32", "bf16", "fp16"], "NAME", "auto, fp32 (without TF32), bf16, fp16"),
         ("compile", None, bool, None, "torch.compile the method; on CUDA by default"),
         ("workers", None, int, "N", "processes that decode a set too large to hold"),
-        ("seed", 0, int, "N", "of everything random"),
+        ("seed", 0, seed, "N", "of everything random"),
         ("deterministic", False, bool, "switch", "make CUDA repeat itself bit by bit, more slowly"),
     ],
     "run directory": [

@@ -74,6 +74,12 @@ def command(main) -> None:
         time.sleep(int(os.environ.get("RANK", 0)) > 0)
         print(error, file=sys.stderr, flush=True)
         status = 2
+    except RuntimeError as error:
+        if not any(word in str(error) for word in ("by peer", "Broken pipe")):  # gloo's, when another rank is gone
+            raise
+        time.sleep(1)  # in which torchrun ends this rank, if the other one has failed, and its own words stand alone
+        print("another rank has ended; what it said, or torchrun says of it, tells why", file=sys.stderr, flush=True)
+        status = 1
     except KeyboardInterrupt:
         status = 130
     else:

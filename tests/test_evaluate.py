@@ -103,6 +103,7 @@ IDLE = {
     "--blocks 3: the encoder has 2; give 0": "partial --blocks 3",
     "epochs 0: must be 1 or more": "finetune --epochs 0",
     "--seeds 0: must be at least 1": "finetune --seeds 0",
+    "--seed: 4294967296: must be from 0 to 4294967295": "finetune --seed 4294967296",
     "--batch-size 0: must be at least 1": "knn --batch-size 0",
     "--features 'max': unknown; choose one of mean, cls": "knn --features max",
     "recipe 'deit': unknown; choose one of mae": "finetune --recipe deit",

@@ -374,6 +374,8 @@ def test_wrong_options_get_one_line_and_status_2(train, tmp_path):
     (["--images", "81"], ["cannot take 81 of its images; give 1 to 80"]),
     (["--images", "1", "--repeat", "15"], ["batch size 16", "15 images", "--repeat"]),
     (["--repeat", "0"], ["repeat 0"]),
+    (["--seed", "4294967296"], ["--seed: 4294967296: must be from 0 to 4294967295"]),  # would begin as seed 0
+    (["--seed", "-1"], ["--seed: -1: must be from 0 to 4294967295"]),
     (["--resume", "nowhere.pt"], ["nowhere.pt", "no such"]),
 ])  # fmt: skip
 def test_bad_input_is_refused(photos, environment, tmp_path, monkeypatch, capsys, flags, words):

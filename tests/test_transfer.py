@@ -115,6 +115,7 @@ REFUSED = {
     "none given": ((), None),
     "coco: not for": ((*SEGMENT, "--format", "coco"), None),
     "must be at least 1": ((*SEGMENT, "--epochs", 0), None),
+    "from 0 to 4294967295": ((*SEGMENT, "--seed", 2**32), None),
     "jitter 2 1": ((*SEGMENT, "--jitter", 2, 1), None),
     "not divisible by patch size": ((*SEGMENT, "--image-size", 30), None),
     "give a multiple of 32": ((*DETECT, "--image-size", 40), None),

@@ -5,6 +5,7 @@ import signal
 from types import SimpleNamespace
 
 import pytest
+import torch
 from forked import Program
 from test_train import (  # noqa: F401  (`photos` and `environment` are fixtures)
     OWN,
@@ -90,6 +91,58 @@ def test_a_run_left_in_any_state_is_continued_and_ends_with_the_same_bits(start,
         assert not (tmp_path / "run/summary.json").exists(), place
         assert_fine(start(*words, **flags))
         assert_same_bits(results(), whole)
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_a_run_left_by_one_process_is_continued_by_two_and_by_two_by_one(start, tmp_path, n):
+    """It ends nearly alike, as rounding differs; the walk of all states above costs too much to be taken twice."""
+    place = tmp_path / "run"
+
+    def results():
+        losses = [row["loss"] for row in log(place)[1:]]
+        return losses, [files.load(folder / "encoder.pt")["state_dict"] for folder in (place, place / "dvae")]
+
+    words = "--epochs 2 --max-steps 7 --tokenizer-epochs 1 --lr 1e-4 --drop-path 0 --log-every 1 --evaluate".split()
+    assert_fine(start(*words, method="cae", n=n))
+    losses, encoders = results()
+    for state_left in ("between tokenizer and method", "before the encoder is saved"):
+        os.rename(place, tmp_path / f"before {state_left}")
+        killed = start(*words, method="cae", n=n, before=DIE + PLACES[state_left])
+        assert -signal.SIGKILL in killed.wait(), killed.stderr
+        assert ("continuing" in assert_fine(start(*words, method="cae", n=3 - n))) and (place / "summary.json").exists()
+        theirs = results()
+        assert theirs[0] == pytest.approx(losses, rel=3e-3)
+        for one, two in zip(encoders, theirs[1], strict=True):
+            for name in one:
+                torch.testing.assert_close(two[name], one[name], atol=1e-4, rtol=1e-4)
+
+
+# What befalls one of two ranks alone: what it does in its first save, and its exit status.
+FATES = {
+    "full disk": ("import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (8_000, resource.RLIM_INFINITY))", 0, 2),
+    "rank 0 killed": ("os.kill(os.getpid(), signal.SIGKILL)", 0, -signal.SIGKILL),
+    "rank 1 killed": ("os.kill(os.getpid(), signal.SIGKILL)", 1, -signal.SIGKILL),
+}
+
+
+@pytest.mark.parametrize("fate", FATES)
+def test_a_rank_that_is_left_alone_ends_soon_with_one_line(start, tmp_path, fate):
+    """No traceback may bury what the first one says. The same command then ends the run."""
+    what, who, status = FATES[fate]
+    script = f"""
+plain = train.Run.save
+def save(self, step):
+    if os.environ["RANK"] == "{who}":
+        {what}
+    plain(self, step)
+train.Run.save = save
+"""
+    program = start("--epochs", 2, n=2, before=script)
+    found = program.wait(30)
+    assert found[who] == status and found[1 - who] == 1 and "Traceback" not in program.stderr, program.stderr
+    assert program.stderr.count("another rank has ended; what it said, or torchrun says of it, tells why") == 1
+    assert program.stderr.count("checkpoint.pt: cannot be written (File too large)") == (fate == "full disk")
+    assert_fine(start("--epochs", 2, n=2))
 
 
 def test_a_finished_run_of_two_processes_says_so_again(start, tmp_path):
