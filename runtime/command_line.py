@@ -25,7 +25,7 @@ from runtime.ranks import rank, world_size
 
 
 def seed(word: str) -> int:
-    """What `--seed` takes. torch begins alike with seeds of the same last 32 bits, so that larger ones share streams."""
+    """What `--seed` takes. torch tells seeds apart by their last 32 bits, so that larger ones would share streams."""
     if not 0 <= int(word) < 2**32:
         raise argparse.ArgumentTypeError(f"{word}: must be from 0 to {2**32 - 1}")
     return int(word)
