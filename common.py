@@ -1,4 +1,4 @@
-"""What all methods share: patches and targets, masks, a tiny ViT, heads, contrast, the teacher's EMA, a schedule.
+"""What all methods share: patches and targets, masks, a plain ViT, heads, contrast, the teacher's EMA, a schedule.
 
 Shapes, here and in every method file:
 
@@ -44,7 +44,7 @@ def patchify(images: Tensor, p: int) -> Tensor:
     B, C, H, W = images.shape
     if H % p or W % p:
         raise InputError(f"image size {H}x{W} is not divisible by patch size {p}")
-    rows = images.permute(0, 2, 3, 1).reshape(B, H // p, p, W // p, p * C)  # so that whole rows are moved
+    rows = images.permute(0, 2, 3, 1).reshape(B, H // p, p, W // p, p * C)  # in this order whole rows are copied
     return rows.transpose(2, 3).reshape(B, (H // p) * (W // p), p * p * C)
 
 
@@ -58,12 +58,12 @@ def unpatchify(patches: Tensor, p: int, grid: tuple[int, int]) -> Tensor:
 def normalize_patches(patches: Tensor, eps: float = 1e-6) -> Tensor:
     """MAE's per-patch normalised target, t̂ = (t - mean) / √(var + eps); the variance divides by P-1, as torch's."""
     P = patches.shape[-1]
-    unbiased = (P - 1) / P  # layer norm's variance divides by P; it takes an eighth of var_mean's time
+    unbiased = (P - 1) / P  # layer norm's variance divides by P; it is eight times as fast as var_mean
     return F.layer_norm(written(patches.float()), (P,), eps=eps * unbiased) * math.sqrt(unbiased)
 
 
 def reconstruction_loss(predicted: Tensor, target: Tensor) -> Tensor:
-    """Mean squared error over the masked patches, both (B, M, P): MAE's loss and Eq. (5) of CMAE."""
+    """Mean squared error over the masked patches, both (B, M, P): MAE's loss, Eq. (5) of CMAE, Eq. (1) of LC-MAE."""
     # CMAE divides by the number of masked patches and leaves the mean over a patch's values unsaid.
     return F.mse_loss(predicted.float(), target.float())
 
@@ -121,9 +121,9 @@ def random_mask(rng: StepRandom, grid: tuple[int, int], ratio: float, cell: int 
 def block_mask(rng: StepRandom, grid: tuple[int, int], count: int, smallest: int = 16, tries: int = 10) -> Mask:
     """BEiT's block-wise mask, continued as in CAE until exactly `count` patches of every image are hidden.
 
-    A block's area is uniform between `smallest` and the number of patches that are missing, whichever is larger, and
-    its aspect ratio log-uniform in [0.3, 1/0.3]. One that spans the grid, hides nothing new or more than is missing is
-    drawn again. After `tries` failures in a row an image's smallest area is halved, so that any grid can be filled.
+    A block's area is uniform between `smallest` and the number of patches that are missing, the larger of which may be
+    either, and its aspect ratio log-uniform in [0.3, 1/0.3]. One as high or as wide as the grid, or that hides nothing
+    new or more than is missing, is drawn again. After `tries` failures in a row an image's smallest area is halved.
     """
     if not 0 < count < math.prod(grid):
         raise InputError(f"{count} masked patches of {math.prod(grid)} leave nothing visible or nothing masked")
@@ -304,8 +304,8 @@ class ViT(nn.Module):
     """A plain Vision Transformer with timm's parameter names: class token, fixed positions, final norm.
 
     `stem` is "linear" (a ViT) or "conv" (CMAE*). `drop_path` grows linearly over the blocks from 0 to its value.
-    `positions` are "sincos", or "relative": none on the tokens, but one learned table, shared by all blocks, of what an
-    offset between two patches adds to the attention of each head (BEiT's, as in ConMIM's code).
+    `positions` are "sincos", or "relative": tokens get none, and a learned table that all blocks share adds to the
+    attention of each head a number for every offset between two patches (BEiT's, as in ConMIM's code).
     """
 
     def __init__(
@@ -351,7 +351,7 @@ class ViT(nn.Module):
         if visible is not None:
             tokens = F.pad(visible + 1, (1, 0))  # (B, 1 + V), the class token is token 0
             places = self.relative_places[tokens[:, :, None], tokens[:, None, :]]
-        return self.relative_table[places].permute(0, 3, 1, 2).contiguous()  # fast kernels want it so
+        return self.relative_table[places].permute(0, 3, 1, 2).contiguous()  # as fused attention needs it
 
     def encode(self, tokens: Tensor, norm: bool = True, visible: Tensor | None = None) -> Tensor:
         """(B, T, D) embedded patches → (B, 1 + T, D): the class token first, then the patches in their order.
@@ -435,7 +435,7 @@ def info_nce(queries: Tensor, keys: Tensor, tau: float) -> Tensor:
         queries = F.normalize(queries.float(), dim=-1)
         keys = gather_over_ranks(F.normalize(keys.float(), dim=-1))
         if len(keys) == 1:
-            raise InputError("one image at a time: has no others to be contrasted with; give a larger --batch-size")
+            raise InputError("one image at a time: a batch of one has no negatives; give a larger --batch-size")
         positives = torch.arange(len(queries), device=queries.device) + rank() * len(queries)
         return F.cross_entropy(queries @ keys.T / tau, positives)
 

@@ -1,30 +1,33 @@
 """LC-MAE: masked autoencoders from a local contrastive perspective (Yue et al., arXiv 2310.01994v2).
 
-In a sentence: one masked autoencoder sees an image under two masks, and what its loss implies is demanded openly: equal
-outputs for a patch hidden in both (L_cross), and outputs as alike as the patches they stand for (L_in).
+In a sentence: one masked autoencoder sees an image under two masks, and two properties that MAE's loss only implies
+(its derivation in §3.2, which no line computes) become losses of their own: equal outputs for a patch that is hidden in
+both views (L_cross), and outputs as alike as the patches that they stand for (L_in).
 
     x ─┬─ m_1 ─ MAE ─ h ─ projector ─ v ─┬─ L_in       h against the pixels: L_MAE
        └─ m_2 ─ MAE ─ h ─ projector ─ v ─┴─ L_cross    one MAE, one projector, gradient through both views
 
-Changes from mae.py: the second mask, the projector, L_cross, L_in, two small decoders.
+L_MAE and L_in are taken of each view.
+
+Changes from mae.py: the second mask, the projector, L_cross, L_in, two other decoders (Table 2).
 
     question           | paper (no code)           | here (flag)
     ------------------ | ------------------------- | ------------------------------------------------------------------
-    h                  | compared with x_i (Eq. 1) | the predicted pixels (--project tokens: the last tokens)
+    h                  | near x_i (1); also tokens | the predicted pixels (--project tokens: what they are made of)
     target of L_MAE    | output l2-normalised      | patches standardised, as in MAE's code
-    Eq. (1)            | a sum, "as MAE"           | mean over patches and values, then over the views
+    Eq. (1)            | a sum, "MSE", as in MAE   | mean over patches and values, then over the views
     Eq. (5)            | a sum                     | mean over patches masked in both views (none: 0), then over images
-    Eq. (6)            | a sum                     | mean over ordered pairs i ≠ j, then over the views
-    rows (b), (d), (f) | not said                  | one view: half the masked views of the others, a confound
+    Eq. (6)            | a sum, "mean" in the text | mean over ordered pairs i ≠ j, then over the views
+    rows (b), (d), (f) | not said                  | one view, so the model sees half as many masked images
     x in Eq. (6)       | "original image patches"  | as the encoder gets them: standardised per channel alone
-    6e-4, 2 blocks     | of LC-MAE (§5, §3.3)      | of all of Table 1, though row (b) is called "the original MAE"
-    Gaussian decoder   | 5 x 5, σ = 1, then an MLP | normalised in the image; only the MLP has a residual
+    6e-4, 2 blocks     | for LC-MAE (§5, §3.3)     | for each row of Table 1, (b) too, which may be MAE's own run (82.9)
+    Gaussian decoder   | 5 x 5, σ = 1, then an MLP | weights add to 1 at the border too; only the MLP has a residual
     conv decoder       | kernel 5                  | zeros beyond the border; no residual, no MLP
-    both (Table 2)     | not said                  | in place of MAE's blocks, on all patches, without class token
-    Table A.1          | one image, after Asano    | the first of --data; epochs of ImageNet's 1,281,167 crops
+    these two decoders | not said                  | in place of MAE's blocks, on all patches, without class token
+    Table A.1          | one image ([1], [19])     | the first of --data; an epoch is 1,281,167 crops; 1 of warm-up
 
-Rows of Table 1 are weights of 0 and 1; weights (1, 0, 0), row (b), are mae.py to the bit. The other tables are of MAE,
-at 1.5e-4 and batch 1024 (§5), with 8 decoder blocks (Figure 4):
+Rows of Table 1 are weights of 0 and 1; (1, 0, 0), row (b), gives exactly mae.py's losses with the same flags. The
+other tables are of MAE, at 1.5e-4 and batch 1024 (§5), with 8 decoder blocks (Figure 4):
       Table 2      --cross-weight 0 --in-weight 0 --lr 6e-4 --decoder-depth 8 (then --decoder average, --decoder conv)
       Table 3      --method autoencoder --block 16 (then 48, 80, 112)
       Table A.1    --method mae --batch-size 1024 --images 1 --repeat 1281167 --epochs 5 --warmup-epochs 1
@@ -32,8 +35,9 @@ The analyses of attention and features (Eq. 7 and 8, Figures 2 to 6) are in figu
 
     python train.py --method lcmae           torchrun --nproc_per_node=8 train.py --method lcmae --data tiny-imagenet
 
-Measured on the built-in images: L_cross alone (c) collapses, (d) and (g) do not, (e) is still falling. The deviation of
-v over images is .0010 with (c), .569 with (d), .055 with (e), .284 with (g), .200 untrained (1: random directions).
+Measured on the built-in images: L_cross alone (c) collapses, (d) and (g) do not; in (e) the deviation of v over images
+still falls when the run ends: .0010 with (c), .569 with (d), .055 with (e), .284 with (g), .200 untrained (1: random
+directions). L_MAE acts on h, so that in (e) v may lose what h keeps, and the paper's claim of (e) is about more than v.
 Ten classes of Tiny-ImageNet: in docs/results.md; the paper's settings: not run.
 """
 
@@ -60,8 +64,8 @@ class Config:
     cross_weight: Weight = 1.0  # of L_cross, Eq. (5); 0 leaves it and the second view out (Table 1)
     in_weight: Weight = 1.0  # of L_in, Eq. (6); 0 leaves it out (Table 1)
     projector_out: Size = 1024  # dimensions of v (§5)
-    project: Literal["pixels", "tokens"] = "pixels"  # what the projector reads: h of Eq. (1), or the last tokens
-    decoder: Literal["transformer", "average", "conv"] = "transformer"  # or a Gaussian and an MLP, or 5 x 5 (Table 2)
+    project: Literal["pixels", "tokens"] = "pixels"  # what the projector reads: h of Eq. (1), or the decoder's tokens
+    decoder: Literal["transformer", "average", "conv"] = "transformer"  # or Gaussian and MLP, or convolution
     decoder_width: Size = 512  # as in MAE, of any decoder
     decoder_depth: Count = 2  # blocks of the transformer decoder: 2 for LC-MAE (§3.3), 8 in MAE
     decoder_heads: Size = 16  # of the transformer decoder, as in MAE
@@ -71,7 +75,7 @@ class Config:
 
 
 RECIPES = {
-    # §5 (epochs: §3.3), on ImageNet-1K with ViT-B/16; what it leaves open is MAE's.
+    # §5 (epochs: §3.3), on ImageNet-1K with ViT-B/16; settings that the paper does not give are MAE's.
     "paper": mae.RECIPES["paper"] | dict(epochs=100, warmup_epochs=20, batch_size=1024, base_lr=6e-4),
     # The projector as much wider than a patch's pixels as in the paper: 256 / 192 = 1024 / 768.
     "tiny": mae.RECIPES["tiny"] | dict(base_lr=6e-4, decoder_depth=2, projector_out=256),
@@ -115,7 +119,7 @@ class LCMAE(nn.Module):
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         c, p = self.config, self.encoder.patch_size
-        images, mask = both_views(batch) if c.cross_weight else (batch.images, batch.mask)  # B is now views · B
+        images, mask = both_views(batch) if c.cross_weight else (batch.images, batch.mask)  # 2 · B rows with L_cross
         tokens, h = self.decode(images, mask)  # h(x, m): (B, M, P)
         losses = {}
         if c.mae_weight:  # Eq. (1)

@@ -442,7 +442,7 @@ def test_picture_has_the_target_view_as_its_last_row():
 
 def test_one_image_cannot_be_contrasted():
     model = small()
-    with pytest.raises(InputError, match="one image at a time: has no others"):
+    with pytest.raises(InputError, match="one image at a time: a batch of one has no negatives"):
         model(model.draw(images_for(1), torch.arange(1), StepRandom(0, 0, 1)))
     assert small(contrast="byol")(model.draw(images_for(1), torch.arange(1), StepRandom(0, 0, 1)))["loss"].isfinite()
 
