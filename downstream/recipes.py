@@ -147,27 +147,85 @@ def single_boxes(rng: StepRandom, sizes, scale, ratio=(3 / 4, 4 / 3)) -> Tensor:
     return torch.cat([(draw[:, 2:] * (sides - box + 1)).floor(), box], dim=1).long()
 
 
-DRAWS = 64  # of RandAugment in a step
+def moved(images: Tensor, matrix: list[list]) -> Tensor:
+    """(n, 3, S, S), where pixel (x, y) comes from `matrix` · (x, y, 1); outside the image lies ImageNet's mean.
+
+    Coordinates run from -1 to 1. Entries are numbers or (n, 1, 1, 1). Bicubic: torch's cubic has a = -3/4, PIL's -1.
+    """
+    line = (torch.arange(images.shape[2], device=images.device) * 2 + 1) / images.shape[2] - 1
+    y, x = line[:, None, None], line[None, :, None]
+    grid = torch.cat([(a * x + b * y + c).expand(len(images), *images.shape[2:], 1) for a, b, c in matrix], dim=3)
+    inside = ((grid >= -1) & (grid < 1)).all(dim=3)[:, None]
+    found = F.grid_sample(images, grid, mode="bicubic", padding_mode="border", align_corners=False).clamp_(0, 1)
+    return torch.where(inside, found, upload(torch.tensor(augment.MEAN), images.device)[:, None, None])
+
+
+def by_torchvision(name: str):
+    """An operation of torchvision, which is imported late: it brings the compiler along, two seconds at the start."""
+
+    def change(images: Tensor, *parameters) -> Tensor:
+        from torchvision.transforms.v2 import functional
+
+        return getattr(functional, name)(images, *parameters)
+
+    return change
+
+
+def grey(images: Tensor) -> Tensor:
+    return (images * 255).round()
+
+
+def factor(m: Tensor, sign: Tensor) -> Tensor:
+    return 1 + 0.9 * sign * m
+
+
+def posterize(x: Tensor, m: Tensor, sign: Tensor) -> Tensor:
+    step = 2 ** (4 + (4 * m).floor())  # keeps 4 bits at m = 0, one at .9, none at 1 (new versions of PIL refuse that)
+    return (grey(x) / step).floor() * step / 255
+
+
+def rotate(x: Tensor, m: Tensor, sign: Tensor) -> Tensor:
+    angle = sign * m * math.radians(30)
+    return moved(x, [[angle.cos(), -angle.sin(), 0], [angle.sin(), angle.cos(), 0]])
+
+
+# timm's operations whose strength increases with m in [0, 1], for images (n, 3, S, S); m and sign are (n, 1, 1, 1).
+OPERATIONS = dict(
+    AutoContrast=lambda x, m, sign: by_torchvision("autocontrast")(x),
+    Equalize=lambda x, m, sign: by_torchvision("equalize")(x),
+    Invert=lambda x, m, sign: 1 - x,
+    Rotate=rotate,
+    PosterizeIncreasing=posterize,
+    SolarizeIncreasing=lambda x, m, sign: torch.where(grey(x) < 256 - (256 * m).floor(), x, 1 - x),
+    SolarizeAdd=lambda x, m, sign: torch.where(grey(x) < 128, x + (110 * m).floor() / 255, x),
+    ColorIncreasing=lambda x, m, sign: augment.ADJUST[2](x, factor(m, sign)),
+    ContrastIncreasing=lambda x, m, sign: augment.ADJUST[1](x, factor(m, sign)),
+    BrightnessIncreasing=lambda x, m, sign: augment.ADJUST[0](x, factor(m, sign)),
+    SharpnessIncreasing=lambda x, m, sign: augment.blend(x, by_torchvision("adjust_sharpness")(x, 0), factor(m, sign)),
+    ShearX=lambda x, m, sign: moved(x, [[1, 0.3 * sign * m, 0.3 * sign * m], [0, 1, 0]]),
+    ShearY=lambda x, m, sign: moved(x, [[1, 0, 0], [0.3 * sign * m, 1, 0.3 * sign * m]]),
+    TranslateXRel=lambda x, m, sign: moved(x, [[1, 0, 0.9 * sign * m], [0, 1, 0]]),  # .45 of the side, which is 2
+    TranslateYRel=lambda x, m, sign: moved(x, [[1, 0, 0], [0, 1, 0.9 * sign * m]]),
+)
 
 
 def rand_augment(images: Tensor, rng: StepRandom, strength: int) -> Tensor:
-    """timm's rand-m9-inc1 by torchvision: two operations, each with a chance of 1/2, `strength` tenths of their range.
+    """timm's rand-m9-mstd0.5-inc1, as MAE's code asks for it: two operations, each with a chance of 1/2.
 
-    (B, 3, H, W) in [0, 1]. torchvision's own default, 9 of 30, would be a third as strong. It draws once for all that
-    it is given, so each image takes one of DRAWS draws of the step, wherever it lies. timm's noise on the strength and
-    its Invert and SolarizeAdd are left out; Identity is torchvision's.
+    (B, 3, S, S) in [0, 1]. Each image draws its own operations, signs and strengths; a strength is normal around
+    `strength` tenths of the operation's range, with a standard deviation of half a tenth. timm's rounds to grey levels.
     """
-    from torchvision.transforms import InterpolationMode, v2  # brings the compiler along: two seconds at the start
-
-    one = v2.RandAugment(1, strength, 11, InterpolationMode.BILINEAR, fill=list(augment.MEAN))
-    change = v2.Compose([v2.RandomApply([one], p=0.5) for _ in range(2)])
-    seeds, choice = rng.generator.integers(0, 2**31, DRAWS).tolist(), augment.on_host(rng).integers(0, DRAWS)
-    images = images.clone()
-    with torch.random.fork_rng(devices=[]):
-        for k in choice.unique().tolist():
-            torch.default_generator.manual_seed(seeds[k])
-            chosen = (choice == k).nonzero()[:, 0].to(images.device, non_blocking=True)
-            images[chosen] = change(images[chosen])
+    rng = augment.on_host(rng)
+    kinds, applied = rng.integers(0, len(OPERATIONS), 2), rng.uniform(2) < 0.5
+    m = (strength + 0.5 * torch.special.ndtri(rng.uniform(2))).clamp(0, 10) / 10
+    sign = 1.0 - 2 * (rng.uniform(2) < 0.5)
+    parameters, images = upload(torch.stack([m, sign])[..., None, None, None], images.device), images.clone()
+    for place in range(2):
+        for kind, change in enumerate(OPERATIONS.values()):
+            chosen = ((kinds[:, place] == kind) & applied[:, place]).nonzero()[:, 0]
+            if len(chosen):
+                rows = upload(chosen, images.device)
+                images[rows] = change(images[rows], *parameters[:, rows, place])
     return images
 
 

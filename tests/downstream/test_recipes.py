@@ -1,6 +1,7 @@
 """The recipes are the papers' tables, and what they do to images is what plain loops do, image by image."""
 
 import math
+import statistics
 from dataclasses import replace
 
 import numpy as np
@@ -8,7 +9,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from small import CALM, CPU, RICH, Images, classifier_of
+from timm.data import auto_augment
 from torch import nn
 from torchvision.transforms import v2
 
@@ -159,35 +162,52 @@ def test_an_erased_box_has_its_shape_and_share_and_noise_of_one_sheet():
     assert abs(sheet.mean()) < 0.1 and abs(sheet.std() - 1) < 0.1 and not torch.equal(sheet[0], sheet[1])
 
 
-def test_randaugment_is_two_operations_at_nine_tenths(monkeypatch):
-    """One draw for all images; its operation and sign from torch's generator, its strength by arithmetic."""
-    monkeypatch.setattr(recipes, "DRAWS", 1)
-    space, images, compared = list(v2.RandAugment._AUGMENTATION_SPACE), torch.rand(2, 3, 8, 8), set()
-    gray = 0.2989 * images[:, 0] + 0.587 * images[:, 1] + 0.114 * images[:, 2]
-    for seed in range(150):
-        found = recipes.rand_augment(images, StepRandom(seed, 0, 2), 9)
-        torch.manual_seed(int(np.random.default_rng((seed, 0)).integers(0, 2**31, 1)[0]))
-        expected = images
-        for _ in range(2):
-            if torch.rand(1) >= 0.5:
-                continue
-            kind = space[int(torch.randint(len(space), ()))]
-            sign = -1 if kind in ("Brightness", "Color") and torch.rand(()) <= 0.5 else 1
-            known = {
-                "Brightness": lambda x, s=sign: (x * (1 + 0.81 * s)).clamp(0, 1),
-                "Color": lambda x, s=sign: (gray[:, None] + (1 + 0.81 * s) * (x - gray[:, None])).clamp(0, 1),
-                "Solarize": lambda x: torch.where(x >= 0.1, 1 - x, x),
-                "Posterize": lambda x: (x * 16).floor() / 16,  # 8 - round(.9 · 4) = 4 bits
-                "Identity": lambda x: x.clone(),
-            }
-            if expected is not images or kind not in known:
-                expected = None
-                break
-            expected, kinds = known[kind](images), kind
-        if expected is not None and expected is not images:
-            torch.testing.assert_close(found, expected, rtol=0, atol=1e-3)
-            compared.add(kinds)
-    assert compared == {"Brightness", "Color", "Solarize", "Posterize", "Identity"}
+def _smooth(n=4, size=32):
+    """Images of whole grey levels between which every cubic interpolates alike."""
+    y, x = torch.meshgrid(torch.arange(size), torch.arange(size), indexing="ij")
+    waves = [torch.stack([(x * a + y * b) / 12 + c + i for a, b, c in ((1, 1, 0), (1, -1, 2), (0.5, 2, 4))])
+             for i in range(n)]  # fmt: skip
+    return ((torch.stack(waves).sin() * 0.45 + 0.5) * 255).round() / 255
+
+
+@pytest.mark.parametrize("name", recipes.OPERATIONS)
+def test_randaugments_operations_are_timms(name, monkeypatch):
+    """Within rounding to grey levels; geometry on smooth images, apart from the pixels on the border of the fill."""
+    assert list(recipes.OPERATIONS) == auto_augment.rand_augment_choices("", increasing=True)
+    images, (signs, strengths) = _smooth(), ([1, -1, 1, -1], [0.9, 0.87, 0.3, 0.99])
+    m, sign = (torch.tensor(x).float()[:, None, None, None] for x in (strengths, signs))
+    found = recipes.OPERATIONS[name](images, m, sign)
+    fill = tuple(round(255 * x) for x in augment.MEAN)
+    for image, mine, s, level in zip(images, found, signs, m.flatten().tolist(), strict=True):
+        monkeypatch.setattr(auto_augment, "_randomly_negate", lambda v, s=s: s * v)
+        strength = auto_augment.LEVEL_TO_ARG[name]
+        arguments = strength(10 * level, {}) if strength else ()
+        picture = auto_augment.NAME_TO_OP[name](
+            v2.functional.to_pil_image(image), *arguments, fillcolor=fill, resample=Image.Resampling.BICUBIC
+        )
+        off = (255 * mine - torch.tensor(np.array(picture)).permute(2, 0, 1)).abs().amax(dim=0)
+        assert (off > 2.5).float().mean() < (0.03 if name[:5] in ("Rotat", "Shear", "Trans") else 1e-9), (level, off)
+
+
+def test_randaugment_draws_two_operations_strengths_and_signs_for_each_image():
+    """A plain loop over the images, with the generator's draws in their order."""
+    images = _smooth(60)
+    found = recipes.rand_augment(images, StepRandom(3, 0, 60), 9)
+    draw = np.random.default_rng((3, 0))
+    kinds = draw.integers(0, 15, (60, 2))
+    chances, units, halves = (draw.random((60, 2), dtype=np.float32) for _ in range(3))
+    untouched = 0
+    for i, image in enumerate(images):
+        expected = image[None]
+        for place in range(2):
+            if chances[i, place] < 0.5:
+                tenths = min(10, max(0, statistics.NormalDist(9, 0.5).inv_cdf(float(units[i, place]))))
+                m, sign = (torch.full((1, 1, 1, 1), x) for x in (tenths / 10, -1.0 if halves[i, place] < 0.5 else 1.0))
+                expected = list(recipes.OPERATIONS.values())[kinds[i, place]](expected, m, sign)
+        torch.testing.assert_close(found[i], expected[0], rtol=0, atol=1e-3)
+        untouched += torch.equal(found[i], image)
+    assert 5 < untouched < 28  # a quarter of them, as well as those that an operation leaves as they were
+    assert torch.equal(images, _smooth(60))
 
 
 def test_a_probes_crop_is_drawn_once_and_cut_down_to_the_image():
