@@ -220,3 +220,13 @@ def test_low_precision_is_autocast_to_it_and_a_scaled_loss(precision, dtype, sca
     assert set(seen[:9]) == {dtype}
     assert all(w.dtype == torch.float32 for n, w in files.load(tmp_path / "checkpoint.pt")["method"].items())
     assert_alike(tmp_path, plain, *plain_loop(plain, o, dtype=dtype, loss_scale=scale), 5e-4)
+
+
+def test_epochs_end_and_are_saved_when_they_should(place, tmp_path, monkeypatch):
+    """Three of two steps: `end_epoch` follows the first two and is told which; every second is saved, and the last."""
+    ended, saved, save = [], [], train.Run.save
+    monkeypatch.setattr(mae.MAE, "end_epoch", lambda self, epoch, images: ended.append((epoch, len(images))), False)
+    monkeypatch.setattr(train.Run, "save", lambda self, step: (saved.append(step), save(self, step)))
+    words = f"--method mae --data {place}/photos {TINY} {KNOBS['mae']} --epochs 3 --batch-size 13 --save-every 2"
+    train_here([*words.split(), "--no-evaluate", "--precision", "fp32", "--out", str(tmp_path / "run")])
+    assert ended == [(0, 26), (1, 26)] and saved == [4, 6]

@@ -85,6 +85,26 @@ def test_perfect_detections_score_100_and_moved_ones_less(folder, size):
     assert dense_prediction.detection_scores(images.coco, []) == dict(box_ap=0, box_ap50=0, mask_ap=0, mask_ap50=0)
 
 
+def test_of_labels_that_shrink_the_middle_one_stays():
+    """As bicubic pixels lie: of four rows that become two, the second and the fourth, not the first and the third."""
+    labels = torch.arange(4, dtype=torch.uint8)[:, None].expand(1, 4, 4).contiguous()
+    _, planes, _ = dense_prediction.fit(labels.repeat(3, 1, 1), labels, 255, 2, np.random.default_rng(0))
+    assert planes[0].tolist() == [[1, 1], [3, 3]]
+
+
+def test_detections_are_scaled_to_the_image_by_each_of_its_sides():
+    """They may scale apart, as sides in the square are whole: here 100 x 3 pixels are fitted as 32 x 1."""
+    sample = dense_prediction.Sample(0, torch.empty(0), torch.empty(0), torch.empty(0), (100, 3), (32, 1))
+    found = dict(boxes=torch.tensor([[0.0, 0.0, 1.0, 16.0]]), labels=torch.tensor([1]), scores=torch.ones(1))
+    images = argparse.Namespace(ids=[7], categories=[5])
+    (result,) = dense_prediction.detections(images, found | dict(masks=torch.ones(1, 1, 32, 32)), sample)
+    assert result["bbox"] == [0, 0, 3, 50] and (result["image_id"], result["category_id"]) == (7, 5)
+
+
+def test_of_confusions_the_rows_are_the_true_labels():
+    assert dense_prediction.confusion(torch.tensor([1, 1, 0]), torch.tensor([0, 0, 0]), 2).tolist() == [[1, 2], [0, 0]]
+
+
 @pytest.mark.parametrize("H, W", [(40, 64), (64, 40), (100, 30), (16, 16)])
 def test_an_image_is_fitted_into_the_square_and_labels_stay_on_its_pixels(H, W):
     """Labels are drawn into the image itself, so that wherever it goes, they must be found again."""

@@ -115,6 +115,10 @@ def _train_as_one_of(rank: int, ranks: int, folder: str) -> None:
 def test_two_processes_train_what_one_does(tmp_path):
     torch.multiprocessing.spawn(_train_as_one_of, (2, str(tmp_path)), nprocs=2)
     recipe = replace(RICH, lr=0.01, optimizer="sgd")
+    trained("linear", recipe, directory=tmp_path / "alone")
+    logs = [(tmp_path / place / "log.jsonl").read_text().splitlines()[1:] for place in ("run", "alone")]
+    two, one = ([json.loads(line)["loss"] for line in lines] for lines in logs)
+    assert two == pytest.approx(one, rel=1e-4)
     for rank in range(2):
         found = torch.load(tmp_path / f"{rank}.pt")
         for (protocol, blocks), state in zip([*PROTOCOLS, PROTOCOLS[0]], found, strict=True):
@@ -216,3 +220,16 @@ def test_the_optimizer_is_the_recipes(name, kind, says):
     optimizer = training_loop.optimizer_for(classifier_of("finetune"), replace(CALM, optimizer=name), CPU)
     assert type(optimizer) is kind
     assert {key: optimizer.defaults[key] for key in says} == says
+
+
+def test_gradients_of_ranks_are_averaged_each_in_its_own_place(monkeypatch):
+    """Two ranks, of which the other one has three times our gradients: twice ours, whatever the optimizer's scale."""
+    parameters = [torch.nn.Parameter(torch.zeros(2, 3)), torch.nn.Parameter(torch.zeros(4))]
+    ours = [torch.arange(1.0, 1 + p.numel()).view_as(p) for p in parameters]
+    for p, gradient in zip(parameters, ours, strict=True):
+        p.grad = gradient.clone()
+    monkeypatch.setattr(training_loop, "world_size", lambda: 2)
+    monkeypatch.setattr(training_loop.dist, "all_reduce", lambda flat: flat.mul_(4))
+    training_loop.average_gradients(parameters)
+    for p, gradient in zip(parameters, ours, strict=True):
+        assert torch.equal(p.grad, 2 * gradient)

@@ -1,5 +1,7 @@
 """Image sets: in memory or streamed, subsets of them, and images that do not decode."""
 
+import os
+
 import pytest
 import torch
 from made_images import as_tensor, caches, make_folder, open_both, pixels, save, spoil, the_error
@@ -133,3 +135,15 @@ def test_missing_file_behind_a_link(tmp_path):
     make_folder(tmp_path / "set", ("one",))
     (tmp_path / "set" / "one" / "link.png").symlink_to(tmp_path / "gone.png")
     assert "link.png: cannot be read (No such file" in the_error(str(tmp_path / "set"))
+
+
+def test_bytes_are_those_of_the_mean_area_and_any_change_of_a_file_shows(tmp_path):
+    make_folder(tmp_path, n=1, h=4, w=5)
+    make_folder(tmp_path / "more", n=1, h=8, w=5)
+    paths = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("cat/*.png"))
+    files = images_in_files.Files(tmp_path, paths)
+    assert len(files) == 2 and files.survey()[0] == 3 * (20 + 40)
+    before = files.fingerprint()
+    assert files.fingerprint() == before
+    os.utime(tmp_path / paths[0], ns=(0, 1))  # as one of the same length that is written over it
+    assert files.fingerprint() != before

@@ -109,7 +109,9 @@ def test_a_run_left_by_one_process_is_continued_by_two_and_by_two_by_one(start, 
         os.rename(place, tmp_path / f"before {state_left}")
         killed = start(*words, method="cae", n=n, before=DIE + PLACES[state_left])
         assert -signal.SIGKILL in killed.wait(), killed.stderr
-        assert ("continuing" in assert_fine(start(*words, method="cae", n=3 - n))) and (place / "summary.json").exists()
+        said = assert_fine(start(*words, method="cae", n=3 - n))
+        assert "continuing" in said and (place / "summary.json").exists()
+        assert ("cae needs a dvae first" in said) == (state_left == "between tokenizer and method")
         theirs = results()
         assert theirs[0] == pytest.approx(losses, rel=3e-3)
         for one, two in zip(encoders, theirs[1], strict=True):
