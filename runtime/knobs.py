@@ -1,16 +1,19 @@
 """What values a method's knobs may take: the types of its Config's fields, each with its domain, and their check."""
 
-import math
 from typing import Annotated, Literal, get_args, get_origin, get_type_hints
 
+import torch
+
 from runtime.errors import InputError
+
+LARGEST = torch.finfo(torch.float32).max  # what is larger is not finite where it is used
 
 # A type, the test that a value must pass, and the domain in words
 Share = Annotated[float, lambda x: 0 <= x <= 1, "from 0 to 1"]
 Part = Annotated[float, lambda x: 0 < x <= 1, "above 0 and at most 1"]
 Cosine = Annotated[float, lambda x: -1 <= x <= 1, "from -1 to 1"]
-Positive = Annotated[float, lambda x: 0 < x < math.inf, "above 0 and finite"]
-Weight = Annotated[float, lambda x: 0 <= x < math.inf, "0 or more and finite"]
+Positive = Annotated[float, lambda x: 0 < x <= LARGEST, "above 0 and finite"]
+Weight = Annotated[float, lambda x: 0 <= x <= LARGEST, "0 or more and finite"]
 Count = Annotated[int, lambda x: x >= 0, "0 or more"]
 Size = Annotated[int, lambda x: x >= 1, "1 or more"]
 
