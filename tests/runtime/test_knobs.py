@@ -33,7 +33,7 @@ class Config:
 
 @pytest.mark.parametrize("knobs, message", [
     (dict(tau=0.0), "tau 0: must be above 0 and finite"), (dict(tau=math.nan), "tau nan: must be above 0"),
-    (dict(tau=3.4028234663852889e38), "tau 3.40282e+38: must be above 0 and finite"),
+    (dict(tau=3.4028234663852889e38), "tau 3.40282e.38: must be above 0 and finite"),
     (dict(tau=math.inf), "tau inf: must be"), (dict(decoder_depth=-1), "decoder depth -1: must be 0 or more"),
     (dict(mask_ratio=1.01), "mask ratio 1.01: must be from 0 to 1"),
     (dict(contrast="simclr"), "contrast 'simclr': unknown; choose infonce, byol or none"),
