@@ -18,6 +18,7 @@ So far run on generated scenes only, on a CPU; not on VOC, ADE20K or COCO, nor o
 
 import argparse
 import json
+import math
 import os
 from pathlib import Path
 
@@ -45,6 +46,15 @@ def options() -> argparse.Namespace:
     add("--epochs", type=int, default=20, metavar="N", help="passes over the images")
     add("--batch-size", type=int, default=16, metavar="B", help="images per step")
     add("--lr", type=float, default=5e-4, metavar="RATE", help="peak learning rate")
+    add("--weight-decay", type=float, default=0.05, metavar="X", help="CMAE's and ConMIM's detectors: 0.1")
+    add(
+        "--decay-at",
+        type=int,
+        nargs="+",
+        default=[],
+        metavar="N",
+        help="after so many epochs a tenth of the rate; CAE's detector, of 12 epochs: 9 11. If not given, a cosine",
+    )
     add("--jitter", type=float, nargs=2, default=(0.5, 2.0), metavar="X", help="of the scale, in training")
     add("--seed", type=seed, default=0, metavar="N", help="of everything random")
     add("--workers", type=int, metavar="N", help="processes that read; if not given, 8 for a GPU, none otherwise")
@@ -54,6 +64,12 @@ def options() -> argparse.Namespace:
     for name, least in dict(n=1, image_size=1, epochs=1, batch_size=1, workers=0).items():
         if getattr(args, name) is not None and getattr(args, name) < least:
             raise InputError(f"{name.replace('_', ' ')} {getattr(args, name)}: must be at least {least}")
+    if not 0 <= args.weight_decay < math.inf:
+        raise InputError(f"weight decay {args.weight_decay:g}: must be at least 0 and finite")
+    if args.decay_at and not 0 < min(args.decay_at) <= max(args.decay_at) < args.epochs:
+        raise InputError(
+            f"decay at {' '.join(map(str, args.decay_at))}: must lie between 0 and the {args.epochs} epochs"
+        )
     if not 0 < args.jitter[0] <= args.jitter[1]:
         raise InputError(f"jitter {args.jitter[0]:g} {args.jitter[1]:g}: give a smallest and a largest positive scale")
     if args.make_scenes is None:

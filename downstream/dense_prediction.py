@@ -110,7 +110,7 @@ class Features(nn.Module):
 
 
 def fine_tune(model: nn.Module, reader: Reader, args, device: torch.device) -> None:
-    """AdamW, a tenth of the steps to warm up, then a cosine to zero; the heads and the encoder."""
+    """AdamW over heads and encoder: a tenth of the steps to warm up, then a cosine to zero, or steps at `decay_at`."""
     n, B = len(reader.images), args.batch_size
     if n < B:
         raise InputError(f"batch size {B}: larger than the {n} images to learn from")
@@ -121,13 +121,14 @@ def fine_tune(model: nn.Module, reader: Reader, args, device: torch.device) -> N
             keys = [(epoch, i) for i in epoch_order(args.seed, epoch, n).tolist()]
             yield from (keys[k : k + B] for k in range(0, n - B + 1, B))
 
-    groups = parameter_groups(model, weight_decay=0.05)
+    groups = parameter_groups(model, weight_decay=args.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=args.lr, fused=device.type in ("cpu", "cuda"))
     scaler = torch.amp.GradScaler(device.type, enabled=False)  # bf16 needs none
     model.train()
     with tqdm(reader.batches(orders(), args.workers), args.task, steps, unit="step", leave=False) as bar:
         for step, samples in enumerate(bar):
-            rate = learning_rate(step, steps, steps // 10, args.lr)
+            peak = args.lr * 0.1 ** sum(step >= epoch * (n // B) for epoch in args.decay_at)
+            rate = learning_rate(step, steps, steps // 10, peak, peak if args.decay_at else 0.0)
             loss = take_step(optimizer, [model.loss(samples, device)], rate, scaler).item()
             if not math.isfinite(loss):
                 raise InputError(f"loss: not finite in step {step + 1} of {steps}; give a smaller --lr")

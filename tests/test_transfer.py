@@ -117,6 +117,8 @@ REFUSED = {
     "must be at least 1": ((*SEGMENT, "--epochs", 0), None),
     "from 0 to 4294967295": ((*SEGMENT, "--seed", 2**32), None),
     "jitter 2 1": ((*SEGMENT, "--jitter", 2, 1), None),
+    "weight decay nan": ((*SEGMENT, "--weight-decay", "nan"), None),
+    "decay at 9 20: must lie between 0 and the 1 epochs": ((*SEGMENT, "--decay-at", 9, 20), None),
     "not divisible by patch size": ((*SEGMENT, "--image-size", 30), None),
     "give a multiple of 32": ((*DETECT, "--image-size", 40), None),
     "larger than the 24 images": ((*SEGMENT, "--batch-size", 25), None),

@@ -128,18 +128,23 @@ class Scenes:
 
 @pytest.mark.training
 @settings(max_examples=5, phases=[Phase.generate])
-@given(seed=st.sampled_from([0, 3]), lr=st.sampled_from([1e-3, 5e-3]), jitter=st.sampled_from([(1.0, 1.0), (0.5, 2.0)]))
-def test_ten_steps_of_dense_training_are_the_plain_loops(seed, lr, jitter):
+@given(
+    seed=st.sampled_from([0, 3]), lr=st.sampled_from([1e-3, 5e-3]), jitter=st.sampled_from([(1.0, 1.0), (0.5, 2.0)]),
+    decay=st.sampled_from([0.05, 5.0]), decay_at=st.sampled_from([[], [2], [2, 3]]),
+)  # fmt: skip
+def test_ten_steps_of_dense_training_are_the_plain_loops(seed, lr, jitter, decay, decay_at):
     torch.manual_seed(0)
     features = dense_prediction.Features(small_vit(drop_path=0.3))
     real = dense_prediction.Segmenter(features, 3)
     plain, scenes = copy.deepcopy(real), Scenes()
-    args = argparse.Namespace(epochs=5, batch_size=3, lr=lr, seed=seed, workers=0, task="segment")  # 1 image left over
+    args = argparse.Namespace(  # 1 image is left over
+        epochs=5, batch_size=3, lr=lr, weight_decay=decay, decay_at=decay_at, seed=seed, workers=0, task="segment"
+    )
     torch.manual_seed(9)
     dense_prediction.fine_tune(real, dense_prediction.Reader(scenes, 16, seed, jitter), args, CPU)
     torch.manual_seed(9)  # of drop path, and of dropout in the head
     learning = dict(plain.named_parameters())
-    rules = {name: Rule("", p, "adamw", 0.05) for name, p in learning.items()}
+    rules = {name: Rule("", p, "adamw", decay) for name, p in learning.items()}
     plain.train()
     for t in range(10):
         epoch, samples = t // 2, []
@@ -150,8 +155,11 @@ def test_ten_steps_of_dense_training_are_the_plain_loops(seed, lr, jitter):
             samples.append(dense_prediction.Sample(i, square, labels, kinds, image.shape[1:], fitted))
         gradients = torch.autograd.grad(plain.loss(samples, CPU), learning.values(), allow_unused=True)
         for (name, p), g in zip(learning.items(), gradients, strict=True):
+            rate = rate_at(t, 10, 1, lr, 0.0)
+            if decay_at:
+                rate = lr * (t > 0) / 10 ** sum(epoch >= e for e in decay_at)
             if g is not None:  # the class token's last normalisation, say
-                p.data = rules[name].step(g.double(), rate_at(t, 10, 1, lr, 0.0)).float()
+                p.data = rules[name].step(g.double(), rate).float()
     for name, value in plain.state_dict().items():
         torch.testing.assert_close(real.state_dict()[name], value, rtol=2e-3, atol=0.05 * lr, msg=name)
 
