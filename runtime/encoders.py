@@ -3,7 +3,10 @@
 Read are a run's directory or its encoder.pt; `mae_pretrain_vit_*.pth` and timm's `VisionTransformer`, which share their
 names; `ViTMAE…` and `ViT…` of transformers, as a directory or a file. Every tensor of the encoder must be there in its
 shape, and what else there is must be a known decoder or classifier, which is named and left aside; anything else
-(registers, query norms, relative positions) is refused by name. No file can run code.
+(registers, query norms, relative positions in every block) is refused by name. No file can run code.
+
+Read too are checkpoints named as the official code of CMAE, CAE and ConMIM names its parts (`OFFICIAL`): the encoder
+alone, without teacher, decoders and heads. It is tried on weights made up under those names, not on the papers' files.
 
 A state dict says neither the number of heads nor LayerNorm's epsilon. Where a Hugging Face config.json lies beside it,
 that does. Otherwise heads follow from the width (`HEADS`), and epsilon is 1e-6 (ours, MAE's, timm's) or, under Hugging
@@ -55,10 +58,20 @@ HF |= {f"blocks.#.{ours}": f"encoder.layer.#.{theirs}" for ours, (theirs, _) in 
 TIMM = {theirs: ours for ours, theirs in HF.items()}
 TIMM |= {f"layers.#.{theirs}": f"blocks.#.{ours}" for ours, (_, theirs) in HF_BLOCK.items()}
 
+# The official code's names by timm's: CMAE's are MMSelfSup's, CAE's and ConMIM's are BEiT's, where keys have no bias.
+OFFICIAL = {
+    "patch_embed.projection": "patch_embed.proj", "ln1": "norm",
+    "layers.#.ln1": "blocks.#.norm1", "layers.#.attn.qkv": "blocks.#.attn.qkv",
+    "layers.#.attn.proj": "blocks.#.attn.proj", "layers.#.ln2": "blocks.#.norm2",
+    "layers.#.ffn.layers.0.0": "blocks.#.mlp.fc1", "layers.#.ffn.layers.1": "blocks.#.mlp.fc2",
+    "blocks.#.gamma_1": "blocks.#.ls1.gamma", "blocks.#.gamma_2": "blocks.#.ls2.gamma",
+    "rel_pos_bias.relative_position_bias_table": "relative_table",
+}  # fmt: skip
+
 TARGETS = {"timm": "timm.pt", "hf": "hf"}  # what an encoder is written for, and to where beside it
 
 # Decoders of MAE and ViTMAE, and classifiers: no part of an encoder.
-ASIDE = re.compile(r"decoder|(embeddings\.)?mask_token$|(head|fc_norm|pre_logits|classifier|pooler)\.")
+ASIDE = re.compile(r"decoder|(embeddings\.)?mask_token$|((lm_)?head|fc_norm|pre_logits|classifier|pooler|projector)\.")
 
 
 def load_encoder(path, device="cpu", image_size=None, heads: int | None = None) -> ViT:
@@ -139,10 +152,15 @@ def foreign_encoder(file: Path, saved, heads: int | None) -> ViT:
         config = hf_config(file.parent / "config.json")
         eps = config.get("layer_norm_eps", 1e-12)
         state = timm_names(state, prefix=theirs[0].removesuffix(kernel))
+    else:
+        state = official_names(file, state)
     kernel = state.get("patch_embed.proj.weight")
     if kernel is None or kernel.ndim != 4 or min(kernel.shape) == 0:
         raise unknown(file)
     width, _, patch_size, _ = kernel.shape
+    relative = "relative_table" in state
+    if relative and state["relative_table"].ndim == 2:
+        heads = heads or state["relative_table"].shape[1]
     if heads is None:
         heads = config.get("num_attention_heads", HEADS.get(width))
     if heads is None:
@@ -153,9 +171,12 @@ def foreign_encoder(file: Path, saved, heads: int | None) -> ViT:
         image_size=original_size(file, state, patch_size, config), patch_size=patch_size, width=width,
         depth=len({name.split(".")[1] for name in state if name.startswith("blocks.")}), heads=heads,
         layer_scale=1e-5 * any(name.endswith("ls1.gamma") for name in state),  # the scale is read, its start unknown
+        positions="relative" if relative else "sincos",
     )  # fmt: skip
-    with torch.device("meta"):  # costs nothing before all shapes are known to fit
+    with torch.device("cpu" if relative else "meta"):  # costs nothing before all shapes are known to fit
         encoder = ViT(**settings)
+    if relative:
+        state.setdefault("pos_embed", encoder.pos_embed)  # zeros
     state = compared(file, state, encoder.state_dict())
     encoder.load_state_dict(state, assign=True)
     return with_epsilon(encoder, eps)
@@ -202,10 +223,28 @@ def timm_names(state: dict, prefix: str) -> dict:
     return state
 
 
+def official_names(file: Path, state: dict) -> dict:
+    """The official CMAE's, CAE's or ConMIM's state dict → timm's names; of one that has many parts, the encoder."""
+    for prefix in ("encoder.", "backbone."):
+        if any(name.startswith(f"{prefix}patch_embed.proj") for name in state):
+            say_aside(file, [name for name in state if not name.startswith(prefix)])
+            state = {name.removeprefix(prefix): x for name, x in state.items() if name.startswith(prefix)}
+    state = {renamed(name, OFFICIAL): x for name, x in state.items() if name != "rel_pos_bias.relative_position_index"}
+    for q in [name for name in state if name.endswith("attn.q_bias")]:
+        v = q.replace("q_bias", "v_bias")
+        if v in state and state[v].ndim == state[q].ndim == 1:  # else it will be named
+            q_bias, v_bias = state.pop(q), state.pop(v)
+            state[q.replace("q_bias", "qkv.bias")] = torch.cat([q_bias, torch.zeros_like(q_bias), v_bias])
+    return state
+
+
 def original_size(file: Path, state: dict, patch_size: int, config: dict) -> int | tuple[int, int]:
     """The size of the images that the positions are for: a square's, where no configuration says otherwise."""
     if "image_size" in config:
         return config["image_size"]
+    if "relative_table" in state:
+        rows = state["relative_table"].shape[:1].numel()
+        return max(1, (math.isqrt(max(0, rows - 3)) + 1) // 2) * patch_size
     positions = state.get("pos_embed", torch.empty(1, 2, 0))  # where there are none, they will be missed by name
     rows = positions.shape[1] - 1 if positions.ndim == 3 else 0
     side = math.isqrt(max(0, rows))
@@ -229,10 +268,14 @@ def compared(file: Path, state: dict, expected: dict) -> dict:
         if state[name].shape != tensor.shape:
             theirs, ours = ("x".join(map(str, x.shape)) for x in (state[name], tensor))
             raise InputError(f"{file}: {name} is {theirs} where this encoder has {ours}; give a plain ViT")
-    if aside and rank() == 0:
-        parts = sorted({name.split(".")[0] for name in aside})
-        print(f"{file}: left aside: {', '.join(parts)}", file=sys.stderr, flush=True)
+    say_aside(file, aside)
     return {name: state[name].float() for name in expected}
+
+
+def say_aside(file: Path, names: list[str]) -> None:
+    if names and rank() == 0:
+        parts = sorted({name.split(".")[0] for name in names})
+        print(f"{file}: left aside: {', '.join(parts)}", file=sys.stderr, flush=True)
 
 
 def few(names: list[str]) -> str:

@@ -467,3 +467,60 @@ def test_a_resized_import_keeps_its_epsilon(tmp_path):
     torch.save(hf_state(4), tmp_path / "weights.pt")
     encoder = load_encoder(tmp_path / "weights.pt", image_size=32, heads=2)
     assert {part.eps for part in encoder.modules() if isinstance(part, nn.LayerNorm)} == {1e-12}
+
+
+# --------------------------------------------------------------------------------------- the papers' own checkpoints
+
+
+def official_state(paper: str, encoder: ViT) -> dict:
+    """The encoder under the names of the paper's official code, with other parts beside it."""
+    found, other = {}, torch.zeros(2)
+    for name, x in encoder.state_dict().items():
+        if paper == "cmae":
+            name = name.replace("blocks.", "layers.").replace("norm1", "ln1").replace("norm2", "ln2")
+            name = name.replace("mlp.fc1", "ffn.layers.0.0").replace("mlp.fc2", "ffn.layers.1")
+            name = name.replace("norm.", "ln1.").replace("patch_embed.proj", "patch_embed.projection")
+            found["backbone." + name] = x
+            continue
+        prefix = "encoder." if paper == "cae" else ""
+        if name.endswith("qkv.bias"):
+            q, _, v = x.chunk(3)
+            found |= {prefix + name.replace("qkv.bias", f"{part}_bias"): y for part, y in (("q", q), ("v", v))}
+        elif not (paper == "conmim" and name == "pos_embed"):
+            name = name.replace("ls1.gamma", "gamma_1").replace("ls2.gamma", "gamma_2")
+            found[prefix + name.replace("relative_table", "rel_pos_bias.relative_position_bias_table")] = x
+    more = {
+        "cmae": {"target_backbone.cls_token": other, "neck.mask_token": other},
+        "cae": {"teacher.patch_embed.proj.weight": other, "mask_token": other},
+        "conmim": {"rel_pos_bias.relative_position_index": other, "mask_token": other, "lm_head.weight": other},
+    }
+    return found | more[paper]
+
+
+@pytest.mark.parametrize("paper", ["cmae", "cae", "conmim"])
+def test_official_checkpoints_give_the_features_of_their_weights(tmp_path, capsys, paper):
+    settings = dict(cmae={}, cae=dict(layer_scale=0.1), conmim=dict(layer_scale=0.1, positions="relative"))[paper]
+    encoder = random_vit(**settings, image_size=32)
+    for name, x in encoder.state_dict().items():
+        if paper != "cmae" and name.endswith("qkv.bias"):
+            x[8:16] = 0  # keys have none there
+        if paper == "conmim" and name == "pos_embed":
+            x.zero_()
+    key = "state_dict" if paper == "cmae" else "model"
+    torch.save({key: official_state(paper, encoder), "meta": {"epoch": 300}}, tmp_path / "paper.pth")
+    found = load_encoder(tmp_path / "paper.pth", heads=None if paper == "conmim" else 2)
+    assert found.image_size == 32 and found.settings["heads"] == 2
+    same(features(found, pictures(32)), features(encoder, pictures(32)))
+    aside = dict(cmae="neck, target_backbone", cae="mask_token, teacher", conmim="lm_head, mask_token")[paper]
+    assert f"left aside: {aside}\n" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("paper, lost", [("cae", "encoder.blocks.1.attn.v_bias"), ("cmae", "backbone.ln1.weight")])
+def test_an_official_checkpoint_that_lacks_a_part_is_refused(tmp_path, paper, lost):
+    state = official_state(paper, random_vit(layer_scale=0.1 if paper == "cae" else 0.0))
+    del state[lost]
+    torch.save(state, tmp_path / "paper.pth")
+    with pytest.raises(
+        InputError, match={"cae": r"lacks blocks\.1\.attn\.qkv\.bias", "cmae": r"lacks norm\.weight"}[paper]
+    ):
+        load_encoder(tmp_path / "paper.pth", heads=2)
