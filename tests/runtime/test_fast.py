@@ -77,3 +77,12 @@ def test_what_is_written_down_is_the_same_tensor():
 def test_uploading_to_the_cpu_is_no_copy():
     x = torch.randn(3)
     assert fast.upload(x, torch.device("cpu")) is x
+
+
+def test_one_gpu_takes_a_pass_as_one_graph_unless_gradients_are_added_up_or_shared(monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda network, mode: mode)
+    cuda, cpu = torch.device("cuda"), torch.device("cpu")
+    assert fast.compiled(None, cuda) == fast.compiled(None, cuda, 1) == "reduce-overhead"
+    assert fast.compiled(None, cuda, 2) is None and fast.compiled(None, cpu) is None
+    monkeypatch.setattr(fast, "world_size", lambda: 2)
+    assert fast.compiled(None, cuda) is None
