@@ -230,3 +230,24 @@ def test_epochs_end_and_are_saved_when_they_should(place, tmp_path, monkeypatch)
     words = f"--method mae --data {place}/photos {TINY} {KNOBS['mae']} --epochs 3 --batch-size 13 --save-every 2"
     train_here([*words.split(), "--no-evaluate", "--precision", "fp32", "--out", str(tmp_path / "run")])
     assert ended == [(0, 26), (1, 26)] and saved == [4, 6]
+
+
+def test_the_summary_is_of_the_run_s_encoder_and_of_one_at_the_first_weights_of_its_seed(place, tmp_path, monkeypatch):
+    measured = []
+
+    def evaluate(encoder, train_set, val_set, protocols, device):
+        measured.append((encoder.training, encoder.state_dict()))
+        return dict(knn=dict(top1=1.0), linear=dict(top1=2.0))
+
+    monkeypatch.setattr(train, "evaluate", evaluate)
+    words = (
+        f"--method mae --data {place}/photos {TINY} {KNOBS['mae']} --max-steps 1 --batch-size 13 --seed 3 --evaluate"
+    )
+    train_here([*words.split(), "--precision", "fp32", "--out", str(tmp_path / "run")])
+    saved = files.load(tmp_path / "run/encoder.pt")
+    torch.manual_seed(3)
+    expected = ViT(**saved["settings"]).state_dict(), saved["state_dict"]
+    for (training, found), weights in zip(measured, expected, strict=True):
+        assert not training
+        for name, value in weights.items():
+            assert torch.equal(found[name], value), name
