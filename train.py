@@ -31,7 +31,7 @@ from inputs import image_sets
 from methods import METHODS
 from runtime import fast, files, process
 from runtime.command_line import build_encoder, pretraining_options, settle
-from runtime.encoders import untrained
+from runtime.encoders import fill, untrained
 from runtime.errors import InputError
 from runtime.log import Meter, Pictures
 from runtime.optimization import learning_rate, parameter_groups
@@ -61,6 +61,8 @@ def train(args, config, Method, device: torch.device) -> nn.Module:
     method, optimizer, scaler = build(args, config, Method, device)
     run = Run(args, config, len(images), method=method, optimizer=optimizer, scaler=scaler)
     run.open()
+    if run.step == 0 and args.init:
+        begin(args, config, Method, method)
     if run.step == 0 and hasattr(method, "prepare"):
         method.prepare(partial(train_first, args, device))
     learned = sum(p.numel() for p in method.parameters() if p.requires_grad)
@@ -183,6 +185,17 @@ def build(args, config, Method, device: torch.device):
     groups = parameter_groups(method, args.weight_decay, tuple(args.no_decay))
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=tuple(args.betas), fused=device.type in ("cpu", "cuda"))
     return method, optimizer, torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
+
+
+def begin(args, config, Method, method: nn.Module) -> None:
+    """Give a new method the encoder of `--init`, and its teacher a copy; all else stays as the seed made it."""
+    if not isinstance(method.encoder, ViT):  # a tokenizer, say
+        raise InputError(f"--init {args.init}: {args.method} learns no ViT; leave out --init")
+    torch.manual_seed(args.seed)
+    encoder = build_encoder(args)
+    fill(encoder, args.init, args.heads)
+    method.load_state_dict(Method(encoder, config).state_dict())
+    say(f"the encoder goes on from {args.init}; the rest of {args.method} begins anew")
 
 
 def distribute(method: nn.Module) -> nn.Module:

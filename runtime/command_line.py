@@ -57,6 +57,7 @@ OPTIONS = {
         ("drop-path", 0.0, float, "RATE", "of the last block; grows linearly from 0 in the first"),
         ("stem", "linear", ["linear", "conv"], "KIND", "patch embedding: linear, or conv (CMAE*)"),
         ("positions", "sincos", ["sincos", "relative"], "KIND", "of tokens: sincos, or relative (ConMIM's code)"),
+        ("init", None, str, "FILE", "go on from this encoder: a run, or MAE's, timm's, Hugging Face's weights"),
     ],
     "optimisation": [
         ("epochs", 20, int, "N", "passes over the images"),

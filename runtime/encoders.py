@@ -82,16 +82,30 @@ def load_encoder(path, device="cpu", image_size=None, heads: int | None = None) 
     file = weights_file(Path(path))
     saved = read(file)
     if isinstance(saved, dict) and "settings" in saved:
-        if heads is not None:
-            raise InputError(f"{file}: says itself how many heads it has; leave out --heads {heads}")
         try:
             encoder = ViT(**saved["settings"])
             encoder.load_state_dict(saved["state_dict"])
         except (LookupError, TypeError, ValueError, AttributeError, RuntimeError):  # whatever a stranger's may lack
             raise unknown(file) from None
+        if heads not in (None, encoder.settings["heads"]):
+            raise InputError(f"{file}: says itself how many heads it has; leave out --heads {heads}")
     else:
         encoder = foreign_encoder(file, saved, heads)
     return resize(encoder, image_size or encoder.image_size).to(device).eval()
+
+
+def fill(encoder: ViT, path, heads: int | None = None) -> None:
+    """Copy the weights of a run or file into an encoder of the same architecture, refusing any other.
+
+    Positions are interpolated where the image size differs. LayerNorm's epsilon stays the encoder's own, 1e-6.
+    """
+    found = load_encoder(path, heads=heads)
+    names = "patch_size width depth heads stem positions layer_scale".split()
+    theirs, ours = ({n: bool(e.settings[n]) if n == "layer_scale" else e.settings[n] for n in names}
+                    for e in (found, encoder))  # fmt: skip
+    if differs := files.differences(theirs, ours):
+        raise InputError(f"{path}: does not fit this encoder ({differs}); give the options that make it so")
+    encoder.load_state_dict(resize(found, encoder.image_size).state_dict())
 
 
 def untrained(encoder: ViT, seed: int = 0) -> ViT:

@@ -26,7 +26,7 @@ from methods import METHODS
 from runtime import files, process, run
 from runtime.command_line import build_parser, field_comments, settle
 from runtime.errors import InputError
-from train import options
+from train import begin, build, options
 
 SMALL = (
     "--image-size 32 --patch-size 8 --width 16 --depth 2 --heads 2 --batch-size 16 --epochs 5 --warmup-epochs 1 "
@@ -594,3 +594,44 @@ def test_the_papers_recipe_is_the_papers():
         assert args.betas == [0.9, 0.95] and args.weight_decay == 0.05 and config.mask_ratio == 0.75
         assert (config.decoder_width, config.decoder_depth, config.decoder_heads) == (512, 8, 16)
     assert (config.tau, config.lambda_c, config.momentum, config.feature_decoder_depth) == (0.07, 1.0, 0.996, 2)
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if name != "dvae"])
+def test_init_gives_every_method_the_encoder_and_its_teacher_a_copy_and_changes_nothing_else(name, tmp_path):
+    def made(*flags):
+        args, config, Method = options(["--method", name, *SMALL, *OWN[name], *flags])
+        return args, config, Method, build(args, config, Method, torch.device("cpu"))[0]
+
+    given = {key: torch.randn(x.shape) for key, x in made()[3].encoder.state_dict().items()}
+    torch.save(dict(model=given), tmp_path / "mae.pth")  # as MAE's official weights are
+    *parts, method = made("--init", str(tmp_path / "mae.pth"), "--heads", "2")
+    before = {key: x.clone() for key, x in method.state_dict().items()}
+    begin(*parts, method)
+    copies = 0
+    for key, x in method.state_dict().items():
+        owner, _, rest = key.partition(".")
+        owned = owner in ("encoder", "student", "momentum_encoder", "slow_encoder")
+        assert torch.equal(x, given[rest] if owned else before[key]), key
+        copies += owned and owner not in ("encoder", "student")
+    assert copies == (len(given) if name in ("cmae", "cmae_loc", "conmim") else 0)
+
+
+def test_init_is_needed_once_and_recorded(train, tmp_path):
+    finish(train.start("--max-steps", 1, "--save-every", 1, out="first"))
+    moved = tmp_path / "weights.pt"
+    shutil.copy(tmp_path / "first/encoder.pt", moved)
+    flags = ["--init", moved, "--lr", 0, "--min-lr", 0, "--weight-decay", 0, "--epochs", 1, "--warmup-epochs", 0]
+    done = train(*flags, method="conmim")
+    assert f"the encoder goes on from {moved}; the rest of conmim begins anew" in done.stderr
+    ours, theirs = (files.load(tmp_path / run / "encoder.pt")["state_dict"] for run in ("run", "first"))
+    assert [key for key in theirs if not torch.equal(ours[key], theirs[key])] == []  # a rate of 0: as it began
+    assert files.load(tmp_path / "run/checkpoint.pt")["settings"]["init"] == str(moved)
+    moved.unlink()
+    again = train(*flags, method="conmim")
+    assert again.returncode == 0 and "continuing" in again.stderr and "goes on from" not in again.stderr
+    assert_refused(train(*flags[2:], method="conmim"), "init", "weights.pt")  # another run than one from scratch
+
+
+def test_init_that_cannot_be_is_one_line(train, tmp_path):
+    assert_refused(train("--init", tmp_path / "none.pth"), "none.pth", "no such file")
+    assert_refused(train("--init", tmp_path / "none.pth", method="dvae"), "none.pth", "dvae learns no ViT")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from common import ViT
 from runtime import encoders
-from runtime.encoders import interpolate, load_encoder, resize
+from runtime.encoders import fill, interpolate, load_encoder, resize
 from runtime.errors import InputError
 
 SMALL = dict(image_size=16, patch_size=8, width=8, depth=2, heads=2)
@@ -524,3 +524,20 @@ def test_an_official_checkpoint_that_lacks_a_part_is_refused(tmp_path, paper, lo
         InputError, match={"cae": r"lacks blocks\.1\.attn\.qkv\.bias", "cmae": r"lacks norm\.weight"}[paper]
     ):
         load_encoder(tmp_path / "paper.pth", heads=2)
+
+
+def test_an_encoder_is_filled_whatever_its_image_size_and_refused_where_the_architecture_differs(tmp_path):
+    given = random_vit()
+    torch.save(dict(settings=given.settings, state_dict=given.state_dict()), tmp_path / "encoder.pt")
+    for size in (given.image_size, 2 * given.image_size, (given.image_size, 2 * given.image_size)):
+        encoder = ViT(**given.settings | dict(image_size=size, drop_path=0.1))
+        fill(encoder, tmp_path)
+        expected = load_encoder(tmp_path, image_size=size).state_dict()
+        assert encoder.settings["drop_path"] == 0.1 and encoder.state_dict().keys() == expected.keys()
+        assert all(torch.equal(x, expected[key]) for key, x in encoder.state_dict().items())
+    for name, value in dict(width=32, depth=1, heads=1, patch_size=4, positions="relative", layer_scale=0.1).items():
+        encoder = ViT(**given.settings | {name: value})
+        before = encoder.cls_token.clone()
+        with pytest.raises(InputError, match=rf"encoder.*does not fit.*{name} .* there, .* here"):
+            fill(encoder, tmp_path)
+        assert torch.equal(encoder.cls_token, before)
