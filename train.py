@@ -4,15 +4,16 @@
     python train.py --method cmae --data tiny-imagenet --download    one GPU
     torchrun --nproc_per_node=8 train.py --method cmae --data imagenet --data-root DIR --recipe paper
 
-`train` is the loop that every method runs in. The method draws all that is random in a step (`draw`) and computes its
-losses (called as a module). A method that has these members also moves its teacher (`update_teacher`), looks at the
-whole image set between two epochs (`end_epoch`), and asks for another method to be trained before it (`prepare`).
+`train` is the loop that every method runs in. A method turns uint8 images into a batch, drawing all that is random in a
+step (`draw`), and computes its losses (called as a module): a dict whose `loss` is the total; the others are logged.
+Optional members: `update_teacher` moves the teacher after each step, `end_epoch` sees all images between two epochs,
+and `prepare` can have another method trained first, in `<out>/<its name>`.
 
-A run lives in its directory (`--out`): config.json, log.jsonl, checkpoint.pt, encoder.pt, reconstruction.png. The same
-command continues it. Everything random in step t comes from (seed, t) and the order of epoch e from (seed, e), so a
-resumed run ends with the bits of one that never stopped, and the number of processes does not change the result.
-A GPU is waited for only to log, to save, to scale fp16, between epochs, and every tenth step among processes; else the
-next step is drawn while it computes.
+A run lives in its directory (`--out`): config.json, log.jsonl, checkpoint.pt, encoder.pt, pictures and a summary. The
+same command resumes it. Everything random in step t comes from (seed, t) and the order of epoch e from (seed, e), so a
+resumed run ends bit-identical to an uninterrupted one; the number of processes changes no draw but drop path's.
+The host waits for a GPU only to log, to save, for fp16's scale, between epochs, and every tenth step for the processes
+to agree on stopping; otherwise it draws the next step while the GPU computes.
 """
 
 import json
@@ -56,7 +57,7 @@ def train(args, config, Method, device: torch.device) -> nn.Module:
     """Train a method from its first or next step to its last, or until somebody asks to stop; returns the method."""
     divide(args.batch_size, args.accumulate)  # before the images are read, which may take long
     images = image_sets.open_for(args, "train")
-    images = (images.first(args.images) if args.images else images).to(device)  # evaluation has all of them
+    images = (images.first(args.images) if args.images else images).to(device)  # --images limits pretraining alone
     plan = Plan(args, len(images))
     method, optimizer, scaler = build(args, config, Method, device)
     run = Run(args, config, len(images), method=method, optimizer=optimizer, scaler=scaler)
@@ -91,8 +92,8 @@ def loop(args, plan: "Plan", run: Run, images: image_sets.ImageSet, device: torc
             return compiled(batch)
 
     if 0 < run.step < plan.steps and world_size() > 2:
-        # After its first backward pass DDP lays its buckets out anew, and with them the order in which processes are
-        # added up. The run that is continued was past that. So must this one be, for the same bits.
+        # After its first backward pass DDP regroups its gradients, which changes the order in which three or more
+        # processes are added up. The interrupted run had done so; for the same bits, one discarded pass does it here.
         index = next(plan.indices(run.step))
         rng = StepRandom(args.seed, run.step, args.batch_size, plan.rows(0), device)
         losses_of(images.images(index, device), index, rng)["loss"].backward()
@@ -106,7 +107,7 @@ def loop(args, plan: "Plan", run: Run, images: image_sets.ImageSet, device: torc
             rate = learning_rate(step, plan.steps, plan.warmup, args.lr, args.min_lr)
             for group in optimizer.param_groups:
                 group["lr"] = rate
-            torch.manual_seed(args.seed + (step * world_size() + rank()) * 1_000_003)  # of drop path alone
+            torch.manual_seed(args.seed + (step * world_size() + rank()) * 1_000_003)  # only drop path draws from torch
             rng, losses = StepRandom(args.seed, step, args.batch_size, device=device), {}
             for part in range(args.accumulate):
                 if world_size() > 1:  # gradients are averaged over the processes once a step, in its last part
@@ -125,7 +126,7 @@ def loop(args, plan: "Plan", run: Run, images: image_sets.ImageSet, device: torc
 
             done = step + 1
             epochs, rest = divmod(done, plan.steps_per_epoch)  # an epoch ends where the rest is 0
-            if rest == 0 and done < plan.steps and hasattr(method, "end_epoch"):  # nothing follows the last
+            if rest == 0 and done < plan.steps and hasattr(method, "end_epoch"):  # no step would use it after the last
                 method.end_epoch(epochs - 1, images)
             meter.update(done, losses, rate)
             stopping = run.asked_to_stop(done)
@@ -227,7 +228,7 @@ def train_first(args, device: torch.device, name: str, **settings) -> nn.Module:
 
 def summary(args, encoder: nn.Module, run: Run, device: torch.device) -> None:
     """What a person wants to know at the end: the loss, the pictures, and whether the encoder learned something."""
-    if run.log and run.log.losses:  # rank 0 has a log, and one that was lost is begun anew
+    if run.log and run.log.losses:  # only rank 0 has a log, which is empty if it was deleted
         say("", f"loss      {run.log.losses[0]:.4f} -> {run.log.losses[-1]:.4f}")
     say(f"pictures  {run.directory / 'reconstruction.png'}", f"encoder   {run.directory / 'encoder.pt'}")
     if not isinstance(encoder, ViT):  # a tokenizer, say
