@@ -126,6 +126,8 @@ def test_without_a_gpu_only_a_rehearsal_runs(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_a_rehearsal_does_everything_and_goes_on_where_it_was_cut(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # its steps have limits, and cores that other tests share
+
     def run(more="--minutes 14"):
         monkeypatch.setattr(sys, "argv", f"gpu --out {tmp_path} --device cpu --rehearse {more}".split())
         gpu.main()
