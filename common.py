@@ -121,9 +121,9 @@ def random_mask(rng: StepRandom, grid: tuple[int, int], ratio: float, cell: int 
 def block_mask(rng: StepRandom, grid: tuple[int, int], count: int, smallest: int = 16, tries: int = 10) -> Mask:
     """BEiT's block-wise mask, continued as in CAE until exactly `count` patches of every image are hidden.
 
-    A block's area is uniform between `smallest` and the number of patches that are missing, the larger of which may be
-    either, and its aspect ratio log-uniform in [0.3, 1/0.3]. One as high or as wide as the grid, or that hides nothing
-    new or more than is missing, is drawn again. After `tries` failures in a row an image's smallest area is halved.
+    A block's area is uniform between `smallest` and the number of missing patches, also where fewer than `smallest` are
+    missing; its aspect ratio is log-uniform in [0.3, 1/0.3]. A block that is as high or as wide as the grid, or hides
+    nothing new or more than is missing, is drawn again. After `tries` failures in a row `smallest` is halved.
     """
     if not 0 < count < math.prod(grid):
         raise InputError(f"{count} masked patches of {math.prod(grid)} leave nothing visible or nothing masked")

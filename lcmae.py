@@ -13,7 +13,7 @@ Changes from mae.py: the second mask, the projector, L_cross, L_in, two other de
 
     question           | paper (no code)           | here (flag)
     ------------------ | ------------------------- | ------------------------------------------------------------------
-    h                  | near x_i (1); also tokens | the predicted pixels (--project tokens: what they are made of)
+    h                  | pixels (Eq. 1) or tokens  | the predicted pixels (--project tokens: what they are made of)
     target of L_MAE    | output l2-normalised      | patches standardised, as in MAE's code
     Eq. (1)            | a sum, "MSE", as in MAE   | mean over patches and values, then over the views
     Eq. (5)            | a sum                     | mean over patches masked in both views (none: 0), then over images

@@ -47,14 +47,8 @@ def options() -> argparse.Namespace:
     add("--batch-size", type=int, default=16, metavar="B", help="images per step")
     add("--lr", type=float, default=5e-4, metavar="RATE", help="peak learning rate")
     add("--weight-decay", type=float, default=0.05, metavar="X", help="CMAE's and ConMIM's detectors: 0.1")
-    add(
-        "--decay-at",
-        type=int,
-        nargs="+",
-        default=[],
-        metavar="N",
-        help="after so many epochs a tenth of the rate; CAE's detector, of 12 epochs: 9 11. If not given, a cosine",
-    )
+    add("--decay-at", type=int, nargs="+", default=[], metavar="N",
+        help="after so many epochs a tenth of the rate (CAE's detector, of 12: 9 11); else a cosine")  # fmt: skip
     add("--jitter", type=float, nargs=2, default=(0.5, 2.0), metavar="X", help="of the scale, in training")
     add("--seed", type=seed, default=0, metavar="N", help="of everything random")
     add("--workers", type=int, metavar="N", help="processes that read; if not given, 8 for a GPU, none otherwise")
@@ -67,9 +61,8 @@ def options() -> argparse.Namespace:
     if not 0 <= args.weight_decay < math.inf:
         raise InputError(f"weight decay {args.weight_decay:g}: must be at least 0 and finite")
     if args.decay_at and not 0 < min(args.decay_at) <= max(args.decay_at) < args.epochs:
-        raise InputError(
-            f"decay at {' '.join(map(str, args.decay_at))}: must lie between 0 and the {args.epochs} epochs"
-        )
+        given = " ".join(map(str, args.decay_at))
+        raise InputError(f"decay at {given}: must lie between 0 and the {args.epochs} epochs")
     if not 0 < args.jitter[0] <= args.jitter[1]:
         raise InputError(f"jitter {args.jitter[0]:g} {args.jitter[1]:g}: give a smallest and a largest positive scale")
     if args.make_scenes is None:

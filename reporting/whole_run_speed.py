@@ -192,17 +192,13 @@ def bench_start(args, device: torch.device) -> list[dict]:
 
 
 def watch(per_epoch: int, words: list[str]) -> dict:
-    """Seconds of train.py's second epoch, per 100,000 images, and for how much of a step it waits for images and draws.
+    """Seconds of train.py's second epoch per 100,000 images, and per cent of a step that images and draws cost.
 
-    The second in per cent, of 50 steps as they are beside 50 on one batch that was drawn before.
+    For the latter, 50 steps as they are stand beside 50 on one batch that was drawn before.
     """
     Method, begin = METHODS[words[words.index("--method") + 1]], 2 * per_epoch + 10
-    draw, update, marks, batch = (
-        Method.draw,
-        Meter.update,
-        dict.fromkeys((begin, begin + 50, begin + 60, begin + 110)),
-        [],
-    )
+    draw, update, batch = Method.draw, Meter.update, []
+    marks = dict.fromkeys((begin, begin + 50, begin + 60, begin + 110))  # steps, and when they were done
 
     def drawn(*given):
         if marks[begin + 50] is None:

@@ -75,7 +75,8 @@ def command(main) -> None:
         print(error, file=sys.stderr, flush=True)
         status = 2
     except RuntimeError as error:
-        if not any(word in str(error) for word in ("by peer", "Broken pipe")):  # gloo's, when another rank is gone
+        gone = any(word in str(error) for word in ("by peer", "Broken pipe"))  # what gloo says of a rank that is gone
+        if not (gone and dist.is_initialized()):
             raise
         time.sleep(1)  # in which torchrun ends this rank, if the other one has failed, and its own words stand alone
         print("another rank has ended; what it said, or torchrun says of it, tells why", file=sys.stderr, flush=True)
