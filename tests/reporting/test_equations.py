@@ -1,6 +1,8 @@
 """The annotations of the sources, reporting/pages/equations: what they name exists, and nothing cited is left out."""
 
 import ast
+import contextlib
+import io
 import re
 from functools import cache
 from pathlib import Path
@@ -124,9 +126,6 @@ def test_every_test_and_claim_that_is_named_exists(name):
 
 @cache
 def options_of(method: str) -> str:
-    import contextlib
-    import io
-
     shown = io.StringIO()
     with contextlib.redirect_stdout(shown), pytest.raises(SystemExit):
         train.options(["--method", method, "--help"])
@@ -150,7 +149,7 @@ def test_every_formula_becomes_mathml(name):
     for formula in [*(section.formula for section in found), *inline]:
         written = convert(formula)
         tokens = re.findall(r"<m\w+[^>]*>([^<]*)</m\w+>", written)
-        assert tokens and not [x for x in tokens if "\\" in x or x in "&{}" and x], formula
+        assert tokens and not [x for x in tokens if "\\" in x or (x and x in "&{}")], formula
 
 
 def test_the_map_names_what_holds_the_annotations():
