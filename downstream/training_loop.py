@@ -1,4 +1,4 @@
-"""The loop that trains a classifier on labelled images, for every probe and for partial and full fine-tuning.
+"""The loop that trains probes, fine-tunes classifiers and, as `optimize`, whatever else has an encoder in it.
 
 What is random in a step comes from (seed, step) and the batch is the global one, so neither a restart nor the number
 of processes changes the result. Drop path is the exception, as in pretraining: its draws depend on that number.
@@ -8,7 +8,7 @@ import json
 import math
 import time
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -30,6 +30,7 @@ from runtime.ranks import rank, sum_over_ranks, world_size
 
 SAVE_EVERY = 30.0  # seconds between checkpoints, which are written at the ends of epochs
 BAR = "{desc} {percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}, {remaining} left]"
+DTYPES = dict(fp32=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)
 EMBEDDINGS = ("encoder.patch_embed", "encoder.cls_token", "encoder.pos_embed")
 
 
@@ -39,53 +40,69 @@ def train(
 ) -> None:  # fmt: skip
     """Train in place on `source`, an ImageSet or what was `Kept` of one; ends in evaluation mode.
 
-    With a `directory`, checkpoint.pt and log.jsonl lie there, and the same call continues. `accumulate` divides a step
-    into parts to save memory. Batch norm still sees the whole batch, as only the frozen layers before it work in parts.
+    `accumulate` divides a step into parts to save memory. Batch norm still sees the whole batch, as only the frozen
+    layers before it work in parts. The other options are those of `optimize`.
     """
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
-    autocast = partial(torch.autocast, device.type, dtype, enabled=dtype is not None)
+    autocast = partial(torch.autocast, device.type, DTYPES[precision], enabled=precision != "fp32")
     check_batch(recipe, len(source), accumulate)
     per_epoch, share = len(source) // recipe.batch_size, recipe.batch_size // world_size()
     steps, warmup = recipe.epochs * per_epoch, round(recipe.warmup_epochs * per_epoch)
-    optimizer = optimizer_for(classifier, recipe, device)
-    scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
-    weights = classifier.encoder.state_dict().values()
-    checksum = zlib.crc32(b"".join(x.cpu().numpy().tobytes() for x in weights))
     settings = dict(
         asdict(recipe), kind=classifier.kind, blocks=classifier.blocks, classes=classes, images=len(source), seed=seed,
-        precision=precision, accumulate=accumulate, encoder=checksum,
-        linear="convolution" if fast.as_convolution else "product",
+        precision=precision, accumulate=accumulate,
     )  # fmt: skip
-    run = Progress(directory, settings, classifier, dict(optimizer=optimizer, scaler=scaler), resume)
 
-    def losses(parts) -> Iterator[Tensor]:
-        for x, targets in parts:
-            with autocast():
-                scores = classifier(x)
-            yield F.cross_entropy(scores, targets, label_smoothing=recipe.smoothing) * len(x) / share
+    def loss(x: Tensor, targets: Tensor) -> Tensor:
+        with autocast():
+            scores = classifier(x)
+        return F.cross_entropy(scores, targets, label_smoothing=recipe.smoothing) * len(x) / share
 
-    classifier.train()
-    begin, total = time.perf_counter(), torch.zeros((), device=device)
+    def losses(todo) -> Iterator[Iterator[Tensor]]:
+        for parts in prepared_steps(classifier, source, classes, recipe, device, seed, accumulate, autocast, todo):
+            yield (loss(*part) for part in parts)
+
+    def rate(step: int) -> float:
+        return learning_rate(step, steps, warmup, recipe.peak, recipe.min_lr)
+
     what = f"{classifier.kind} {classifier.blocks}/{classifier.depth}"
+    optimizer = optimizer_for(classifier, recipe, device)
+    optimize(classifier, optimizer, rate, losses, steps, per_epoch, settings, device, what, directory, resume)
+
+
+def optimize(
+    model: nn.Module, optimizer, rate: Callable, losses: Callable, steps: int, per_epoch: int, settings: dict, device,
+    what: str, directory: Path | None = None, resume: bool = True,
+) -> None:  # fmt: skip
+    """Take `steps` steps with `model`, which has an `encoder`; ends in evaluation mode.
+
+    `rate(step)` is the learning rate. `losses(todo)` gives for each step of the range `todo` its losses, whose sum is
+    this rank's; the ranks' are averaged. `settings` are what a checkpoint must agree with. With a `directory`,
+    checkpoint.pt and log.jsonl lie there, and the same call continues.
+    """
+    scaler = torch.amp.GradScaler(device.type, enabled=settings["precision"] == "fp16")
+    checksum = zlib.crc32(b"".join(x.cpu().numpy().tobytes() for x in model.encoder.state_dict().values()))
+    settings = settings | dict(encoder=checksum, linear="convolution" if fast.as_convolution else "product")
+    run = Progress(directory, settings, model, dict(optimizer=optimizer, scaler=scaler), resume)
+    model.train()
+    begin, since, total = time.perf_counter(), run.step, torch.zeros((), device=device)
     with tqdm(total=steps, initial=run.step, desc=what, bar_format=BAR, leave=False, disable=rank() > 0) as bar:
         todo = range(run.step, steps)
-        prepared = prepared_steps(classifier, source, classes, recipe, device, seed, accumulate, autocast, todo)
-        for step, parts in zip(todo, prepared, strict=True):
-            rate = learning_rate(step, steps, warmup, recipe.peak, recipe.min_lr)
-            torch.manual_seed(seed + (step * world_size() + rank()) * 1_000_003)  # only drop path draws from it
-            total += take_step(optimizer, losses(parts), rate, scaler)
+        for step, parts in zip(todo, losses(todo), strict=True):
+            torch.manual_seed(settings["seed"] + (step * world_size() + rank()) * 1_000_003)  # drop path draws from it
+            total += take_step(optimizer, parts, now := rate(step), scaler)
             bar.update()
-            epoch, rest = divmod(step + 1, per_epoch)
-            if rest == 0:
-                loss = (sum_over_ranks(total) / world_size() / per_epoch).item()
-                speed = per_epoch * recipe.batch_size / (time.perf_counter() - begin)
+            epoch = -(-(step + 1) // per_epoch)
+            if (step + 1) % per_epoch == 0 or step + 1 == steps:
+                done = step + 1 - since
+                loss = (sum_over_ranks(total) / world_size() / done).item()
+                speed = done * settings["batch_size"] / (time.perf_counter() - begin)
                 if not math.isfinite(loss):
                     raise InputError(f"loss: not finite in epoch {epoch}; try a lower --lr")
-                row = dict(step=step + 1, epoch=epoch, loss=loss, lr=rate, images_per_second=round(speed, 1))
+                row = dict(step=step + 1, epoch=epoch, loss=loss, lr=now, images_per_second=round(speed, 1))
                 run.end_epoch(row, last=step + 1 == steps)
                 bar.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} images/s", refresh=False)
-                begin, total = time.perf_counter(), torch.zeros((), device=device)
-    classifier.eval()
+                begin, since, total = time.perf_counter(), step + 1, torch.zeros((), device=device)
+    model.eval()
 
 
 @dataclass
@@ -149,15 +166,15 @@ def prepared_steps(
 class Progress:
     """One training's checkpoint.pt, with its log in it, and log.jsonl; rank 0 alone reads and writes them, if any."""
 
-    def __init__(self, directory: Path | None, settings: dict, classifier: Classifier, states: dict, resume: bool):
-        self.directory, self.settings, self.classifier, self.states = directory, settings, classifier, states
+    def __init__(self, directory: Path | None, settings: dict, model: nn.Module, states: dict, resume: bool):
+        self.directory, self.settings, self.model, self.states = directory, settings, model, states
         self.step, self.rows, self.saved = 0, [], time.monotonic()
         found = [self.read() if directory and resume and rank() == 0 else None]
         if directory and world_size() > 1:
             dist.broadcast_object_list(found)
         if found[0] is not None:
             self.step, self.rows = found[0]["step"], found[0]["log"]
-            classifier.load_state_dict(found[0]["classifier"], strict=False)  # what is frozen is not in it
+            model.load_state_dict(found[0]["classifier"], strict=False)  # what is frozen is not in it
             for name, holder in states.items():
                 holder.load_state_dict(found[0][name])
 
@@ -167,7 +184,7 @@ class Progress:
             return None
         saved = files.load(path)
         if not isinstance(saved, dict) or "settings" not in saved:
-            raise InputError(f"{path}: not a checkpoint of evaluate.py; give --resume never to start over")
+            raise InputError(f"{path}: not a checkpoint of fine-tuning; give --resume never to start over")
         theirs = dict(positions="fixed") | saved["settings"]  # they were before they could be learned
         if differs := files.differences(theirs, self.settings, {"linear"}):
             raise InputError(f"{path}: with other settings ({differs}); give --resume never to start over")
@@ -177,8 +194,8 @@ class Progress:
         self.rows.append(row)
         if self.directory is None or rank() > 0 or not (last or time.monotonic() - self.saved >= SAVE_EVERY):
             return
-        learns, state = trainable_parameters(self.classifier), self.classifier.state_dict()
-        learned = {name: value for name, value in state.items() if name in learns or name.startswith("head.")}
+        learns, state = trainable_parameters(self.model), self.model.state_dict()
+        learned = {name: value for name, value in state.items() if name in learns or not name.startswith("encoder.")}
         states = {name: holder.state_dict() for name, holder in self.states.items()}
         tree = dict(step=row["step"], settings=self.settings, log=self.rows, classifier=learned) | states
         files.save(self.directory / "checkpoint.pt", tree)
@@ -187,21 +204,21 @@ class Progress:
         self.saved = time.monotonic()
 
 
-def layer_decay_groups(classifier: Classifier, weight_decay: float, decay: float) -> list[dict]:
+def layer_decay_groups(model: nn.Module, weight_decay: float, decay: float) -> list[dict]:
     """Groups with their `scale` of the learning rate, decay^(depth + 1 - layer): what learns last moved least (BEiT).
 
     Layer 0 are stem, class token and learned positions, layer i is the i-th block, and depth + 1 are the last norm, the
     head and, as in BEiT's code, the table of relative positions that all blocks share.
     """
+    depth = len(model.encoder.blocks)
     groups: dict[tuple, list] = {}
-    for name, p in trainable_parameters(classifier).items():
-        layer = int(name.split(".")[2]) + 1 if name.startswith("encoder.blocks.") else classifier.depth + 1
+    for name, p in trainable_parameters(model).items():
+        layer = int(name.split(".")[2]) + 1 if name.startswith("encoder.blocks.") else depth + 1
         layer = 0 if name.startswith(EMBEDDINGS) else layer
         exempt = p.ndim <= 1 or name in EMBEDDINGS
         groups.setdefault((layer, 0.0 if exempt else weight_decay), []).append(p)
     return [
-        dict(params=group, weight_decay=wd, scale=decay ** (classifier.depth + 1 - layer))
-        for (layer, wd), group in groups.items()
+        dict(params=group, weight_decay=wd, scale=decay ** (depth + 1 - layer)) for (layer, wd), group in groups.items()
     ]
 
 
@@ -227,8 +244,8 @@ class LARS(torch.optim.Optimizer):
                 p.sub_(v.mul_(group["momentum"]).add_(g), alpha=group["lr"])
 
 
-def optimizer_for(classifier: Classifier, recipe: Recipe, device: torch.device) -> torch.optim.Optimizer:
-    groups = layer_decay_groups(classifier, recipe.weight_decay, recipe.layer_decay)
+def optimizer_for(model: nn.Module, recipe: Recipe, device: torch.device) -> torch.optim.Optimizer:
+    groups = layer_decay_groups(model, recipe.weight_decay, recipe.layer_decay)
     if recipe.optimizer == "lars":
         return LARS(groups, lr=recipe.peak)
     if recipe.optimizer == "sgd":

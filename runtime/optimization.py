@@ -6,11 +6,14 @@ from common import cosine
 from runtime.errors import InputError
 
 
-def learning_rate(step: int, steps: int, warmup: int, peak: float, floor: float = 0.0) -> float:
-    """Linear from 0 over `warmup` steps, then a cosine from `peak` to `floor` at `steps`; per step, as in MAE."""
+def learning_rate(step: int, steps: int, warmup: int, peak: float, floor: float = 0.0, decay=cosine) -> float:
+    """Linear from 0 over `warmup` steps, then a cosine from `peak` to `floor` at `steps`; per step, as in MAE.
+
+    `decay` is another way from `peak` to `floor`: a function of both and of the progress in [0, 1].
+    """
     if step < warmup:
         return peak * step / warmup
-    return cosine(peak, floor, min(1.0, (step - warmup) / max(1, steps - warmup)))
+    return decay(peak, floor, min(1.0, (step - warmup) / max(1, steps - warmup)))
 
 
 def parameter_groups(module: nn.Module, weight_decay: float, no_decay: tuple[str, ...] = ()) -> list[dict]:
