@@ -20,8 +20,9 @@ The paper has no code. Where it is silent or unclear, this file reads it so:
   give the negatives z_k-.
 - Eq. 4: a GELU stands between the two linear layers.
 - Eq. 5: its q is the p of Eq. 4. t is one-hot over all N places, not over rows and columns. There is no softmax. The
-  error is summed over places and averaged over patches. E knows where each patch lies, which makes the task nearly
-  trivial; with `--withhold-positions` the task gets a second pass of E without positions.
+  formula is literally a sum over the N places (`--no-location-mean`). At λ_loc = 1 its gradient drowns the two other
+  losses, so the default is the mean over places, as PyTorch's MSELoss takes it. E knows where each patch lies, which
+  makes the task nearly trivial; with `--withhold-positions` the task gets a second pass of E without positions.
 - Heat map: the paper tries two and does not say which it kept. The default is the class token's attention, averaged
   over heads. For `--crop-by features` it is the L1 norm of each token before the final layer norm, since after that
   norm ContrastiveCrop's own map, the sum of the channels, is 0 for every patch of a new encoder.
@@ -44,6 +45,7 @@ from typing import Literal, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from tqdm import tqdm
 
 import mae
 from common import (
@@ -79,8 +81,8 @@ class Config:
     norm_pixels: bool = True  # predict each patch standardised by its own mean and variance (MAE's)
     crop_scale: Part = 0.2  # smallest share of the image's area that a crop keeps
     crop_by: Literal["attention", "features", "none"] = "attention"  # ContrastiveCrop's map; none: plain crops (§3.2)
-    crop_warmup: Count = 60  # epochs of plain crops before the boxes are first computed (ContrastiveCrop: a fifth)
-    crop_interval: Size = 60  # epochs between computing the boxes (ContrastiveCrop: a fifth)
+    crop_warmup: Share = 0.2  # share of the run before the boxes are first computed, in whole epochs, at least one
+    crop_interval: Part = 0.2  # share of the run between computing the boxes, likewise (ContrastiveCrop: a fifth each)
     crop_threshold: Share = 0.1  # k of Eq. 1, on a heat map stretched to 0 … 1
     crop_alpha: Positive = 0.1  # crop centres follow Beta(α, α), below 1 away from the box's centre (on ImageNet 0.6)
     key_color: bool = False  # colour jitter and greyscale on the second view (not the paper's; strengths of cmae)
@@ -89,6 +91,7 @@ class Config:
     tau: Positive = 0.2  # temperature of Eq. 3
     momentum: Share = 0.996  # share of ME and MP that a step keeps, fixed (§3.3)
     withhold_positions: bool = False  # the location task sees patches without their positions
+    location_mean: bool = True  # Eq. 5 averages over the N places; without: it adds them up, as its formula says
     lambda_ctr: Weight = 1.0  # weight of the contrastive loss in Eq. 6; 0 builds no momentum branch
     lambda_loc: Weight = 1.0  # weight of the location loss in Eq. 6
     lambda_con: Weight = 1.0  # weight of the reconstruction loss in Eq. 6
@@ -101,8 +104,8 @@ RECIPES = {
         model="base", image_size=64, patch_size=8, epochs=300, warmup_epochs=40, batch_size=64, base_lr=1e-3,
         weight_decay=0.05, betas=(0.9, 0.95),
     ),
-    "tiny": mae.RECIPES["tiny"] | dict(crop_warmup=20, crop_interval=20),
-    "demo": mae.RECIPES["demo"] | dict(crop_warmup=4, crop_interval=4),
+    "tiny": mae.RECIPES["tiny"],
+    "demo": mae.RECIPES["demo"],
 }  # fmt: skip
 
 
@@ -250,7 +253,7 @@ class CMAELoc(nn.Module):
             losses["contrast"] = info_nce(z_q, self.z_k(batch), c.tau)  # Eq. 3
         if c.lambda_loc:
             p = self.location(self.place_tokens(q1, batch)[:, 1:])  # Eq. 4: (B, V, N)
-            losses["location"] = location_loss(p, batch.mask.visible)  # Eq. 5
+            losses["location"] = location_loss(p, batch.mask.visible, c.location_mean)  # Eq. 5
         if c.lambda_con:
             pixels = mae.masked_pixels(batch.images, batch.mask, self.encoder.patch_size, c.norm_pixels)
             losses["reconstruction"] = reconstruction_loss(self.decoder(q1, batch.mask), pixels)
@@ -285,11 +288,15 @@ class CMAELoc(nn.Module):
             ema_update(self.momentum_encoder, self.encoder, self.config.momentum)
             ema_update(self.momentum_projector, self.projector, self.config.momentum)
 
-    def end_epoch(self, epoch: int, image_set) -> None:
-        """Computes the boxes after `crop_warmup` epochs, and then every `crop_interval` epochs."""
-        c, done = self.config, epoch + 1
-        if c.crop_by != "none" and done >= c.crop_warmup and (done - c.crop_warmup) % c.crop_interval == 0:
-            self.boxes = self.compute_boxes(image_set)
+    def end_epoch(self, done: int, epochs: float, image_set) -> str | None:
+        """Computes the boxes when `crop_warmup` of all `epochs` are done, then every `crop_interval`. → their mean area"""
+        first, every = (max(1, round(share * epochs)) for share in (self.config.crop_warmup, self.config.crop_interval))
+        if self.config.crop_by == "none" or done < first or (done - first) % every:
+            return None
+        self.boxes = self.compute_boxes(image_set)
+        area = (self.boxes[:, 2:] - self.boxes[:, :2]).prod(dim=1)  # shares of the image
+        whole = 100 * (area == 1).double().mean()
+        return f"boxes for crops after epoch {done}: mean area {area.mean():.2f}, {whole:.0f} % are the whole image"
 
     @torch.no_grad()
     def compute_boxes(self, image_set, chunk: int = 128) -> Tensor:
@@ -302,11 +309,12 @@ class CMAELoc(nn.Module):
         chunks = torch.arange(len(image_set)).split(chunk)[rank() :: world_size()]
         training = e.training
         e.eval()
+        bar = tqdm(chunks, "boxes", leave=False, disable=rank() > 0, delay=10, mininterval=5)  # on long passes only
         # Indices are those asked for: an undecodable image's stand-in must not be counted twice.
-        for index, (images, _) in zip(chunks, image_set.batches(chunks, device), strict=True):
+        for index, (images, _) in zip(bar, image_set.batches(chunks, device), strict=True):
             whole = torch.as_tensor(augment.sizes(images)).expand(len(images), 2)
             views = augment.crop_resize(images, F.pad(whole, (2, 0)), e.image_size)
-            heat = HEAT[c.crop_by](e, augment.normalize(views))  # M: (B, N)
+            heat = HEAT[c.crop_by](e, augment.normalize(views)).float()  # M: (B, N)
             boxes[index.to(device)] = locate(heat.unflatten(1, e.grid), views.shape[2:], c.crop_threshold)
         e.train(training)
         return sum_over_ranks(boxes).cpu()
@@ -321,7 +329,10 @@ class CMAELoc(nn.Module):
         return picture_rows(batch.images, batch.mask, predicted, self.encoder, norm, batch.key_images)
 
 
-def location_loss(p: Tensor, visible: Tensor) -> Tensor:
-    """Eq. 5, ‖p - t‖² averaged over patches; t is the one-hot place of each. (B, V, N), (B, V) → scalar."""
-    t = F.one_hot(visible, p.shape[2])
-    return (p.float() - t).square().sum(dim=2).mean()
+def location_loss(p: Tensor, visible: Tensor, mean: bool = True) -> Tensor:
+    """Eq. 5, ‖p - t‖², or its mean over places, averaged over patches; t is the one-hot place of each patch.
+
+    (B, V, N), (B, V) → scalar.
+    """
+    error = (p.float() - F.one_hot(visible, p.shape[2])).square()
+    return error.mean() if mean else error.sum(dim=2).mean()

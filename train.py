@@ -127,7 +127,9 @@ def loop(args, plan: "Plan", run: Run, images: image_sets.ImageSet, device: torc
             done = step + 1
             epochs, rest = divmod(done, plan.steps_per_epoch)  # an epoch ends where the rest is 0
             if rest == 0 and done < plan.steps and hasattr(method, "end_epoch"):  # no step would use it after the last
-                method.end_epoch(epochs - 1, images)
+                with autocast:
+                    told = method.end_epoch(epochs, plan.steps / plan.steps_per_epoch, images)
+                say(*[told] if told else [])
             meter.update(done, losses, rate)
             stopping = run.asked_to_stop(done)
             if stopping or done == plan.steps or (rest == 0 and epochs % args.save_every == 0):

@@ -67,8 +67,6 @@ def work_of(folder: str, name: str, budget: str, args) -> Work:
     method, differs, untrained = name, "", " --untrained" * (name == BASELINES)
     if folder == "claims":
         method, differs, measured = (VARIANTS[name][key] for key in ("method", "differs", "measured"))
-    elif name == "cmae_loc" and budget == "gpu":  # a fifth of training, as the recipe's are of its own epochs
-        differs = "--crop-warmup {0} --crop-interval {0}".format(max(1, epochs // 5))
     elif name == BASELINES:  # one step, for the shape of an encoder
         method, differs, measured = "mae", "--max-steps 1", "pixels knn linear attentive finetune"
     source = f"{args.data}{' --data-root DIR' * tiny}{subset}" + f" --images {args.images}" * bool(args.images)

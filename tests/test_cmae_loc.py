@@ -32,13 +32,14 @@ from train import options
 
 DECODERS = ("transformer", "mlp", "conv", "hybrid-mlp", "hybrid-conv")
 SMALL = dict(
-    decoder_width=16, decoder_depth=3, decoder_heads=2, projector_width=24, projector_out=8, crop_warmup=2,
-    crop_interval=3,
+    decoder_width=16, decoder_depth=3, decoder_heads=2, projector_width=24, projector_out=8, crop_warmup=0.2,
+    crop_interval=0.3,
 )  # fmt: skip
 SWITCHES = {
     "the paper": {},
     "three layers fewer, half the width": dict(decoder_depth=1, decoder_width=8),
     **{f"§3.5, {kind}": dict(decoder=kind) for kind in DECODERS[1:]},
+    "Eq. 5 as a sum": dict(location_mean=False),
     "positions withheld": dict(withhold_positions=True),
     "weights": dict(lambda_ctr=0.5, lambda_loc=2.0, lambda_con=3.0),
     "contrast alone": dict(lambda_loc=0.0, lambda_con=0.0),
@@ -133,7 +134,8 @@ def plain_losses(model, batch):
             looked = plain_tokens(model.encoder, batch.images[b], visible, not c.withhold_positions)[1]
             for i in visible:
                 p = plain_layers(model.location, looked[i])  # Eq. 4
-                l_loc += sum((p[n].item() - (n == i)) ** 2 for n in range(N)) / len(visible) / B  # Eq. 5
+                error = sum((p[n].item() - (n == i)) ** 2 for n in range(N))
+                l_loc += error / (N if c.location_mean else 1) / len(visible) / B  # Eq. 5
         if c.lambda_con:
             predicted, patches = plain_decoder(model, cls, q1), patchify(batch.images[b : b + 1], 8)[0]
             for i in masked:
@@ -293,9 +295,10 @@ def test_location_loss_is_the_squared_distance_to_the_one_hot_place(B, V, seed):
         for v in range(V):
             t = [float(n == visible[b, v]) for n in range(9)]
             total += sum((x - y) ** 2 for x, y in zip(p[b, v].double().tolist(), t, strict=True))
-    assert location_loss(p, visible).item() == pytest.approx(total / (B * V), rel=1e-5)
+    assert location_loss(p, visible, mean=False).item() == pytest.approx(total / (B * V), rel=1e-5)
+    assert location_loss(p, visible).item() == pytest.approx(total / (B * V * 9), rel=1e-5)
     # A predictor that knows nothing, and says so, does worse than one that is right half the time.
-    nothing = location_loss(torch.full_like(p, 1 / 9), visible).item()
+    nothing = location_loss(torch.full_like(p, 1 / 9), visible, mean=False).item()
     assert nothing == pytest.approx(1 - 1 / 9, rel=1e-5)
 
 
@@ -520,19 +523,45 @@ def test_ranks_share_the_images_and_all_end_with_the_same_boxes(monkeypatch, ran
     assert torch.equal(sum(parts), alone)  # to the bit
 
 
-def test_boxes_are_computed_on_schedule():
-    model, images = small(crop_warmup=2, crop_interval=3), Stub(images_for())
-    computed = []
-    for epoch in range(10):
+def schedule(epochs, crop_warmup, crop_interval, **settings):
+    """After which of these epochs but the last the boxes are computed."""
+    model, images, computed = small(crop_warmup=crop_warmup, crop_interval=crop_interval, **settings), images_for(), []
+    for done in range(1, math.ceil(epochs)):
         before = model.boxes
-        model.end_epoch(epoch, images)
-        if model.boxes is not before:
-            computed.append(epoch + 1)
-    assert computed == [2, 5, 8] and model.boxes.shape == (7, 4)  # epochs done
-    never = small(crop_by="none")
-    for epoch in range(10):
-        never.end_epoch(epoch, images)
-    assert never.boxes.shape == (0, 4)
+        model.end_epoch(done, epochs, Stub(images))
+        computed += [done] * (model.boxes is not before)
+    return computed
+
+
+def test_boxes_are_computed_when_shares_of_the_run_are_over():
+    assert schedule(10, 0.2, 0.3) == [2, 5, 8]
+    assert schedule(20, 0.2, 0.2) == [4, 8, 12, 16]  # though 0.2 · 3 + 0.2 is not 0.8 in floating point
+    assert schedule(4, 0.2, 0.2) == [1, 2, 3]  # no run is too short for a crop
+    assert schedule(6, 0, 1) == [1]  # no warm-up: as soon as an epoch is over
+    assert schedule(6, 1, 0.2) == []  # plain crops to the end
+    assert schedule(2.5, 0.8, 0.8) == [2]  # --max-steps may end a run inside of an epoch
+    assert schedule(6, 0.2, 0.2, crop_by="none") == []
+
+
+def test_a_line_says_how_large_the_boxes_are(monkeypatch):
+    model = small()
+    boxes = torch.tensor([[0, 0, 1, 1], [0, 0.5, 1, 1], [0.25, 0, 0.75, 0.5], [0, 0, 1, 1]])
+    monkeypatch.setattr(model, "compute_boxes", lambda images: boxes)
+    line = model.end_epoch(2, 10, None)
+    assert line == "boxes for crops after epoch 2: mean area 0.69, 50 % are the whole image"
+    assert model.end_epoch(3, 10, None) is None  # none computed
+
+
+@pytest.mark.parametrize("crop_by", ["attention", "features"])
+def test_boxes_are_computed_in_the_precision_of_the_run(crop_by):
+    """train.py calls `end_epoch` as it calls the method: in bf16, the encoder's products are bf16."""
+    model, seen = small(crop_by=crop_by), []
+    model.encoder.blocks[-1].mlp.fc1.register_forward_hook(lambda _, inputs, out: seen.append(out.dtype))
+    for dtype in (torch.float32, torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            model.end_epoch(2, 10, Stub(images_for()))
+        assert set(seen) == {dtype} and model.boxes.dtype == torch.float32
+        seen.clear()
 
 
 def test_boxes_survive_a_checkpoint_whatever_their_number():
@@ -545,7 +574,7 @@ def test_boxes_survive_a_checkpoint_whatever_their_number():
         other.boxes = torch.rand(3, 4)
         other.load_state_dict(torch.load(file, weights_only=True))
         assert torch.equal(other.boxes, model.boxes)
-        model.end_epoch(1, Stub(images_for()))
+        model.end_epoch(2, 10, Stub(images_for()))
     assert len(model.boxes) == 7
 
 
@@ -657,7 +686,8 @@ def test_the_projector_is_as_wide_as_the_encoder_where_no_width_is_given():
 @pytest.mark.parametrize("settings,words", [
     (dict(decoder="rnn"), "decoder 'rnn': unknown; choose transformer, mlp, conv, hybrid-mlp or hybrid-conv"),
     (dict(decoder="hybrid-mlp", decoder_depth=2), "has no middle"), (dict(crop_by="eye"), "crop by 'eye': unknown"),
-    (dict(crop_interval=0), "must be 1 or more"), (dict(crop_alpha=0.0), "must be above 0"),
+    (dict(crop_interval=0.0), "must be above 0"), (dict(crop_warmup=4.0), "crop warmup 4: must be from 0 to 1"),
+    (dict(crop_alpha=0.0), "must be above 0"),
     (dict(crop_threshold=1.0), "crop threshold 1: no heat map exceeds it"),
     (dict(crop_threshold=-0.1), "crop threshold -0.1"),
     (dict(mask_ratio=1.0), "mask ratio"),
@@ -691,4 +721,4 @@ def test_settings_are_the_papers_and_contrastive_crops():
     assert (c.projector_out, c.tau, c.momentum, c.key_color, c.norm_pixels) == (128, 0.2, 0.996, False, True)
     for recipe in CMAELoc.RECIPES:
         args, c, _ = options(["--method", "cmae_loc", "--recipe", recipe])
-        assert c.crop_warmup == c.crop_interval == args.epochs / 5
+        assert c.crop_warmup == c.crop_interval == 1 / 5 and c.location_mean

@@ -27,7 +27,7 @@ TINY = "--image-size 32 --patch-size 8 --width 16 --depth 2 --heads 2 --layer-sc
 KNOBS = {name: " ".join(words) for name, words in OWN.items()}  # each method's own, to keep it small
 KNOBS["cae"] = "--regressor-depth 1 --decoder-depth 1 --tokenizer {}"
 KNOBS["dvae"] += " --kl-warmup 0.9 --tau-anneal 1 --tau-end 0.5"
-KNOBS["cmae_loc"] += " --crop-warmup 2"  # epochs, so that the number of the epoch matters
+KNOBS["cmae_loc"] += " --crop-warmup 0.6"  # later than the first epoch, so that the number of the epoch matters
 for name in ("cmae", "cmae_loc", "conmim"):
     KNOBS[name] += " --momentum 0.7"  # a teacher that moves visibly in ten steps
 
@@ -108,7 +108,7 @@ def plain_loop(method, o, ranks: int = 1, dtype=None, loss_scale: float = 1.0, a
         if hasattr(method, "update_teacher"):
             method.update_teacher((step + 1) / steps)
         if place == per_epoch - 1 and step < steps - 1 and hasattr(method, "end_epoch"):
-            method.end_epoch(epoch, ImageSet())
+            method.end_epoch(epoch + 1, steps / per_epoch, ImageSet())
     return rates, losses
 
 
@@ -222,14 +222,15 @@ def test_low_precision_is_autocast_to_it_and_a_scaled_loss(precision, dtype, sca
     assert_alike(tmp_path, plain, *plain_loop(plain, o, dtype=dtype, loss_scale=scale), 5e-4)
 
 
-def test_epochs_end_and_are_saved_when_they_should(place, tmp_path, monkeypatch):
-    """Three of two steps: `end_epoch` follows the first two and is told which; every second is saved, and the last."""
+def test_epochs_end_and_are_saved_when_they_should(place, tmp_path, monkeypatch, capsys):
+    """Three of two steps: `end_epoch` follows the first two, and what it tells is said; every second is saved."""
     ended, saved, save = [], [], train.Run.save
-    monkeypatch.setattr(mae.MAE, "end_epoch", lambda self, epoch, images: ended.append((epoch, len(images))), False)
+    monkeypatch.setattr(mae.MAE, "end_epoch", lambda self, *words: ended.append(words) or "told", False)
     monkeypatch.setattr(train.Run, "save", lambda self, step: (saved.append(step), save(self, step)))
     words = f"--method mae --data {place}/photos {TINY} {KNOBS['mae']} --epochs 3 --batch-size 13 --save-every 2"
     train_here([*words.split(), "--no-evaluate", "--precision", "fp32", "--out", str(tmp_path / "run")])
-    assert ended == [(0, 26), (1, 26)] and saved == [4, 6]
+    assert [(done, of, len(images)) for done, of, images in ended] == [(1, 3, 26), (2, 3, 26)]
+    assert capsys.readouterr().err.count("told") == 2 and saved == [4, 6]
 
 
 def test_the_summary_is_of_the_run_s_encoder_and_of_one_at_the_first_weights_of_its_seed(place, tmp_path, monkeypatch):

@@ -108,6 +108,7 @@ OTHER = {
     "mask_ratio": 0.6, "mask_cell": 2, "crop_scale": 0.9, "target_blur": 1.0, "target_mask_ratio": 0.5,
     "crop_threshold": 0.3, "filter_above": 0.0, "jitter": 0.0, "gray": 1.0, "block": 24, "feature_decoder_depth": 1,
     "first_stride": 8, "kl_warmup": 1.0, "tau_anneal": 1.0, "momentum": 0.5,
+    "crop_warmup": 0.6, "crop_interval": 0.6,
 }  # fmt: skip
 # What it needs beside it to matter, and what it is set to in a method where another value would be wrong.
 BESIDE = {
@@ -118,7 +119,7 @@ BESIDE = {
     ("conmim", "mask_cell"): dict(mask_cell=1),
     ("conmim", "keep_slow"): dict(momentum=0.9),
 }
-SHORT = dict(cmae_loc=dict(crop_warmup=1, crop_interval=1, crop_threshold=0.8), dvae=dict(blocks=1))
+SHORT = dict(cmae_loc=dict(crop_warmup=0.1, crop_interval=0.1, crop_threshold=0.8), dvae=dict(blocks=1))
 
 
 def config_of(name: str):
@@ -151,7 +152,7 @@ def traces(name: str, knobs: dict) -> list:
         if hasattr(method, "update_teacher"):
             method.update_teacher((step + 1) / 4)
         if hasattr(method, "end_epoch"):
-            method.end_epoch(step, images)
+            method.end_epoch(step + 1, 3, images)
     shapes = [tuple(weight.shape) for weight in method.parameters()]
     kept = [round(weight.abs().sum().item(), 3) for weight in method.encoder.parameters()]
     return [asked, seen, shapes, kept]

@@ -128,7 +128,7 @@ LOSSES = {  # ours, the definition, shapes of what gets a gradient
         lambda y: (2 - 2 * (unit(y) * unit(KEYS[0])).sum(-1)).mean(), [(6, 5)]),
     "CMAE-loc, Eq. 5": (
         lambda p: location_loss(p, torch.tensor(MASKED)),
-        lambda p: ((p - np.eye(6)[MASKED]) ** 2).sum(-1).mean(), [(2, 3, 6)]),
+        lambda p: ((p - np.eye(6)[MASKED]) ** 2).mean(), [(2, 3, 6)]),
     "CAE, Eq. (1), alignment": (
         lambda z: alignment_loss(z, torch.tensor(PATCHES)), lambda z: ((z - PATCHES) ** 2).mean(), [(2, 3, 6)]),
     "CAE, Eq. (1), decoding": (

@@ -36,7 +36,7 @@ DECODER = "--decoder-width 8 --decoder-depth 1 --decoder-heads 2 ".split()
 OWN = {  # each method's own knobs, to keep it as small
     "mae": DECODER,
     "cmae": [*DECODER, *"--projector-width 16 --projector-out 8".split()],
-    "cmae_loc": [*DECODER, *"--projector-width 16 --projector-out 8 --crop-warmup 1 --crop-interval 1".split()],
+    "cmae_loc": [*DECODER, *"--projector-width 16 --projector-out 8 --crop-warmup 0.1 --crop-interval 0.1".split()],
     "cae": "--regressor-depth 1 --decoder-depth 1 --codes 16 --hidden 8 --first-stride 4 --tokenizer-epochs 1".split(),
     "conmim": "--projector-width 16 --projector-out 8".split(),
     "lcmae": [*DECODER, *"--projector-out 16".split()],

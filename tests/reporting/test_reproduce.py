@@ -153,14 +153,6 @@ def test_every_claim_compares_what_its_runs_measure(claim):
     assert len(set(sides)) == len(sides) >= 2
 
 
-def test_the_gpu_row_of_the_other_cmae_places_its_crops_as_often_as_its_recipe():
-    args = reproduce.options(["--budget", "gpu", "--methods", "cmae_loc"])
-    args.data = "tiny-imagenet"
-    (work,) = experiments.plan(args)
-    assert "--epochs 40 " in work.commands["train"]
-    assert "--crop-warmup 8 --crop-interval 8 " in work.commands["train"]  # a fifth, as 20 of 100
-
-
 def test_the_cpu_table_and_all_claims_are_three_dozen_runs_at_most():
     args = reproduce.options(["--claims"])
     args.data = "tiny-imagenet"
