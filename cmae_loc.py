@@ -289,7 +289,7 @@ class CMAELoc(nn.Module):
             ema_update(self.momentum_projector, self.projector, self.config.momentum)
 
     def end_epoch(self, done: int, epochs: float, image_set) -> str | None:
-        """Computes the boxes when `crop_warmup` of all `epochs` are done, then every `crop_interval`. → their mean area"""
+        """Computes the boxes after `crop_warmup` of the epochs, then every `crop_interval`, and tells their size."""
         first, every = (max(1, round(share * epochs)) for share in (self.config.crop_warmup, self.config.crop_interval))
         if self.config.crop_by == "none" or done < first or (done - first) % every:
             return None
