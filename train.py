@@ -28,6 +28,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from common import StepRandom, ViT
 from downstream.protocols import evaluate
+from downstream.watch import Watch
 from inputs import image_sets
 from methods import METHODS
 from runtime import fast, files, process
@@ -60,6 +61,7 @@ def train(args, config, Method, device: torch.device) -> nn.Module:
     images = (images.first(args.images) if args.images else images).to(device)  # --images limits pretraining alone
     plan = Plan(args, len(images))
     method, optimizer, scaler = build(args, config, Method, device)
+    watch = Watch(args, method, device)
     run = Run(args, config, len(images), method=method, optimizer=optimizer, scaler=scaler)
     run.open()
     if run.step == 0 and args.init:
@@ -69,7 +71,7 @@ def train(args, config, Method, device: torch.device) -> nn.Module:
     learned = sum(p.numel() for p in method.parameters() if p.requires_grad)
     say(f"{args.method} on {args.data}: {len(images):,} images, {learned:,} parameters, {plan.steps} steps of "
         f"{args.batch_size} on {world_size()} x {device.type} in {args.precision}, into {args.out}")  # fmt: skip
-    loop(args, plan, run, images, device)
+    loop(args, plan, run, images, watch, device)
     if run.stopped_by:
         say(f"stopped at step {run.step} of {plan.steps}; the same command continues from there")
         process.stop()
@@ -78,7 +80,7 @@ def train(args, config, Method, device: torch.device) -> nn.Module:
     return method
 
 
-def loop(args, plan: "Plan", run: Run, images: image_sets.ImageSet, device: torch.device) -> None:
+def loop(args, plan: "Plan", run: Run, images: image_sets.ImageSet, watch: Watch, device: torch.device) -> None:
     """The steps of a run from `run.step` on: each draws a batch, learns from it, moves the teacher, logs and saves."""
     method, optimizer, scaler = run.parts.values()
     network = distribute(method)
@@ -125,14 +127,14 @@ def loop(args, plan: "Plan", run: Run, images: image_sets.ImageSet, device: torc
                 method.update_teacher((step + 1) / plan.steps)
 
             done = step + 1
-            epochs, rest = divmod(done, plan.steps_per_epoch)  # an epoch ends where the rest is 0
-            if rest == 0 and done < plan.steps and hasattr(method, "end_epoch"):  # no step would use it after the last
+            if plan.ends(done, 1) and done < plan.steps and hasattr(method, "end_epoch"):  # the last has no use for it
                 with autocast:
-                    told = method.end_epoch(epochs, plan.steps / plan.steps_per_epoch, images)
+                    told = method.end_epoch(done // plan.steps_per_epoch, plan.steps / plan.steps_per_epoch, images)
                 say(*[told] if told else [])
-            meter.update(done, losses, rate)
+            measured = {"knn": watch.knn()} if plan.ends(done, args.probe_every) else {}
+            meter.update(done, losses, rate, measured)
             stopping = run.asked_to_stop(done)
-            if stopping or done == plan.steps or (rest == 0 and epochs % args.save_every == 0):
+            if stopping or plan.ends(done, args.save_every):
                 meter.check_finite(method, done)
                 run.save(done)
                 pictures.draw(run.directory)
@@ -154,6 +156,11 @@ class Plan:
         self.warmup = round(args.warmup_epochs * self.steps_per_epoch)
         if args.max_steps and args.max_steps < self.steps:  # a shorter run of the same shape
             self.steps, self.warmup = args.max_steps, round(self.warmup * args.max_steps / self.steps)
+
+    def ends(self, step: int, every: int | None) -> bool:
+        """Whether one of `every` so many epochs ends with this step, or the run; never, if that is None."""
+        epochs, rest = divmod(step, self.steps_per_epoch)
+        return every is not None and (step == self.steps or (rest == 0 and epochs % every == 0))
 
     def rows(self, part: int) -> slice:
         """The rows of the global batch that this process takes in a part of a step."""

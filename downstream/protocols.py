@@ -150,7 +150,7 @@ def of_all(function, image_set, size, device, batch_size: int = 256, precision: 
     found = torch.zeros(block, 1 + shape.numel(), device=device)  # column 0 is 1 where an image has come
     orders = mine.split(batch_size) if len(mine) else ()
     batches, name, alone = image_set.batches(orders, device), image_set.name, rank() == 0
-    for images, index in tqdm(batches, name, len(orders), unit="batch", leave=False, disable=not alone):
+    for images, index in tqdm(batches, name, len(orders), unit="batch", leave=False, disable=not alone, delay=2):
         images = augment.normalize(augment.center_crop_resize(images, size))
         with torch.autocast(device.type, dtype, enabled=dtype is not None):
             x = function(images).float().flatten(1)

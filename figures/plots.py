@@ -33,9 +33,10 @@ STYLE = {  # colours differ in lightness, lines and classes also in their marker
 
 
 def curves(study: Study):
-    """The loss, its parts and the learning rate along training."""
+    """The loss, its parts, what was measured beside them, and the learning rate along training."""
     logs, leave = {run.label: run.log for run in study.runs}, {"step", "epoch", "images_per_second", "seconds"}
-    names = [key for key in dict.fromkeys(key for log in logs.values() for key in log[-1]) if key not in leave]
+    keys = dict.fromkeys(key for log in logs.values() for row in log for key in row)
+    names = [key for key in keys if key not in leave]
     columns = min(3, len(names))
     rows = -(-len(names) // columns)
     figure, axes = canvas(rows, columns, height=0.6 + 2.7 * rows)
@@ -46,7 +47,8 @@ def curves(study: Study):
         for label, log in logs.items():  # a run without this part draws nothing, but keeps its colour for the others
             rows = [row for row in log if name in row]
             axis.plot([r["epoch"] for r in rows], [r[name] for r in rows], label=label, markevery=0.2)
-        axis.set(title="learning rate" if name == "lr" else name.replace("_", " "), xlabel="epoch")
+        title = {"lr": "learning rate", "knn": "kNN, per cent"}.get(name, name.replace("_", " "))
+        axis.set(title=title, xlabel="epoch")
     axes[0, 0].legend()
     keys = ["step", "epoch", *names]
     return figure, {label: {key: [row.get(key) for row in log] for key in keys} for label, log in logs.items()}

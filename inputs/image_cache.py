@@ -50,6 +50,9 @@ class Packed:
     def first(self, n: int) -> "Packed":
         return Packed(self.flat[: int(self.ends[n - 1])], self.sizes[:n])
 
+    def at(self, index: Tensor) -> "Packed":
+        return Packed(*pack([self.view(i) for i in index.tolist()]))
+
     def view(self, i: int) -> Tensor:
         (h, w), end = self.sizes[i].tolist(), int(self.ends[i])
         return self.flat[end - 3 * h * w : end].view(3, h, w)

@@ -79,6 +79,11 @@ class ImageSet:
             raise InputError(f"{self.name}: cannot take {n} of its images; give 1 to {len(self)}")
         return ImageSet(self.name, self.classes, self._labels[:n], self.pixels.first(n), self.skip_bad)
 
+    def spaced(self, n: int) -> "ImageSet":
+        """`n` images, evenly spaced and so of all classes, or all if there are fewer."""
+        index = torch.linspace(0, len(self) - 1, min(n, len(self))).long()
+        return ImageSet(self.name, self.classes, self._labels[index], self.pixels.at(index), self.skip_bad)
+
     def images(self, index: Tensor, device="cpu") -> Tensor | list[Tensor]:
         """(B,) → uint8 (B, 3, H, W) on the device, or a list of (3, H_i, W_i) if sizes vary or the set is streamed."""
         return next(self.batches([index], device, workers=0))[0]

@@ -60,6 +60,9 @@ class Files:
     def first(self, n: int) -> "Files":
         return Files(self.root, self.paths[:n], self.value_range)
 
+    def at(self, index: Tensor) -> "Files":
+        return Files(self.root, self.paths[index.numpy()], self.value_range)
+
     def decode(self, i: int) -> Tensor:
         return decode(self.root / self.paths[i], self.value_range)
 

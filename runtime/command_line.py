@@ -85,12 +85,15 @@ OPTIONS = {
         ("resume", "auto", str, "HOW", "auto: continue what --out holds; never; or a file"),
         ("save-every", 1, int, "EPOCHS", "epochs between checkpoints and pictures"),
         ("log-every", 10, int, "STEPS", "steps between lines of log.jsonl"),
+        ("probe-every", None, int, "EPOCHS", "epochs between measures of the encoder's kNN on a fixed few images"),
         ("evaluate", False, bool, None, "kNN and linear accuracy at the end, beside an untrained encoder's"),
     ],
 }  # fmt: skip
 # Settings that older runs have and that are gone: the value at which they did nothing, and what to do instead.
 RETIRED = {"block": (0, "the plain autoencoder is a method of its own now: train it with --method autoencoder --block")}
-COUNTS = "epochs max_steps batch_size accumulate classes images repeat save_every log_every".split()  # of at least 1
+COUNTS = (
+    "epochs max_steps batch_size accumulate classes images repeat save_every log_every probe_every".split()
+)  # of at least 1
 
 
 def pretraining_options(argv: list[str], methods: dict[str, type]):

@@ -54,27 +54,28 @@ class Meter:
         self.args, self.steps, self.steps_per_epoch, self.log = args, steps, steps_per_epoch, log
         self.bad_step = torch.full((), math.inf, device=device)  # first step whose loss was not finite
         self.begin = self.since = time.perf_counter()
-        self.logged = first
+        self.logged, self.knn = first, ""
         rarely = 0.5 if sys.stderr.isatty() else 30  # seconds between redraws, on a screen or in a log file
         self.bar = tqdm(total=steps, initial=first, disable=rank() > 0, bar_format=BAR, mininterval=rarely)
 
-    def update(self, step: int, losses: dict[str, Tensor], rate: float) -> None:
-        """Count a step; log it if it is the first, the last or due."""
+    def update(self, step: int, losses: dict[str, Tensor], rate: float, measured: dict[str, float]) -> None:
+        """Count a step; log it if it is the first, the last or due, or if something was measured after it."""
         bad = torch.where(losses["loss"].isfinite(), math.inf, float(step))
         self.bad_step = torch.minimum(self.bad_step, bad)
         self.bar.update()
-        if step % self.args.log_every and step not in (1, self.steps):
+        if step % self.args.log_every and step not in (1, self.steps) and not measured:
             return
         values = (sum_over_ranks(torch.stack([v.float() for v in losses.values()])) / world_size()).tolist()
         now = time.perf_counter()
         speed = (step - self.logged) * self.args.batch_size / (now - self.since)
         row = dict(step=step, epoch=round(step / self.steps_per_epoch, 4), **dict(zip(losses, values, strict=True)))
-        row |= dict(lr=rate, images_per_second=round(speed, 1), seconds=round(now - self.begin, 3))
+        row |= measured | dict(lr=rate, images_per_second=round(speed, 1), seconds=round(now - self.begin, 3))
         self.check_finite()
         if self.log:
             self.log.write(row)
         self.logged, self.since = step, now
-        self.bar.set_postfix_str(f"loss {row['loss']:.3f}, {speed:,.0f} images/s", refresh=False)
+        self.knn = f"kNN {row['knn']:.1f} %, " if "knn" in row else self.knn
+        self.bar.set_postfix_str(f"loss {row['loss']:.3f}, {self.knn}{speed:,.0f} images/s", refresh=False)
 
     def check_finite(self, method: torch.nn.Module | None = None, step: int = 0) -> None:
         """Refuse to go on if a loss was not finite or, after `step`, a weight of `method` is not: by a bad gradient."""

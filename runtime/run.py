@@ -21,7 +21,9 @@ from runtime.log import Log
 from runtime.ranks import rank, say, world_size
 
 # What may differ between a run and its continuation: where and how it runs, not what it computes.
-FREE = set("out resume data_root download workers device compile linear save_every log_every evaluate".split())
+FREE = set(
+    "out resume data_root download workers device compile linear save_every log_every probe_every evaluate".split()
+)
 
 
 class Run:

@@ -243,6 +243,17 @@ def test_views_show_the_box_around_what_the_encoder_attends_to(runs):
     torch.testing.assert_close(torch.tensor(found["boxes"]), boxes, atol=0.07, rtol=0)  # a pixel of 16
 
 
+def test_what_is_measured_now_and_then_has_a_panel(runs, tmp_path):
+    about, rows = study(runs, "mae"), [dict(step=s, epoch=s, loss=1 / s, lr=0.1) for s in (1, 2, 3, 4)]
+    about.runs[0].directory = tmp_path
+    rows[1]["knn"], rows[2]["knn"] = 30.0, 40.0  # not at first, and not at the end
+    (tmp_path / "log.jsonl").write_text("\n".join(map(json.dumps, [{}, *rows])))
+    figure, found = plots.curves(about)
+    (line,) = {axis.get_title(): axis for axis in figure.axes}["kNN, per cent"].get_lines()
+    assert [list(line.get_xdata()), list(line.get_ydata())] == [[2, 3], [30, 40]]
+    assert found["mae"]["knn"] == [None, 30, 40, None]
+
+
 def test_curves_are_the_log(runs):
     found = plots.curves(study(runs, "mae"))[1]["mae"]  # the half-written line is left out
     assert found == {"step": [1, 2, 3], "epoch": [0.25, 0.5, 0.75], "loss": [3, 1.5, 1], "part": [1, 0.5, 1 / 3],

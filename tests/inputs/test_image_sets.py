@@ -98,6 +98,21 @@ def test_first_images_of_any_size(tmp_path, monkeypatch, streams):
             opened.first(k)
 
 
+@pytest.mark.parametrize("streams", [False, True])
+def test_spaced_images_are_of_all_classes(tmp_path, monkeypatch, streams):
+    make_folder(tmp_path / "train", ("a",), n=3, h=5, w=7)
+    make_folder(tmp_path / "train", ("b",), n=2)
+    make_folder(tmp_path / "val", ("a", "b"), n=1)
+    if streams:
+        monkeypatch.setattr(image_sets, "RESIDENT_LIMIT", 0)
+    opened = image_sets.open_set(str(tmp_path))
+    three = opened.spaced(3)
+    assert len(three) == len(three.pixels) == 3 and three.labels.tolist() == [0, 0, 1] and three.classes == ["a", "b"]
+    for image, whole in zip(three.images(torch.arange(3)), opened.images(torch.tensor([0, 2, 4])), strict=True):
+        assert torch.equal(image, whole)
+    assert opened.spaced(9).labels.tolist() == opened.labels.tolist() == [0, 0, 0, 1, 1]
+
+
 def test_bad_image_is_named_or_skipped_and_counted(tmp_path, cache, capsys):
     make_folder(tmp_path / "set", n=4)
     spoil(tmp_path / "set" / "cat" / "002.png")

@@ -1,0 +1,161 @@
+"""What is measured while a method trains: that it is right, and that the training does not notice."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from forked import Program, finish
+from PIL import Image
+from test_train import OWN, assert_same_bits, environment  # noqa: F401  (a fixture)
+
+import train
+from downstream import watch
+from downstream.protocols import evaluate
+from inputs import image_sets
+from methods import METHODS
+from runtime import files
+from runtime.encoders import load_encoder
+from runtime.errors import InputError
+
+SMALL = (
+    "--image-size 32 --patch-size 8 --width 16 --depth 2 --heads 2 --drop-path 0.5 --batch-size 8 --epochs 3 --lr 2e-3 "
+    "--warmup-epochs 0 --precision fp32 --device cpu --log-every 100 --no-evaluate --data"
+).split()
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory, environment):  # noqa: F811
+    """24 + 12 noisy images of three classes that differ by their colour: an epoch of three steps."""
+    root, draw = tmp_path_factory.mktemp("photos"), np.random.default_rng(0)
+    for split, n in (("train", 8), ("val", 4)):
+        for channel, name in enumerate(("red", "green", "blue")):
+            (root / split / name).mkdir(parents=True)
+            for i in range(n):
+                pixels = draw.integers(0, 200, (32, 32, 3), dtype=np.uint8)
+                pixels[:, :, channel] += 40
+                Image.fromarray(pixels).save(root / split / name / f"{i}.png")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MINMIM_CACHE", environment["MINMIM_CACHE"])
+        yield root
+
+
+def words(method: str, data: Path, out: Path, *more) -> list[str]:
+    return list(map(str, ["--method", method, *SMALL, data, "--out", out, *OWN[method], *more]))
+
+
+def train_here(method: str, data: Path, out: Path, *more) -> list[dict]:
+    """The lines of the log."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["train.py", *words(method, data, out, *more)])
+        train.main()
+    return rows(out)
+
+
+def rows(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()[1:]]
+
+
+def weights(out: Path) -> dict:
+    saved = files.load(out / "checkpoint.pt")
+    return {part: saved[part] for part in ("step", "method", "optimizer")}
+
+
+@pytest.fixture
+def fewer(monkeypatch):
+    """Probes of four and five images."""
+    monkeypatch.setattr(watch, "LEAST", {"train": 4, "val": 5})
+
+
+@pytest.mark.parametrize("method", ["mae", "cmae", "conmim"])
+def test_training_does_not_notice_a_probe(method, photos, tmp_path, fewer):
+    """Nor when it is interrupted and goes on. Half of the paths are dropped: in evaluation none would be."""
+    train_here(method, photos, tmp_path / "plain")
+    log = train_here(method, photos, tmp_path / "probed", "--probe-every", 1)
+    assert [(row["step"], "knn" in row) for row in log] == [(1, False), (3, True), (6, True), (9, True)]
+    assert_same_bits(weights(tmp_path / "probed"), weights(tmp_path / "plain"))
+    draw, drawn = METHODS[method].draw, []
+
+    def stopping(self, *arguments):
+        drawn.append(arguments)
+        if len(drawn) == 9:  # the first draw is that of the picture, so in the third epoch
+            raise KeyboardInterrupt
+        return draw(self, *arguments)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(METHODS[method], "draw", stopping)
+        train_here(method, photos, tmp_path / "parts", "--probe-every", 1)
+    assert weights(tmp_path / "parts")["step"] == 6
+    again = train_here(method, photos, tmp_path / "parts", "--probe-every", 1)
+    assert_same_bits(weights(tmp_path / "parts"), weights(tmp_path / "plain"))
+    assert [(row["step"], row.get("knn")) for row in again] == [(row["step"], row.get("knn")) for row in log]
+
+
+def test_a_probe_is_knn_of_the_encoder_on_images_of_all_classes(photos, tmp_path, fewer, monkeypatch, capsys):
+    seen = []
+
+    def spy(encoder, *sets, **how):
+        seen.append([s.images(torch.arange(len(s))) for s in sets] + [s.labels.tolist() for s in sets])
+        return evaluate(encoder, *sets, **how)
+
+    monkeypatch.setattr(watch, "evaluate", lambda e, a, b, protocols, device, **how: spy(
+        e, a, b, protocols=protocols, device=device, **how))  # fmt: skip
+    log = train_here("mae", photos, tmp_path, "--probe-every", 2, "--epochs", 5)
+    assert [row["step"] for row in log if "knn" in row] == [6, 12, 15]  # and where the run ends
+    train_set, val_set = (image_sets.open_set(str(photos), split=split) for split in ("train", "val"))
+    places = [0, 7, 15, 23], [0, 2, 5, 8, 11]
+    for one in seen:
+        for found, whole, place in zip(one[:2], (train_set, val_set), places, strict=True):
+            assert torch.equal(found, whole.images(torch.tensor(place)))
+        assert one[2:] == [[0, 0, 1, 2], [0, 0, 1, 2, 2]]
+    encoder = load_encoder(tmp_path, torch.device("cpu"))
+    few = [s.spaced(n) for s, n in ((train_set, 4), (val_set, 5))]
+    expected = evaluate(encoder, *few, ["knn"], "cpu", batch_size=64, precision="fp32")["knn"]
+    assert log[-1]["knn"] == expected["top1"] and expected["n"] == 5
+    assert f"kNN {log[-1]['knn']:.1f} %, " in capsys.readouterr().err
+
+
+def test_a_probe_takes_an_eighth_of_either_half_within_its_bounds(monkeypatch):
+    class Fake:
+        labels = None
+
+        def __init__(self, n):
+            self.n = n
+
+        def __len__(self):
+            return self.n
+
+        def spaced(self, n):
+            return Fake(min(n, self.n))
+
+        def to(self, device):
+            return self
+
+    for whole, taken in ((8_000, 1_000), (300, 300), (50_000, 6_250), (1_000_000, 10_000)):
+        monkeypatch.setattr(image_sets, "open_for", lambda args, split, n=whole: Fake(n))
+        args, config, Method = train.options("--method mae --probe-every 1 --device cpu".split())
+        found = watch.Watch(args, train.build(args, config, Method, torch.device("cpu"))[0], torch.device("cpu"))
+        assert len(found.sets[0]) == taken
+        assert len(found.sets[1]) == {8_000: 1_000, 300: 300, 50_000: 5_000, 1_000_000: 5_000}[whole]
+
+
+@pytest.mark.slow
+def test_two_processes_probe_together_and_do_not_notice(photos, tmp_path, environment):  # noqa: F811
+    for out, more in (("plain", []), ("probed", ["--probe-every", 1])):
+        two = Program("train.py", *words("cmae", photos, tmp_path / out, *more), n=2, env=environment, cwd=tmp_path)
+        assert finish(two).returncode == 0, two.stderr
+    assert_same_bits(weights(tmp_path / "probed"), weights(tmp_path / "plain"))
+    assert [row["step"] for row in rows(tmp_path / "probed") if "knn" in row] == [3, 6, 9]
+
+
+def test_a_probe_that_cannot_be_is_one_line_before_anything_is_done(photos, tmp_path):
+    for method, data, more, said in (
+        ("dvae", photos, ["--probe-every", 3], "--probe-every 3: dvae learns no ViT; leave it out"),
+        ("mae", photos / "train" / "red", ["--probe-every", 1, "--batch-size", 4], "red: its images have no labels, as they do not lie"),
+        ("mae", photos, ["--probe-every", 0], "probe every 0: must be at least 1"),
+    ):
+        with pytest.raises(InputError, match=said) as error:
+            train_here(method, data, tmp_path / "run", *more)
+        assert "\n" not in str(error.value) and not (tmp_path / "run").exists()
