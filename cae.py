@@ -191,6 +191,7 @@ class CAE(nn.Module):
         def rates(depth: int) -> list[float]:
             return [encoder.settings["drop_path"] * i / max(1, depth - 1) for i in range(depth)]
 
+        self.token_size = tuple(dvae.STRIDE * side for side in encoder.grid)  # pixels of the tokenizer's images
         self.register_buffer("pos_embed", sincos_positions(D, encoder.grid)[0, 1:], persistent=False)  # (N, D)
         self.mask_token = nn.Parameter(torch.empty(1, 1, D))  # Q_m, the same for all masked patches
         self.regressor = nn.ModuleList(
@@ -211,10 +212,10 @@ class CAE(nn.Module):
         `pretrain(method, **settings)` trains another method on the same images and machine, in the run directory of
         this one, and returns it.
         """
-        c, (h, _) = self.config, self.encoder.grid
+        c = self.config
         if c.target == "dvae" and not c.tokenizer:
             trained = pretrain(
-                "dvae", image_size=dvae.STRIDE * h, patch_size=dvae.STRIDE, epochs=c.tokenizer_epochs, codes=c.codes,
+                "dvae", image_size=self.token_size, patch_size=dvae.STRIDE, epochs=c.tokenizer_epochs, codes=c.codes,
                 hidden=c.hidden, blocks=c.blocks, first_stride=c.first_stride, crop_scale=c.crop_scale,
             )  # fmt: skip
             self.tokenizer.load_state_dict(trained.encoder.state_dict())
@@ -228,8 +229,9 @@ class CAE(nn.Module):
         mask = block_mask(rng, grid, self.masked, smallest=max(1, round(16 / 196 * self.encoder.patches)))
         token_images = None
         if self.tokenizer is not None:
-            side = dvae.STRIDE * grid[0]
-            token_images = views if side == size else augment.crop_resize(images, boxes, side, hflip=flips)
+            token_images = views
+            if views.shape[2:] != self.token_size:
+                token_images = augment.crop_resize(images, boxes, self.token_size, hflip=flips)
         return Batch(augment.normalize(views), mask, token_images)
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
@@ -298,4 +300,4 @@ class CAE(nn.Module):
             return rows
         tokens = self.tokenizer.tokens(batch.token_images).scatter(1, batch.mask.masked, predicted.argmax(dim=2))
         drawn = [self.tokenizer.images(t, self.encoder.grid) for t in (tokens, everything.argmax(dim=2))]
-        return torch.stack([*rows, *(F.interpolate(x, rows.shape[-1]) for x in drawn)])
+        return torch.stack([*rows, *(F.interpolate(x, rows.shape[-2:]) for x in drawn)])

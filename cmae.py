@@ -46,7 +46,7 @@ import torch
 from torch import Tensor, nn
 
 import mae
-from common import Head, Mask, ViT, ema_update, info_nce, random_mask, reconstruction_loss, visible_count
+from common import Head, Mask, ViT, ema_update, info_nce, pair, random_mask, reconstruction_loss, visible_count
 from inputs import augment
 from runtime.errors import InputError
 from runtime.knobs import Count, Part, Positive, Share, Size, Weight, check
@@ -124,7 +124,7 @@ class CMAE(nn.Module):
             n, most = c.feature_decoder_depth, c.decoder_depth
             raise InputError(f"feature decoder of {n} blocks: cannot share the pixel decoder's; give 1 to {most}")
         self.config, self.encoder = c, encoder
-        self.shifts = shift_bounds(c.shift_range, encoder.image_size)
+        self.shifts = shift_bounds(c.shift_range, min(pair(encoder.image_size)))
         # G_p and, below, G_f of §3.1: the same structure, weights of their own.
         P = 3 * encoder.patch_size**2
         self.decoder = mae.Decoder(encoder, c.decoder_width, c.decoder_depth, c.decoder_heads, P)
@@ -146,10 +146,10 @@ class CMAE(nn.Module):
 
     def draw(self, images, index, rng) -> Batch:
         """uint8 images → the two views of §3.2 and the online branch's mask."""
-        c, size, (_, p) = self.config, self.encoder.image_size, self.shifts
+        c, (H, W), (_, p) = self.config, pair(self.encoder.image_size), self.shifts
         boxes, flips = augment.crop_boxes(rng, augment.sizes(images), scale=(c.crop_scale, 1.0)), rng.chance(0.5)
-        master = augment.crop_resize(images, boxes, size + p if c.pixel_shift else size, hflip=flips)
-        view = augment.normalize(master[:, :, :size, :size])  # always the same corner
+        master = augment.crop_resize(images, boxes, (H + p, W + p) if c.pixel_shift else (H, W), hflip=flips)
+        view = augment.normalize(master[:, :, :H, :W])  # always the same corner
         target = self.draw_target(images, master, rng) if c.lambda_c else None
         mask, target_mask = random_mask(rng, self.encoder.grid, c.mask_ratio, c.mask_cell), None
         if c.lambda_c and c.target_mask_ratio:
@@ -168,7 +168,7 @@ class CMAE(nn.Module):
             target = augment.color_jitter(target, *augment.draw_color_jitter(rng, 0.4, 0.4, 0.4, 0.1, probability=0.8))
             target = augment.grayscale(target, rng.chance(0.2))
         if c.target_blur:
-            sigma = augment.on_host(rng).uniform(low=0.1, high=2.0) * size / 224  # pixels
+            sigma = augment.on_host(rng).uniform(low=0.1, high=2.0) * min(target.shape[2:]) / 224  # pixels
             target = augment.gaussian_blur(target, sigma, rng.chance(c.target_blur))
         return augment.normalize(target)
 

@@ -185,7 +185,7 @@ class ConMIM(nn.Module):
         jitter = augment.draw_color_jitter(rng, 0.4, 0.4, 0.2, 0.1, probability=c.jitter)
         images = augment.color_jitter(images, *jitter)
         images = augment.grayscale(images, host.chance(c.gray))
-        sigma = host.uniform(low=0.1, high=2.0) * self.student.image_size / 224  # pixels
+        sigma = host.uniform(low=0.1, high=2.0) * min(images.shape[2:]) / 224  # pixels
         images = augment.gaussian_blur(images, sigma, host.chance(0.1))
         return augment.solarize(images, 0.5, host.chance(0.2))
 

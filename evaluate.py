@@ -17,11 +17,12 @@ import dataclasses
 import json
 from pathlib import Path
 
+from common import pair
 from downstream import recipes
 from downstream.protocols import PROTOCOLS, Task, evaluate
 from inputs import image_sets
 from runtime import files, process
-from runtime.command_line import OPTIONS, Help, Parser, add_option, field_comments, seed
+from runtime.command_line import OPTIONS, Help, Parser, Sides, add_option, field_comments, seed
 from runtime.encoders import TARGETS, load_encoder, untrained, write_export
 from runtime.errors import InputError
 from runtime.ranks import rank, world_size
@@ -35,6 +36,8 @@ def options() -> argparse.Namespace:
     what.add_argument("--export", default=unset, choices=TARGETS, help="write the encoder for timm or transformers")
     parser.add_argument("--to", default=unset, metavar="PATH", help="where to (default: timm.pt or hf, beside it)")
     parser.add_argument("--heads", default=unset, type=int, metavar="H", help="of weights whose width does not tell")
+    text = "of a view, in place of the encoder's size; its positions are interpolated"
+    add_option(parser, "image-size", unset, Sides, "H [W]", text)
     parser.add_argument("--untrained", action="store_true", help="the same encoder at its initial weights")
     group = parser.add_argument_group("images (as the run's, unless given)")
     images = "data data-root classes class-level range download skip-bad-images".split()
@@ -116,7 +119,7 @@ def main() -> None:
     if "to" in args and "export" not in args:
         raise InputError(f"--to {args.to}: says where an encoder is written to; give --export too")
     device = process.start(args.device)
-    encoder = load_encoder(args.run, device, heads=vars(args).get("heads"))
+    encoder = load_encoder(args.run, device, vars(args).get("image_size"), vars(args).get("heads"))
     directory = Path(args.run) if Path(args.run).is_dir() else Path(args.run).parent
     settings = run_settings(directory)
     if args.untrained:
@@ -134,9 +137,11 @@ def main() -> None:
     if args.untrained and args.protocol == "supervised":
         raise InputError("--untrained: does nothing to protocol supervised, which is so anyway; leave it out")
     chosen, report = task_options(args, settings)
+    report["image_size"] = encoder.image_size
     sets = [image_sets.open_for(args, half).to(device) for half in ("train", "val")]
     name = args.protocol + ("-paper" if "paper" in args else "")
     name += (f"-{report['blocks']}" if "blocks" in report else "") + ("-untrained" if args.untrained else "")
+    name += "-{}x{}".format(*pair(args.image_size)) if "image_size" in args else ""
     chosen |= dict(precision=args.precision, directory=directory / name)
     result = evaluate(encoder, *sets, [args.protocol], device, **chosen)[args.protocol]
     if rank() == 0:

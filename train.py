@@ -221,7 +221,7 @@ def train_first(args, device: torch.device, name: str, **settings) -> nn.Module:
     """Another method, trained before the one of `args` on the same images and machine, in `<out>/<name>`."""
     flags = ["--method", name, "--data", args.data, "--recipe", args.recipe, "--out", f"{args.out}/{name}"]
     for option, value in settings.items():
-        flags += ["--" + option.replace("_", "-"), str(value)]
+        flags += ["--" + option.replace("_", "-"), *map(str, value if isinstance(value, tuple) else [value])]
     theirs, config, Method = options([*flags, "--no-evaluate"])
     same = "data_root download classes class_level range images repeat skip_bad_images workers max_steps device"
     for key in f"{same} precision compile seed deterministic log_every".split():

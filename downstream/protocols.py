@@ -135,7 +135,7 @@ def extract(
 
 @torch.no_grad()
 def of_all(function, image_set, size, device, batch_size: int = 256, precision: str = "auto") -> tuple[Tensor, Tensor]:
-    """`function` of all images of a set, whole and normalised (B, 3, size, size): (n, …) float32, and labels (n,).
+    """`function` of all images of a set, whole and normalised (B, 3, *size): (n, …) float32, and labels (n,).
 
     Each rank takes one block of the set; the last blocks may be shorter or empty. Images that do not decode are left
     out, where the set skips them. Precision "auto" is bf16 on GPUs that have it and float32 elsewhere.

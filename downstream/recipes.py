@@ -148,12 +148,12 @@ def single_boxes(rng: StepRandom, sizes, scale, ratio=(3 / 4, 4 / 3)) -> Tensor:
 
 
 def moved(images: Tensor, matrix: list[list]) -> Tensor:
-    """(n, 3, S, S), where pixel (x, y) comes from `matrix` · (x, y, 1); outside the image lies ImageNet's mean.
+    """(n, 3, H, W), where pixel (x, y) comes from `matrix` · (x, y, 1); outside the image lies ImageNet's mean.
 
     Coordinates run from -1 to 1. Entries are numbers or (n, 1, 1, 1). Bicubic: torch's cubic has a = -3/4, PIL's -1.
     """
-    line = (torch.arange(images.shape[2], device=images.device) * 2 + 1) / images.shape[2] - 1
-    y, x = line[:, None, None], line[None, :, None]
+    y, x = ((torch.arange(side, device=images.device) * 2 + 1) / side - 1 for side in images.shape[2:])
+    y, x = y[:, None, None], x[None, :, None]
     grid = torch.cat([(a * x + b * y + c).expand(len(images), *images.shape[2:], 1) for a, b, c in matrix], dim=3)
     inside = ((grid >= -1) & (grid < 1)).all(dim=3)[:, None]
     found = F.grid_sample(images, grid, mode="bicubic", padding_mode="border", align_corners=False).clamp_(0, 1)
@@ -185,11 +185,17 @@ def posterize(x: Tensor, m: Tensor, sign: Tensor) -> Tensor:
 
 
 def rotate(x: Tensor, m: Tensor, sign: Tensor) -> Tensor:
-    angle = sign * m * math.radians(30)
-    return moved(x, [[angle.cos(), -angle.sin(), 0], [angle.sin(), angle.cos(), 0]])
+    angle, aspect = sign * m * math.radians(30), x.shape[2] / x.shape[3]
+    return moved(x, [[angle.cos(), -angle.sin() * aspect, 0], [angle.sin() / aspect, angle.cos(), 0]])
 
 
-# timm's operations whose strength increases with m in [0, 1], for images (n, 3, S, S); m and sign are (n, 1, 1, 1).
+def shear(x: Tensor, amount: Tensor, axis: int) -> Tensor:
+    """Pixels move along an axis, 2 or 3, by `amount` times how far they are from the start of the other axis."""
+    amount = amount * (x.shape[5 - axis] / x.shape[axis])
+    return moved(x, [[1, amount, amount], [0, 1, 0]] if axis == 3 else [[1, 0, 0], [amount, 1, amount]])
+
+
+# timm's operations whose strength increases with m in [0, 1], for images (n, 3, H, W); m and sign are (n, 1, 1, 1).
 OPERATIONS = dict(
     AutoContrast=lambda x, m, sign: by_torchvision("autocontrast")(x),
     Equalize=lambda x, m, sign: by_torchvision("equalize")(x),
@@ -202,8 +208,8 @@ OPERATIONS = dict(
     ContrastIncreasing=lambda x, m, sign: augment.ADJUST[1](x, factor(m, sign)),
     BrightnessIncreasing=lambda x, m, sign: augment.ADJUST[0](x, factor(m, sign)),
     SharpnessIncreasing=lambda x, m, sign: augment.blend(x, by_torchvision("adjust_sharpness")(x, 0), factor(m, sign)),
-    ShearX=lambda x, m, sign: moved(x, [[1, 0.3 * sign * m, 0.3 * sign * m], [0, 1, 0]]),
-    ShearY=lambda x, m, sign: moved(x, [[1, 0, 0], [0.3 * sign * m, 1, 0.3 * sign * m]]),
+    ShearX=lambda x, m, sign: shear(x, 0.3 * sign * m, axis=3),
+    ShearY=lambda x, m, sign: shear(x, 0.3 * sign * m, axis=2),
     TranslateXRel=lambda x, m, sign: moved(x, [[1, 0, 0.9 * sign * m], [0, 1, 0]]),  # .45 of the side, which is 2
     TranslateYRel=lambda x, m, sign: moved(x, [[1, 0, 0], [0, 1, 0.9 * sign * m]]),
 )
@@ -212,7 +218,7 @@ OPERATIONS = dict(
 def rand_augment(images: Tensor, rng: StepRandom, strength: int) -> Tensor:
     """timm's rand-m9-mstd0.5-inc1, as MAE's code asks for it: two operations, each with a chance of 1/2.
 
-    (B, 3, S, S) in [0, 1]. Each image draws its own operations, signs and strengths; a strength is normal around
+    (B, 3, H, W) in [0, 1]. Each image draws its own operations, signs and strengths; a strength is normal around
     `strength` tenths of the operation's range, with a standard deviation of half a tenth. timm's rounds to grey levels.
     """
     rng = augment.on_host(rng)
@@ -280,8 +286,8 @@ def mix(images: Tensor, targets: Tensor, rng: StepRandom, mixup: float, cutmix: 
     return other(images).lerp(images, keep), other(targets).lerp(targets, share)
 
 
-def augmented(images, labels: Tensor, classes: int, recipe: Recipe, size: int, rng: StepRandom, probe: bool):
-    """uint8 images → normalised (B, 3, size, size), and targets (B, classes), with all that the recipe draws."""
+def augmented(images, labels: Tensor, classes: int, recipe: Recipe, size, rng: StepRandom, probe: bool):
+    """uint8 images → normalised (B, 3, *size), and targets (B, classes), with all that the recipe draws."""
     if recipe.crop_scale:
         draw = single_boxes if probe else augment.crop_boxes
         boxes = draw(rng, augment.sizes(images), (recipe.crop_scale, 1.0))

@@ -24,8 +24,8 @@ from inputs import augment
 from runtime.errors import InputError
 
 
-def centred(images, size: int) -> Tensor:
-    """uint8 images → their central squares, normalised: (B, 3, size, size)."""
+def centred(images, size) -> Tensor:
+    """uint8 images → what evaluation sees of them, normalised: (B, 3, *size)."""
     return augment.normalize(augment.center_crop_resize(images, size))
 
 
@@ -173,9 +173,9 @@ def class_distances(features: Tensor, labels: Tensor) -> dict[str, Tensor]:
     }
 
 
-def patch_labels(labels: Tensor, size: int, p: int) -> Tensor:
-    """CAE, appendix B: a label map (1, H, W) → the label of more than half of the pixels of each patch of the central
-    square, in raster order, or 255 where there is none: (N,)."""
+def patch_labels(labels: Tensor, size, p: int) -> Tensor:
+    """CAE, appendix B: a label map (1, H, W) → the label of more than half of the pixels of each patch of what
+    `centred` takes, in raster order, or 255 where there is none: (N,)."""
     kinds = labels.unique()
     maps = (labels == kinds[:, None, None, None]).to(torch.uint8) * 255  # (kinds, 1, H, W)
     share, kind = F.avg_pool2d(augment.center_crop_resize(maps, size), p).flatten(1).max(dim=0)

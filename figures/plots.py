@@ -13,9 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import cmae_loc
-import dvae
 import mae
-from common import Mask, patchify, unpatchify
+from common import Mask, pair, patchify, unpatchify
 from figures import measures
 from figures.measures import centred
 from figures.study import Absent, Study, spaced
@@ -73,7 +72,8 @@ def reconstruction(study: Study):
 def views(study: Study):
     """What each branch sees of the training images: crops, shifts, colours, masks; ContrastiveCrop's map and box."""
     run, method, at = study.only(), study.runs[0].method, spaced(len(study.train), study.args.images or 6)
-    size, p = run.settings.image_size, run.settings.patch_size
+    size, p = pair(run.settings.image_size), run.settings.patch_size
+    grid = size[0] // p, size[1] // p
     images, study.shown["train"] = study.train.images(at, study.device), at.tolist()
     spies = (mock.patch.object(augment, f, wraps=getattr(augment, f)) for f in ("crop_resize", "shift_crop"))
     with next(spies) as crop, next(spies) as shift:  # remember where the views are cut from
@@ -87,15 +87,15 @@ def views(study: Study):
         about = re.sub(r"\(B, 3, [^)]*\)|in \[0, 1\]|, normalised|;.*|None:.*", "", comments.get(name, "")).strip(" ,")
         about = name.replace("_", " ") + (f": {about}" if about else "")
         if isinstance(value, Mask):
-            rows[about] = greyed(view, value, p, (size // p, size // p))
+            rows[about] = greyed(view, value, p, grid)
         elif isinstance(value, Tensor) and value.ndim == 4:
             rows[about] = view = value if value.min() >= 0 else augment.denormalize(value)  # below 0: normalised
     numbers = {"crops": [c.tolist() for c in crops], "shifts": [call.args[1].tolist() for call in shift.call_args_list]}
     crop_by = getattr(method.config, "crop_by", "none")
     if crop_by != "none":
         with torch.no_grad():
-            heat = cmae_loc.HEAT[crop_by](method.encoder, augment.normalize(whole)).unflatten(1, (size // p, size // p))
-        boxes = cmae_loc.locate(heat, (size, size), method.config.crop_threshold)  # top, left, bottom, right
+            heat = cmae_loc.HEAT[crop_by](method.encoder, augment.normalize(whole)).unflatten(1, grid)
+        boxes = cmae_loc.locate(heat, size, method.config.crop_threshold)  # top, left, bottom, right
         rows["heat map and box"] = heat
         numbers |= {"heat": rounded(heat), "boxes": rounded(boxes)}
     figure, axes = gallery(f"What {run.label} is shown in one step", rows)
@@ -103,7 +103,7 @@ def views(study: Study):
         for axis, box in zip(axes[0], places / sizes.repeat(1, 2), strict=True):
             frame(axis, box, size, line)
     for axis, (top, left, bottom, right) in zip(axes[-1], numbers.get("boxes", ()), strict=False):
-        frame(axis, (top, left, bottom - top, right - left), size // p)
+        frame(axis, (top, left, bottom - top, right - left), grid)
     for axis, (down, right) in zip(axes[-1], next(iter(numbers["shifts"]), ()), strict=False):
         axis.set_xlabel(f"shifted by {down}, {right}", fontsize=9, labelpad=1)
     return figure, numbers
@@ -127,7 +127,7 @@ def latent_reconstruction(study: Study):
         elif tokenizer.decoder is None:
             raise Absent(f"{run.label} predicts tokens that nothing here can draw; give a run with pixels or a dvae")
         else:
-            small = augment.center_crop_resize(images, dvae.STRIDE * encoder.grid[0])
+            small = augment.center_crop_resize(images, run.method.token_size)
             tokens, made = tokenizer.tokens(small), made.argmax(dim=2)
             numbers[f"{run.label}: tokens right"] = (made == tokens).float().mean().item()
             rows["from its true tokens"] = tokenizer.images(tokens, encoder.grid)
@@ -328,11 +328,11 @@ def gallery(title: str, rows: dict[str, Tensor | list], caption: str = ""):
     return figure, axes
 
 
-def frame(axis, box, size: int, style: str = "-") -> None:
-    """A rectangle (top, left, height, width), given as shares of what is shown at `size` pixels a side."""
+def frame(axis, box, size: tuple[int, int], style: str = "-") -> None:
+    """A rectangle (top, left, height, width), given as shares of the sides of what is shown, a picture or a map."""
     from matplotlib.patches import Rectangle
 
-    top, left, height, width = (float(x) * size for x in box)
+    top, left, height, width = (float(x) * side for x, side in zip(box, size * 2, strict=True))
     for how in (dict(color="white", linewidth=3.5), dict(color="black", linewidth=1.5, linestyle=style)):
         axis.add_patch(Rectangle((left - 0.5, top - 0.5), width, height, fill=False, clip_on=False, **how))
 

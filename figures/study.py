@@ -171,7 +171,7 @@ class Study:
         for path, name in zip(self.args.reference, names, strict=True):
             encoder = encoders.load_encoder(path, self.device)
             if grid and encoder.grid != grid:
-                encoder = encoders.load_encoder(path, self.device, grid[0] * encoder.patch_size)
+                encoder = encoders.load_encoder(path, self.device, [side * encoder.patch_size for side in grid])
             yield f"reference {name if names.count(name) == 1 else path}", encoder
 
     @cached_property

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common import MEAN, STD, StepRandom, upload
+from common import MEAN, STD, StepRandom, pair, upload
 
 GRAY = (0.2989, 0.587, 0.114)  # ITU-R 601 luma as torchvision rounds it
 
@@ -144,16 +144,17 @@ def canvas(images: list[Tensor], boxes: Tensor) -> Tensor:
 
 
 def resample(
-    images: Tensor | list[Tensor], boxes: Tensor, samples: Tensor, first: Tensor, size: int, hflip: Tensor | None = None
+    images: Tensor | list[Tensor], boxes: Tensor, samples: Tensor, first: Tensor, size, hflip: Tensor | None = None
 ) -> Tensor:
     """Each box (B, 4) resized to `samples` (B, 2), of which `size` rows and columns from `first` (B, 2) on are kept.
 
     A list of images is computed in groups of similar sizes. All parameters are on the CPU; `hflip` may be anywhere.
     """
+    B, (H, W) = len(boxes), pair(size)
     if isinstance(images, list):
         device = images[0].device
         most = 2**20 if device.type == "cpu" else 2**26  # what a core's cache holds; 256 MiB as float32
-        views = torch.empty(len(images), 3, size, size, device=device)
+        views = torch.empty(B, 3, H, W, device=device)
         for some in like_sized(boxes, most):
             crops, whole = canvas([images[i] for i in some], boxes[some]), F.pad(boxes[some, 2:], (2, 0))
             places = upload(torch.tensor(some), device)
@@ -162,36 +163,38 @@ def resample(
         return views
     shrink = max([1, *(boxes[:, 2:] / samples).flatten().tolist()])
     numbers = upload(torch.cat([boxes, samples, first], dim=1), images.device)
-    taps = cubic_taps(*numbers.T.flatten().chunk(4), size, shrink)  # (2 · B, …): down, then across
-    rows, columns = zip(*(x.chunk(2) for x in taps), strict=True)
+    pixel, weight = cubic_taps(*numbers.T.flatten().chunk(4), max(H, W), shrink)  # (2 · B, …, K): down, then across
+    rows, columns = (pixel[:B, :H], weight[:B, :H] / 255), (pixel[B:, :W], weight[B:, :W])
     if hflip is not None:
         mirror = upload(hflip, images.device)[:, None, None]
         columns = tuple(torch.where(mirror, taps.flip(1), taps) for taps in columns)
-    return separable(images, (rows[0], rows[1] / 255), columns).clamp_(0, 1)
+    return separable(images, rows, columns).clamp_(0, 1)
 
 
-def crop_resize(images: Tensor | list[Tensor], boxes: Tensor, size: int, hflip: Tensor | None = None) -> Tensor:
-    """uint8 (B, 3, H, W), or a list of (3, H_i, W_i), cropped to `boxes` (B, 4) → float32 (B, 3, size, size) in [0, 1].
+def crop_resize(images: Tensor | list[Tensor], boxes: Tensor, size, hflip: Tensor | None = None) -> Tensor:
+    """uint8 (B, 3, H, W), or a list of (3, H_i, W_i), cropped to `boxes` (B, 4) → float32 (B, 3, *size) in [0, 1].
 
-    Bicubic and antialiased as torchvision's `resized_crop`, though not rounded to whole grey levels; `hflip` (B,) bool
-    mirrors the views it marks.
+    `size`, here and below, is an int for a square, or (height, width). Bicubic and antialiased as torchvision's
+    `resized_crop`, though not rounded to whole grey levels; `hflip` (B,) bool mirrors the views it marks.
     """
-    samples = torch.full((len(boxes), 2), size)
+    samples = torch.tensor(pair(size)).expand(len(boxes), 2)
     return resample(images, boxes, samples, torch.zeros_like(samples), size, hflip)
 
 
-def center_crop_resize(images: Tensor | list[Tensor], size: int) -> Tensor:
-    """uint8 (B, 3, H, W), or a list of (3, H_i, W_i) → float32 (B, 3, size, size) in [0, 1], for evaluation.
+def center_crop_resize(images: Tensor | list[Tensor], size) -> Tensor:
+    """uint8 (B, 3, H, W), or a list of (3, H_i, W_i) → float32 (B, 3, *size) in [0, 1], for evaluation.
 
-    The shorter side becomes 256/224 of `size` and the centre is cut out, as torchvision's Resize and CenterCrop do;
-    images that have the right size already are taken whole.
+    Images are made as small as covers 256/224 of `size`, and the centre is cut out: of squares, what torchvision's
+    Resize and CenterCrop do. Images that have the right size already are taken whole.
     """
-    if not isinstance(images, list) and images.shape[2:] == (size, size):
+    if not isinstance(images, list) and images.shape[2:] == pair(size):
         return images.float().div_(255)
-    sides = torch.as_tensor(sizes(images)).expand(len(images), 2)
-    samples = round(size * 256 / 224) * sides // sides.amin(dim=1, keepdim=True)
-    samples = samples.where((sides != size).any(dim=1, keepdim=True), size)
-    first = ((samples - size) / 2).round().long()
+    sides, view = torch.as_tensor(sizes(images)).expand(len(images), 2), torch.tensor(pair(size))
+    cover = torch.tensor([round(side * 256 / 224) for side in pair(size)])
+    tight = (cover * sides.flip(1)).argmax(dim=1, keepdim=True)  # the side of which less would be too little
+    samples = cover[tight] * sides // sides.gather(1, tight)
+    samples = samples.where((sides != view).any(dim=1, keepdim=True), view)
+    first = ((samples - view) / 2).round().long()
     return resample(images, F.pad(sides, (2, 0)), samples, first, size)
 
 
@@ -200,13 +203,14 @@ def resize(images: Tensor, size: tuple[int, int]) -> Tensor:
     return F.interpolate(images.float(), size, mode="bicubic", antialias=True).div_(255).clamp_(0, 1)
 
 
-def shift_crop(master: Tensor, offsets: Tensor, size: int) -> Tensor:
-    """(B, 3, H, W) → (B, 3, size, size): CMAE's pixel shift (§3.2), windows `offsets` (B, 2) down and right.
+def shift_crop(master: Tensor, offsets: Tensor, size) -> Tensor:
+    """(B, 3, H + p, W + p) → (B, 3, *size): CMAE's pixel shift (§3.2), windows `offsets` (B, 2) down and right.
 
-    Offsets go from 0 to H - size and W - size; two views of one master agree to the bit wherever they overlap.
+    Offsets go from 0 to p; two views of one master agree to the bit wherever they overlap.
     """
     down, right = upload(offsets, master.device).unbind(1)
-    windows = master.unfold(2, size, 1).unfold(3, size, 1)  # (B, 3, H - size + 1, W - size + 1, size, size), a view
+    H, W = pair(size)
+    windows = master.unfold(2, H, 1).unfold(3, W, 1)  # (B, 3, p + 1, p + 1, H, W), a view
     return windows[torch.arange(len(master), device=master.device), :, down, right]
 
 

@@ -31,8 +31,19 @@ def seed(word: str) -> int:
     return int(word)
 
 
+class Sides(argparse.Action):
+    """Reads one number for a square, or height and width. Two equal ones are kept as one: it is the same run."""
+
+    def __call__(self, parser, args, words, option=None):
+        if not 1 <= len(words) <= 2 or not all(word.isdecimal() and int(word) > 0 for word in words):
+            parser.error(f"argument {option}: {' '.join(words)}: give one number of pixels, or height and width")
+        sides = [int(word) for word in words]
+        setattr(args, self.dest, sides[0] if sides[0] == sides[-1] else sides)
+
+
 # Group → its options: name, default, kind, metavar, help. A kind is a type, or the list of words to choose from. Of
-# bool, the metavar "switch" means a flag that can only be given, else there is a --no- form beside it.
+# bool, the metavar "switch" means a flag that can only be given, else there is a --no- form beside it. An action reads
+# its words itself.
 OPTIONS = {
     "what to train on what": [
         ("data", "shapes", str, "SET", "shapes, tiny-imagenet, cifar10, cifar100, imagenet, or a folder of images"),
@@ -48,7 +59,7 @@ OPTIONS = {
     ],
     "encoder": [
         ("model", "nano", list(SIZES), "SIZE", "nano, tiny, small, base, large"),
-        ("image-size", 64, int, "PIXELS", "side of a view"),
+        ("image-size", 64, Sides, "H [W]", "pixels of a view: its side, or its height and width"),
         ("patch-size", 8, int, "PIXELS", "side of a patch"),
         ("width", None, int, "D", "in place of the model's"),
         ("depth", None, int, "BLOCKS", "in place of the model's"),
@@ -173,6 +184,10 @@ class Help(argparse.HelpFormatter):
     def __init__(self, prog):
         super().__init__(prog, max_help_position=30, width=min(100, shutil.get_terminal_size().columns - 2))
 
+    def _format_args(self, action, default_metavar):
+        own = action.nargs == "+" and " " in action.metavar  # says itself how many words there may be
+        return action.metavar if own else super()._format_args(action, default_metavar)
+
     def _get_help_string(self, action):
         value = action.default
         if isinstance(value, bool):
@@ -219,6 +234,8 @@ def add_option(group, name: str, default, kind, metavar: str | None, text: str) 
     how = dict(metavar=metavar, choices=kind) if isinstance(kind, list) else dict(metavar=metavar, type=kind)
     if kind is bool:
         how = dict(action="store_true" if metavar == "switch" else argparse.BooleanOptionalAction)
+    elif isinstance(kind, type) and issubclass(kind, argparse.Action):
+        how = dict(action=kind, nargs="+", metavar=metavar)
     elif " " in (metavar or ""):
         how |= dict(nargs=len(metavar.split()), metavar=tuple(metavar.split()))
     elif isinstance(default, list | tuple):

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
-from common import StepRandom
+from common import StepRandom, pair
 from runtime import files
 from runtime.errors import InputError
 from runtime.ranks import rank, sum_over_ranks, world_size
@@ -92,14 +92,14 @@ class Meter:
 class Pictures:
     """reconstruction.png: eight images, their masks and what the method predicts, each time the same ones."""
 
-    def __init__(self, image_set, method: torch.nn.Module, seed: int, image_size: int, device, n: int = 8):
+    def __init__(self, image_set, method: torch.nn.Module, seed: int, image_size, device, n: int = 8):
         if rank() > 0:
             return
         index = torch.linspace(0, len(image_set) - 1, n).long()
         nowhere = torch.full((n,), -1)  # these images have no place in the training set
         with torch.no_grad():
             self.batch = method.draw(image_set.images(index, device), nowhere, StepRandom(seed, 2**40, n, None, device))
-        self.method, self.zoom = method, max(1, 128 // image_size)
+        self.method, self.zoom = method, max(1, 128 // max(pair(image_size)))
 
     def draw(self, directory: Path) -> None:
         if rank() > 0:

@@ -32,6 +32,8 @@ RUNS = {
     "cae": "--method cae --codes 8 --hidden 4 --blocks 1 --first-stride 8",
     "pixels": "--method cae --target pixels --norm-pixels",
     "conmim": "--method conmim --projector-width 8 --projector-out 4",
+    "loc-wide": f"--method cmae_loc {DECODER} --image-size 16 24",
+    "cae-wide": "--method cae --codes 8 --hidden 4 --blocks 1 --first-stride 8 --image-size 16 24",
     "dvae": "--method dvae --patch-size 8 --codes 8 --hidden 4 --blocks 1 --first-stride 8",
 }
 VIT = {"attention-map", "attention-distance", "class-distances", "features"}
@@ -49,6 +51,8 @@ CAN = {
     "cae": EVERY | VIT | {"reconstruction", "latent-reconstruction"},
     "pixels": EVERY | VIT | {"reconstruction", "latent-reconstruction"},
     "conmim": EVERY | VIT | {"reconstruction"},
+    "loc-wide": EVERY | VIT | DECODED | {"reconstruction"},
+    "cae-wide": EVERY | VIT | {"reconstruction", "latent-reconstruction"},
     "dvae": EVERY | {"reconstruction"},
 }
 

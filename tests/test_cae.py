@@ -516,7 +516,7 @@ def test_without_a_tokenizer_one_is_trained_and_kept_in_the_state():
     model.prepare(pretrain)
     (method, settings), trained = asked
     assert method == "dvae" and settings["epochs"] == 7 and settings["crop_scale"] == 0.3
-    assert settings["image_size"] == 32 and settings["patch_size"] == 8  # a grid of 4 x 4, 8 pixels a code
+    assert settings["image_size"] == (32, 32) and settings["patch_size"] == 8  # a grid of 4 x 4, 8 pixels a code
     for ours, theirs in zip(model.tokenizer.parameters(), trained.parameters(), strict=True):
         assert torch.equal(ours, theirs) and not ours.requires_grad
     again = CAE(ViT(64, 16, 16, 1, 2), Config(**SMALL))

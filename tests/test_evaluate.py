@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 
 import evaluate
-from common import ViT
+from common import ViT, pair
 from runtime import process
 from runtime.encoders import load_encoder
 from runtime.errors import InputError
@@ -109,6 +110,10 @@ IDLE = {
     "recipe 'deit': unknown; choose one of mae": "finetune --recipe deit",
     "batch size 512: larger than the 11 images": "finetune",
     "invalid choice: 'knnn'": "knnn",
+    "image size 20x20 is not divisible by patch size 8": "knn --image-size 20",
+    "--image-size: 0: give one number of pixels, or height and width": "knn --image-size 0",
+    "--image-size: 16 24 32: give one number": "knn --image-size 16 24 32",
+    "--image-size: 16x24: give one number": "knn --image-size 16x24",
 }
 
 
@@ -150,6 +155,37 @@ def test_images_are_read_as_the_run_has_read_them_unless_a_flag_says_otherwise(r
         asked[::2], (own | theirs, own | theirs | dict(range=[0.0, 500.0], classes=1)), strict=True
     ):
         assert found | wanted == found
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_protocol_sees_images_of_another_size_if_told_so(run, monkeypatch, capsys, name):
+    """Two equal numbers are one, and the encoder's own size changes nothing; each size has its own files."""
+    epochs = [] if name in ("knn", "linear") else ["--epochs", 1, "--seeds", 1]
+    words = "--run", run, "--protocol", name.split("-")[0], *COMMANDS[name][0], *epochs
+    sizes = {"": (16, []), "-16x16": (16, [16, 16]), "-24x40": ([24, 40], [24, 40])}
+    seen, embed = set(), ViT.embed
+    monkeypatch.setattr(ViT, "embed", lambda self, x, *visible: seen.add(x.shape[2:]) or embed(self, x, *visible))
+    results = {}
+    for name_of_size, (size, given) in sizes.items():
+        seen.clear()
+        call(monkeypatch, *words, *(["--image-size", *given] if given else []))
+        results[name_of_size] = json.loads(capsys.readouterr().out.splitlines()[-1])
+        assert results[name_of_size] == json.loads((run / f"evaluate-{name}{name_of_size}.json").read_text())
+        assert results[name_of_size]["image_size"] == size and seen == {pair(size)}
+        assert bool(epochs) == (run / (name + name_of_size)).is_dir()
+    assert results[""] == results["-16x16"]
+
+
+def test_positions_of_another_size_are_interpolated_and_the_rest_is_the_runs(run, monkeypatch):
+    used, encoder = [], load_encoder(run)
+    monkeypatch.setattr(evaluate, "evaluate", lambda encoder, *_, **__: used.append(encoder) or {"knn": {}})
+    call(monkeypatch, "--run", run, "--protocol", "knn", "--image-size", 32, 16)
+    state = encoder.state_dict()
+    grid = state["pos_embed"][0, 1:].reshape(2, 2, 8).permute(2, 0, 1)[None]
+    new = nn.functional.interpolate(grid, (4, 2), mode="bicubic").flatten(2).transpose(1, 2)  # as in MAE's code
+    state["pos_embed"] = torch.cat([state["pos_embed"][:, :1], new], dim=1)
+    for key, x in used[0].state_dict().items():
+        torch.testing.assert_close(x, state[key], rtol=0, atol=1e-6 if key == "pos_embed" else 0)
 
 
 def test_untrained_is_the_same_architecture_at_weights_of_the_runs_seed(run, monkeypatch, capsys):

@@ -21,11 +21,12 @@ import torch
 from forked import ROOT, Program, finish, popen
 from PIL import Image
 
-from inputs import image_sets
+from inputs import image_cache, image_sets
 from methods import METHODS
 from runtime import files, process, run
 from runtime.command_line import build_parser, field_comments, settle
 from runtime.errors import InputError
+from runtime.randomness import StepRandom
 from train import begin, build, options
 
 SMALL = (
@@ -231,15 +232,19 @@ def test_a_tokenizer_that_is_trained_first_sees_no_other_images(monkeypatch):
 
 
 @pytest.mark.slow
-def test_one_image_resumes_with_the_same_bits_and_processes_share_it(train, tmp_path):
-    flags = ("--images", 1, "--repeat", 96, "--epochs", 10, "--drop-path", 0)
+@pytest.mark.parametrize("flags, other, differs", [
+    (("--images", 1, "--repeat", 96, "--epochs", 10), ("--repeat", 80), "repeat 96 there, 80 here"),
+    (("--image-size", 16, 40, "--epochs", 12), ("--image-size", 40), "image_size [16, 40] there, 40 here"),
+], ids=["one image", "rectangles"])  # fmt: skip
+def test_a_run_resumes_with_the_same_bits_and_processes_share_it(train, tmp_path, flags, other, differs):
+    flags = (*flags, "--drop-path", 0)
     assert_fine(train(*flags, out="whole"))
     process = train.start(*flags)
     wait_for_lines(process, tmp_path / "run", 14)
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=60)
     assert 12 < state(tmp_path / "run")["step"] < 60
-    assert_refused(train(*flags, "--repeat", 80), "repeat 96 there, 80 here")
+    assert_refused(train(*flags, *other), differs)
     assert_fine(train(*flags))
     assert_same_bits(state(tmp_path / "run"), state(tmp_path / "whole"))
     assert_fine(train(*flags, processes=2, out="two"))
@@ -377,6 +382,10 @@ def test_wrong_options_get_one_line_and_status_2(train, tmp_path):
     (["--seed", "4294967296"], ["--seed: 4294967296: must be from 0 to 4294967295"]),  # would begin as seed 0
     (["--seed", "-1"], ["--seed: -1: must be from 0 to 4294967295"]),
     (["--resume", "nowhere.pt"], ["nowhere.pt", "no such"]),
+    (["--image-size", "32", "44"], ["image size 32x44 is not divisible by patch size 8"]),
+    (["--image-size", "0"], ["--image-size: 0: give one number of pixels, or height and width"]),
+    (["--image-size", "32", "32", "32"], ["--image-size: 32 32 32: give one number"]),
+    (["--image-size", "32x64"], ["--image-size: 32x64: give one number"]),
 ])  # fmt: skip
 def test_bad_input_is_refused(photos, environment, tmp_path, monkeypatch, capsys, flags, words):
     """In this process, for speed; the test above starts processes for two such lines."""
@@ -594,6 +603,25 @@ def test_the_papers_recipe_is_the_papers():
         assert args.betas == [0.9, 0.95] and args.weight_decay == 0.05 and config.mask_ratio == 0.75
         assert (config.decoder_width, config.decoder_depth, config.decoder_heads) == (512, 8, 16)
     assert (config.tau, config.lambda_c, config.momentum, config.feature_decoder_depth) == (0.07, 1.0, 0.996, 2)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_learns_from_rectangles_and_two_equal_numbers_are_a_square(name):
+    given = ["--method", name, *SMALL, *OWN[name], *["--patch-size", "16"] * (name == "cae"), "--image-size"]
+    args, config, Method = options([*given, "32", "64"])
+    assert args.image_size == [32, 64] and vars(options([*given, "32", "32"])[0]) == vars(options([*given, "32"])[0])
+    method, pixels = build(args, config, Method, torch.device("cpu"))[0], torch.randint(0, 256, (4, 3, 40, 72))
+    flat = image_cache.Packed(*image_cache.pack([*pixels.to(torch.uint8)]))
+    images = image_sets.ImageSet("four", ["one"], torch.zeros(4, dtype=torch.int64), flat)
+    batch = method.draw(images.images(torch.arange(4)), torch.arange(4), StepRandom(0, 0, 4))
+    shapes = {x.shape[2:] for x in batch if isinstance(x, torch.Tensor) and x.ndim == 4}
+    assert shapes == {(32, 64)} | ({(16, 32)} if name == "cae" else set())  # its tokenizer's: 8 pixels a patch
+    loss = method(batch)["loss"]
+    loss.backward()
+    assert loss.isfinite() and method.eval().picture(batch).shape[1:] == (4, 3, 32, 64)
+    if hasattr(method, "end_epoch"):
+        method.end_epoch(1, 1, images)
+        assert method.boxes.shape == (4, 4)
 
 
 @pytest.mark.parametrize("name", [name for name in METHODS if name != "dvae"])

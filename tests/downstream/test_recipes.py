@@ -162,19 +162,20 @@ def test_an_erased_box_has_its_shape_and_share_and_noise_of_one_sheet():
     assert abs(sheet.mean()) < 0.1 and abs(sheet.std() - 1) < 0.1 and not torch.equal(sheet[0], sheet[1])
 
 
-def _smooth(n=4, size=32):
+def _smooth(n=4, size=(32, 32)):
     """Images of whole grey levels between which every cubic interpolates alike."""
-    y, x = torch.meshgrid(torch.arange(size), torch.arange(size), indexing="ij")
+    y, x = torch.meshgrid(*map(torch.arange, size), indexing="ij")
     waves = [torch.stack([(x * a + y * b) / 12 + c + i for a, b, c in ((1, 1, 0), (1, -1, 2), (0.5, 2, 4))])
              for i in range(n)]  # fmt: skip
     return ((torch.stack(waves).sin() * 0.45 + 0.5) * 255).round() / 255
 
 
+@pytest.mark.parametrize("size", [(32, 32), (32, 64)], ids=str)
 @pytest.mark.parametrize("name", recipes.OPERATIONS)
-def test_randaugments_operations_are_timms(name, monkeypatch):
+def test_randaugments_operations_are_timms(name, size, monkeypatch):
     """Within rounding to grey levels; geometry on smooth images, apart from the pixels on the border of the fill."""
     assert list(recipes.OPERATIONS) == auto_augment.rand_augment_choices("", increasing=True)
-    images, (signs, strengths) = _smooth(), ([1, -1, 1, -1], [0.9, 0.87, 0.3, 0.99])
+    images, (signs, strengths) = _smooth(4, size), ([1, -1, 1, -1], [0.9, 0.87, 0.3, 0.99])
     m, sign = (torch.tensor(x).float()[:, None, None, None] for x in (strengths, signs))
     found = recipes.OPERATIONS[name](images, m, sign)
     fill = tuple(round(255 * x) for x in augment.MEAN)

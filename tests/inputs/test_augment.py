@@ -16,11 +16,14 @@ from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.transforms import InterpolationMode, v2
 
-from common import MEAN, STD, StepRandom
+from common import MEAN, STD, StepRandom, pair
 from inputs import augment
 
 seeds = st.integers(0, 2**32)
 SMALL = settings(max_examples=25)
+sizes = st.integers(2, 64).map(pair) | st.tuples(
+    *[st.integers(2, 64)] * 2
+)  # torch 2.14 resizes to a width of 1 wrongly
 
 
 def pixels(seed: int, B: int, H: int, W: int) -> torch.Tensor:
@@ -48,22 +51,31 @@ def boxes_in(seed: int, B: int, H: int, W: int) -> torch.Tensor:
 
 def resized_crop(image, box, size):
     """torchvision's, in float32, without the rounding to whole grey levels that it does for uint8."""
-    view = tv.resized_crop(image.float() / 255, *box, [size, size], InterpolationMode.BICUBIC, antialias=True)
+    view = tv.resized_crop(image.float() / 255, *box, [*pair(size)], InterpolationMode.BICUBIC, antialias=True)
     return view.clamp(0, 1)
 
 
 @SMALL
-@given(seeds, st.integers(1, 5), st.integers(1, 40), st.integers(1, 40), st.integers(1, 40))
+@given(seeds, st.integers(1, 5), st.integers(1, 40), st.integers(1, 40), sizes)
 def test_crop_resize_matches_torchvision(seed, B, H, W, size):
     images, boxes, flips = pixels(seed, B, H, W), boxes_in(seed, B, H, W), unit(seed, B) < 0.5
     views = augment.crop_resize(images, boxes, size, flips)
-    assert views.dtype == torch.float32 and views.shape == (B, 3, size, size) and views.is_contiguous()
+    assert views.dtype == torch.float32 and views.shape == (B, 3, *size) and views.is_contiguous()
     for image, box, flip, view in zip(images, boxes.tolist(), flips, views, strict=True):
         expected = resized_crop(image, box, size)
         assert_close(view, tv.hflip(expected) if flip else expected, atol=2e-5, rtol=0)
     assert_close(augment.crop_resize(list(images), boxes, size, flips), views, atol=2e-5, rtol=0)
     mirrored = augment.change(views, flips, lambda x: x.flip(3))
     assert_close(augment.crop_resize(images, boxes, size), mirrored, atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("size", [1, 24, 37])
+def test_a_square_given_by_two_numbers_is_the_same_to_the_bit(size):
+    images, boxes, flips = pixels(0, 5, 40, 48), boxes_in(0, 5, 40, 48), unit(0, 5) < 0.5
+    for some in (images, [*images]):
+        for function, more in ((augment.crop_resize, (boxes,)), (augment.center_crop_resize, ())):
+            assert torch.equal(function(some, *more, size), function(some, *more, (size, size)))
+    assert torch.equal(*(augment.crop_resize(images, boxes, s, flips) for s in (size, (size, size))))
 
 
 def test_crop_resize_matches_pil_up_to_its_rounding():
@@ -276,33 +288,38 @@ def test_draws_of_ranks_are_rows_of_the_whole(seed, ranks, rows):
 
 
 @SMALL
-@given(seeds, st.integers(1, 90), st.integers(1, 90), st.integers(1, 64))
+@given(seeds, st.integers(1, 90), st.integers(1, 90), sizes)
+@example(0, 64, 128, (32, 64))
+@example(1, 128, 64, (32, 64))
+@example(2, 32, 64, (32, 64))
 def test_center_crop_resize_matches_torchvision(seed, H, W, size):
+    """Of a rectangle, torchvision's Resize is told both sides: the smallest that cover the view and its margin."""
     image = pixels(seed, 1, H, W)[0]
-    short = round(size * 256 / 224)
+    h, w = (round(side * 256 / 224) for side in size)
     expected = image.float() / 255
-    if not H == W == size:
-        expected = tv.resize(expected, [short], InterpolationMode.BICUBIC, antialias=True)
-        expected = tv.center_crop(expected, [size, size]).clamp(0, 1)
+    if size != (H, W):
+        whole = [h] if h == w else max([h, h * W // H], [w * H // W, w])
+        expected = tv.resize(expected, whole, InterpolationMode.BICUBIC, antialias=True)
+        expected = tv.center_crop(expected, [*size]).clamp(0, 1)
     assert_close(augment.center_crop_resize(image[None], size)[0], expected, atol=2e-5, rtol=0)
     assert_close(augment.center_crop_resize([image[:, :1], image], size)[1], expected, atol=2e-5, rtol=0)
 
 
 @SMALL
-@given(seeds, st.integers(1, 12), st.integers(0, 6))
-def test_shift_crop_is_a_window_of_the_master(seed, size, p):
+@given(seeds, st.integers(1, 12), st.integers(1, 12), st.integers(0, 6))
+def test_shift_crop_is_a_window_of_the_master(seed, H, W, p):
     """Offsets 0 and p are both reached; p + 1 is refused; two views agree exactly where they overlap."""
-    B, side = 4, size + p
-    master = unit(seed, B, 3, side, side)
+    B, size = 4, (H, W)
+    master = unit(seed, B, 3, H + p, W + p)
     offsets = (unit(seed + 7, B, 2) * (p + 1)).long()
     offsets[0], offsets[1] = 0, p
     views = augment.shift_crop(master, offsets, size)
     for image, (down, right), view in zip(master, offsets.tolist(), views, strict=True):
-        assert torch.equal(view, image[:, down : down + size, right : right + size])
-    assert torch.equal(views[0], master[0, :, :size, :size]) and torch.equal(views[1], master[1, :, p:, p:])
+        assert torch.equal(view, image[:, down : down + H, right : right + W])
+    assert torch.equal(views[0], master[0, :, :H, :W]) and torch.equal(views[1], master[1, :, p:, p:])
     for b, (down, right) in enumerate(offsets.tolist()):  # against the unshifted view
-        if down < size and right < size:
-            assert torch.equal(views[b, :, : size - down, : size - right], master[b, :, down:size, right:size])
+        if down < H and right < W:
+            assert torch.equal(views[b, :, : H - down, : W - right], master[b, :, down:H, right:W])
     with pytest.raises(IndexError):
         augment.shift_crop(master, torch.tensor([[0, p + 1]] * B), size)
 
