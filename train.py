@@ -137,7 +137,7 @@ def loop(args, plan: "Plan", run: Run, images: image_sets.ImageSet, watch: Watch
             if stopping or plan.ends(done, args.save_every):
                 meter.check_finite(method, done)
                 run.save(done)
-                pictures.draw(run.directory)
+                pictures.draw(run)
             if stopping:
                 break
 

@@ -97,14 +97,14 @@ OPTIONS = {
         ("save-every", 1, int, "EPOCHS", "epochs between checkpoints and pictures"),
         ("log-every", 10, int, "STEPS", "steps between lines of log.jsonl"),
         ("probe-every", None, int, "EPOCHS", "epochs between measures of the encoder's kNN on a fixed few images"),
+        ("tensorboard", None, bool, "switch", "write the log and the pictures for TensorBoard, too"),
         ("evaluate", False, bool, None, "kNN and linear accuracy at the end, beside an untrained encoder's"),
     ],
 }  # fmt: skip
 # Settings that older runs have and that are gone: the value at which they did nothing, and what to do instead.
 RETIRED = {"block": (0, "the plain autoencoder is a method of its own now: train it with --method autoencoder --block")}
-COUNTS = (
-    "epochs max_steps batch_size accumulate classes images repeat save_every log_every probe_every".split()
-)  # of at least 1
+COUNTS = "epochs max_steps batch_size accumulate classes images repeat".split()  # of at least 1
+COUNTS += "save_every log_every probe_every".split()
 
 
 def pretraining_options(argv: list[str], methods: dict[str, type]):
@@ -134,6 +134,8 @@ def pretraining_options(argv: list[str], methods: dict[str, type]):
         args.warmup_epochs *= args.epochs / parser.get_default("epochs")  # or the rate would never reach its peak
     args.out = args.out or f"runs/{args.method}-{re.sub(r'[^A-Za-z0-9]+', '-', str(args.data)).strip('-')}"
     args.betas = list(args.betas)
+    if args.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        raise InputError('--tensorboard: not installed; pip install ".[tensorboard]"')
     for name in COUNTS:
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise InputError(f"{name.replace('_', ' ')} {getattr(args, name)}: must be at least 1")

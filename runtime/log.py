@@ -1,10 +1,11 @@
-"""What a run shows while it trains: lines of log.jsonl, the progress bar, reconstruction.png."""
+"""What a run shows while it trains: lines of log.jsonl, the progress bar, reconstruction.png, TensorBoard's events."""
 
 import json
 import math
 import sys
 import time
 from contextlib import suppress
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -24,10 +25,12 @@ class Log:
     """log.jsonl: a first line with the configuration, then a line of numbers every `--log-every` steps.
 
     A run that is continued keeps the lines of the steps that its checkpoint has seen. Later steps are done again, and
-    lines that were cut off or damaged are left out.
+    lines that were cut off or damaged are left out. With `tensorboard`, the same numbers and the pictures also go into
+    event files beside it.
     """
 
-    def __init__(self, path: Path, about: dict, step: int):
+    def __init__(self, path: Path, about: dict, step: int, tensorboard: bool | None = False):
+        self.first, self.tensorboard = step + 1, tensorboard
         lines, self.losses = [], []  # the first loss and the last, if there is any
         for line in path.read_text(errors="replace").splitlines() if step and path.exists() else []:
             with suppress(ValueError, TypeError, LookupError):
@@ -38,10 +41,21 @@ class Log:
         files.write_text(path, "\n".join([json.dumps(about), *lines]) + "\n")
         self.file = open(path, "a", buffering=1)
 
+    @cached_property
+    def events(self):
+        """The writer of event files. From the first step on, what earlier files hold does not count any more."""
+        from torch.utils.tensorboard import SummaryWriter  # a second that other runs need not wait
+
+        return SummaryWriter(Path(self.file.name).parent, purge_step=self.first)
+
     def write(self, row: dict) -> None:
         self.losses = [*self.losses[:1], row["loss"]]
         try:
             self.file.write(json.dumps(row) + "\n")
+            for name in row.keys() - {"step"} if self.tensorboard else ():
+                self.events.add_scalar(name, row[name], row["step"])
+            if self.tensorboard:
+                self.events.flush()  # so that its curves, too, are whole when the run is killed
         except OSError as error:
             reason = f"cannot be written ({error.strerror}); the last checkpoint is kept"
             raise InputError(f"{self.file.name}: {reason}") from None
@@ -101,7 +115,8 @@ class Pictures:
             self.batch = method.draw(image_set.images(index, device), nowhere, StepRandom(seed, 2**40, n, None, device))
         self.method, self.zoom = method, max(1, 128 // max(pair(image_size)))
 
-    def draw(self, directory: Path) -> None:
+    def draw(self, run) -> None:
+        """Into the directory of a run, as it was after its step."""
         if rank() > 0:
             return
         self.method.eval()
@@ -112,5 +127,8 @@ class Pictures:
         from torchvision.utils import make_grid, save_image  # here: the first step need not wait for it
 
         grid = make_grid(rows.flatten(0, 1).cpu(), nrow=rows.shape[1], padding=2, pad_value=1.0)
+        if run.log.tensorboard:
+            run.log.events.add_image("reconstruction", grid, run.step)
+            run.log.events.flush()
         grid = grid.repeat_interleave(self.zoom, dim=1).repeat_interleave(self.zoom, dim=2)
-        files.write_whole(directory / "reconstruction.png", lambda file: save_image(grid, file, format="png"))
+        files.write_whole(run.directory / "reconstruction.png", lambda file: save_image(grid, file, format="png"))

@@ -21,9 +21,8 @@ from runtime.log import Log
 from runtime.ranks import rank, say, world_size
 
 # What may differ between a run and its continuation: where and how it runs, not what it computes.
-FREE = set(
-    "out resume data_root download workers device compile linear save_every log_every probe_every evaluate".split()
-)
+FREE = set("out resume data_root download workers device compile linear evaluate".split())
+FREE |= set("save_every log_every probe_every tensorboard".split())
 
 
 class Run:
@@ -95,7 +94,7 @@ class Run:
                 world_size=world_size(), argv=sys.argv, versions=versions(), git=git_state(),
             )  # fmt: skip
             files.write_text(self.directory / "config.json", json.dumps(about, indent=1) + "\n")
-            self.log = Log(self.directory / "log.jsonl", about, self.step)
+            self.log = Log(self.directory / "log.jsonl", about, self.step, self.args.tensorboard)
 
     def read(self) -> dict | None:
         """The checkpoint that `--resume` asks for, which must be of this run; None if there is nothing to continue."""

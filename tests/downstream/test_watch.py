@@ -1,5 +1,6 @@
 """What is measured while a method trains: that it is right, and that the training does not notice."""
 
+import io
 import json
 import sys
 from pathlib import Path
@@ -54,6 +55,21 @@ def train_here(method: str, data: Path, out: Path, *more) -> list[dict]:
     return rows(out)
 
 
+def interrupted(method: str, *arguments) -> None:
+    """`train_here` up to step 8, the second of the third epoch; steps 7 and 8 come after the checkpoint."""
+    draw, drawn = METHODS[method].draw, []
+
+    def stopping(self, *arguments):
+        drawn.append(arguments)
+        if len(drawn) == 10:  # the first draw is that of the picture
+            raise KeyboardInterrupt
+        return draw(self, *arguments)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(METHODS[method], "draw", stopping)
+        train_here(method, *arguments)
+
+
 def rows(out: Path) -> list[dict]:
     return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()[1:]]
 
@@ -78,17 +94,7 @@ def test_training_does_not_notice_a_probe(method, photos, tmp_path, fewer):
     log = train_here(method, photos, tmp_path / "probed", "--probe-every", 1)
     assert [(row["step"], "knn" in row) for row in log] == [(1, False), (3, True), (6, True), (9, True)]
     assert_same_bits(weights(tmp_path / "probed"), weights(tmp_path / "plain"))
-    draw, drawn = METHODS[method].draw, []
-
-    def stopping(self, *arguments):
-        drawn.append(arguments)
-        if len(drawn) == 9:  # the first draw is that of the picture, so in the third epoch
-            raise KeyboardInterrupt
-        return draw(self, *arguments)
-
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(METHODS[method], "draw", stopping)
-        train_here(method, photos, tmp_path / "parts", "--probe-every", 1)
+    interrupted(method, photos, tmp_path / "parts", "--probe-every", 1)
     assert weights(tmp_path / "parts")["step"] == 6
     again = train_here(method, photos, tmp_path / "parts", "--probe-every", 3)
     assert_same_bits(weights(tmp_path / "parts"), weights(tmp_path / "plain"))
@@ -143,13 +149,53 @@ def test_a_probe_takes_an_eighth_of_either_half_within_its_bounds(monkeypatch):
         assert len(found.sets[1]) == {8_000: 1_000, 300: 300, 50_000: 5_000, 1_000_000: 5_000}[whole]
 
 
+def test_tensorboard_shows_the_log_and_the_pictures_each_step_once(photos, tmp_path, fewer):
+    """Also where a run was killed after its checkpoint, or starts over in its directory."""
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+
+    def written(purge: bool = True):
+        found = events.EventAccumulator(str(tmp_path), dict(scalars=0, images=0), purge_orphaned_data=purge)
+        return found.Reload()
+
+    flags = ["--tensorboard", "--log-every", 1, "--probe-every", 2]
+    interrupted("cmae", photos, tmp_path, *flags)
+    log = train_here("cmae", photos, tmp_path, *flags)
+    assert [e.step for e in written(False).Scalars("loss")] == [1, 2, 3, 4, 5, 6, 7, 8, 7, 8, 9]
+    for seed in (0, 1):
+        if seed:
+            log = train_here("cmae", photos, tmp_path, *flags, "--resume", "never", "--seed", seed)
+        found = written()
+        assert set(found.Tags()["scalars"]) == set().union(*log) - {"step"} > {"loss", "contrast", "lr", "knn"}
+        for name in found.Tags()["scalars"]:
+            there = {row["step"]: row[name] for row in log if name in row}
+            shown = found.Scalars(name)
+            assert [event.step for event in shown] == list(there), name
+            assert [event.value for event in shown] == pytest.approx(list(there.values()), rel=1e-6)
+        pictures = found.Images("reconstruction")
+        assert [event.step for event in pictures] == [6, 9]
+        last = np.array(Image.open(io.BytesIO(pictures[-1].encoded_image_string)))
+        shown = np.array(Image.open(tmp_path / "reconstruction.png"))[::4, ::4]  # rounded, where TensorBoard cuts off
+        np.testing.assert_allclose(last, shown.astype(int), atol=1)
+        files = set(tmp_path.glob("events*"))
+        train_here("cmae", photos, tmp_path, *flags, "--seed", seed)  # finished, it writes nothing more
+        assert set(tmp_path.glob("events*")) == files
+
+
+def test_without_tensorboard_it_is_one_line(photos, tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(InputError, match=r'^--tensorboard: not installed; pip install "\.\[tensorboard\]"$'):
+        train_here("mae", photos, tmp_path / "run", "--tensorboard")
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.slow
 def test_two_processes_probe_together_and_do_not_notice(photos, tmp_path, environment):  # noqa: F811
-    for out, more in (("plain", []), ("probed", ["--probe-every", 1])):
+    for out, more in (("plain", []), ("probed", ["--probe-every", 1, "--tensorboard"])):
         two = Program("train.py", *words("cmae", photos, tmp_path / out, *more), n=2, env=environment, cwd=tmp_path)
         assert finish(two).returncode == 0, two.stderr
     assert_same_bits(weights(tmp_path / "probed"), weights(tmp_path / "plain"))
     assert [row["step"] for row in rows(tmp_path / "probed") if "knn" in row] == [3, 6, 9]
+    assert len(list((tmp_path / "probed").glob("events*"))) == 1
 
 
 def test_a_probe_that_cannot_be_is_one_line_before_anything_is_done(photos, tmp_path):
