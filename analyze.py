@@ -25,10 +25,11 @@ from runtime.errors import InputError
 FIGURES = {function.__name__.replace("_", "-"): function for function in (
     plots.reconstruction, plots.curves, plots.views, plots.attention_map, plots.attention_distance,
     plots.decoder_similarity, plots.semantic_similarity, plots.decoder_attention, plots.class_distances, plots.features,
-    plots.latent_reconstruction,
+    plots.token_variance, plots.latent_reconstruction,
 )}  # fmt: skip
 
 WITH_REFERENCE = {"attention-map", "attention-distance", "semantic-similarity", "class-distances", "features"}
+WITH_REFERENCE |= {"token-variance"}
 # Options of some figures: name, the value if none is given, type or choices, metavar, the figures, help.
 OPTIONS = [
     ("images", None, int, "N", set(FIGURES) - {"curves"}, "how many images to use; each figure has its own default"),

@@ -295,8 +295,7 @@ class CMAELoc(nn.Module):
             return None
         self.boxes = self.compute_boxes(image_set)
         area = (self.boxes[:, 2:] - self.boxes[:, :2]).prod(dim=1)  # shares of the image
-        whole = 100 * (area == 1).double().mean()
-        return f"boxes for crops after epoch {done}: mean area {area.mean():.2f}, {whole:.0f} % are the whole image"
+        return f"boxes for crops after epoch {done}: mean area {area.mean():.2f}"
 
     @torch.no_grad()
     def compute_boxes(self, image_set, chunk: int = 128) -> Tensor:

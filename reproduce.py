@@ -4,6 +4,7 @@
     python reproduce.py --budget cpu --data-root DIR --jobs 2      every method and its bars: an hour of two cores
     python reproduce.py --budget gpu --data-root DIR --minutes 9   all of Tiny-ImageNet on one GPU, nine minutes of it
     python reproduce.py --claims --data-root DIR --jobs 2          what the claims need beyond the cpu table
+    python reproduce.py --recipes --jobs 2                         variants of the demo's recipes, three seeds of each
     python reproduce.py --readme                                   the tables in docs/, anew
     python reproduce.py --check                                    which tables and results no longer hold
 
@@ -42,6 +43,9 @@ def options(argv: list[str] | None = None) -> argparse.Namespace:
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--budget", choices=["demo", *EPOCHS], help="a results table: of minutes, of an hour, of a GPU")
     what.add_argument("--claims", action="store_true", help="the runs that the claims compare")
+    what.add_argument(
+        "--recipes", action="store_true", help="variants of the demo's recipes, compared in docs/results.md"
+    )
     what.add_argument("--readme", action="store_true", help="write the generated parts of the documents")
     what.add_argument("--check", action="store_true", help="say what in the documents and results no longer holds")
     what.add_argument("--measure", choices=MEASURES, metavar="NAME", help=f"one of {', '.join(MEASURES)}, of --run")
@@ -49,7 +53,7 @@ def options(argv: list[str] | None = None) -> argparse.Namespace:
     add("--run", metavar="DIR", help="the run to measure; prints a line of JSON")
     add("--list", action="store_true", help="print the commands, run none")
     add("--methods", metavar="A,B", help="only these runs")
-    add("--seeds", type=int, metavar="N", help="seeds 0 to N-1 [a budget 1, claims 3]")
+    add("--seeds", type=int, metavar="N", help="seeds 0 to N-1 [a budget 1, others 3]")
     add("--jobs", type=int, default=1, metavar="N", help="pieces at a time; they share the cores [1]")
     add("--minutes", type=float, metavar="M", help="stop after so many; the same command goes on")
     add("--data-root", metavar="DIR", help="where Tiny-ImageNet is")
@@ -64,7 +68,7 @@ def options(argv: list[str] | None = None) -> argparse.Namespace:
         raise InputError("images: makes a rehearsal, which must not lie among the results; give --results")
     runs = "list methods seeds minutes data_root model epochs tune_epochs images".split()
     idle = ["model"] if args.budget == "cpu" or args.claims else [] if args.budget else runs
-    idle = "data_root model epochs tune_epochs images".split() if args.budget == "demo" else idle
+    idle = "data_root model epochs tune_epochs images".split() if args.recipes or args.budget == "demo" else idle
     if idle := [name for name in idle if getattr(args, name)]:
         raise InputError(f"{idle[0].replace('_', ' ')}: does nothing here; leave it out")
     if bool(args.measure) != bool(args.run):
@@ -72,7 +76,7 @@ def options(argv: list[str] | None = None) -> argparse.Namespace:
     for name in ("seeds", "jobs", "minutes", "epochs", "tune_epochs"):
         if getattr(args, name) is not None and getattr(args, name) <= 0:
             raise InputError(f"{name.replace('_', ' ')} {getattr(args, name):g}: must be above 0")
-    args.seeds = args.seeds or (3 if args.claims else 1)
+    args.seeds = args.seeds or (3 if args.claims or args.recipes else 1)
     args.results = args.results or HERE / "results"
     return args
 
@@ -90,7 +94,7 @@ def main() -> None:
         for name, text in generated(HERE, results).items():
             files.write_text(HERE / name, text)
     else:
-        demo = args.budget == "demo"
+        demo = args.recipes or args.budget == "demo"
         args.data = "shapes" if demo else choose_data(args.data_root)
         if not demo and args.data == "shapes" and results == HERE / "results":  # where Tiny-ImageNet's stay
             args.results = Path(args.out) / "results"

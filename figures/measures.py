@@ -173,6 +173,17 @@ def class_distances(features: Tensor, labels: Tensor) -> dict[str, Tensor]:
     }
 
 
+def variance_shares(tokens: Tensor) -> dict[str, float]:
+    """(images, places, D) → the shares of the tokens' variance: by place, by image, and the rest.
+
+    The two-way analysis of variance: of the means of places, of the means of images; the shares sum to 1.
+    """
+    x = tokens.double() - tokens.double().mean(dim=(0, 1))
+    parts = {"place": x.mean(dim=0), "image": x.mean(dim=1)}
+    shares = {name: (mean.square().mean() / x.square().mean()).item() for name, mean in parts.items()}
+    return shares | {"rest": 1 - sum(shares.values())}
+
+
 def patch_labels(labels: Tensor, size, p: int) -> Tensor:
     """CAE, appendix B: a label map (1, H, W) → the label of more than half of the pixels of each patch of what
     `centred` takes, in raster order, or 255 where there is none: (N,)."""

@@ -255,6 +255,22 @@ def class_distances(study: Study):
     return figure, {"classes": names} | numbers
 
 
+def token_variance(study: Study):
+    """What the patch tokens of the encoder tell apart: shares of their variance by place, by image, and the rest."""
+    n, shares = study.args.images or 256, {}
+    for label, encoder in study.encoders:
+        shares[label] = measures.variance_shares(measures.features(encoder, study.batches(n), of="patches"))
+    figure, ((axis,),) = canvas(height=1.4 + 0.4 * len(shares))
+    begins = [0.0] * len(shares)
+    for part in ("place", "image", "rest"):
+        widths = [its[part] for its in shares.values()]
+        axis.barh(list(shares), widths, left=begins, label=part)
+        begins = [begin + width for begin, width in zip(begins, widths, strict=True)]
+    axis.set(title="Variance of the encoder's patch tokens", xlabel="share")
+    axis.legend()
+    return figure, shares
+
+
 def features(study: Study):
     """Features of images in the plane, by principal components or t-SNE, coloured by their classes.
 

@@ -5,7 +5,7 @@ import statistics
 import torch
 import torch.nn.functional as F
 
-from common import patchify
+from common import patchify, take
 from downstream.protocols import knn, linear_probe, of_all
 from figures import measures
 
@@ -61,4 +61,22 @@ def spread(study) -> dict:
     return {"deviation": v.var(dim=0, correction=0).mean().sqrt().item()}
 
 
-MEASURES = {measure.__name__: measure for measure in (pixels, attention, positions, latents, classes, spread)}
+def variance(study) -> dict:
+    """Shares of the variance of the encoder's patch tokens: by place, by image, and the rest."""
+    tokens = measures.features(study.runs[0].encoder, study.batches(256), of="patches")
+    return measures.variance_shares(tokens)
+
+
+@torch.no_grad()
+def keys(study) -> dict:
+    """Share of hidden patches found among the keys of their image; and, by place alone, among another's (ConMIM)."""
+    run = study.runs[0]
+    batch = run.draw(study.pictures(256))
+    anchors = F.normalize(take(run.method.anchors(batch.images, batch.mask), batch.mask.masked), dim=2)
+    own = F.normalize(run.method.keys(batch.full_images), dim=2)
+    sides = {"own": own, "another": own.roll(len(own) // 2, dims=0)}  # half the set away: mostly of another class
+    found = {name: (anchors @ side.mT).argmax(dim=2) for name, side in sides.items()}
+    return {name: (places == batch.mask.masked).double().mean().item() for name, places in found.items()}
+
+
+MEASURES = {m.__name__: m for m in (pixels, attention, positions, latents, classes, spread, variance, keys)}

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from methods import METHODS
 from reporting import HERE
-from reporting.experiments import CLAIMS, VARIANTS
+from reporting.experiments import CLAIMS, RECIPES, VARIANTS
 from reporting.result_files import BASELINES, ROWS, changed, read, result, runs_of, values
 from reporting.timing import columns
 from runtime.errors import InputError
@@ -97,17 +97,36 @@ def demo_block(results: Path) -> str:
     for name in names_of(results, "demo"):
         runs, points = runs_of(results, name), drawn[name.split("/")[1]]
         shown = [spell([points[round(i * (len(points) - 1) / 4)][1]]) for i in range(5)]
-        gains = [" → ".join(spell(values(results, f"{name} {k}.top1"), 1) for k in (f"{probe}-untrained", probe))
-                 for probe in ("knn", "linear")]  # fmt: skip
-        minutes = f"{statistics.mean(run['seconds'] for run in runs) / 60:.1f}"
         label = f"[`--method {name.split('/')[1]}`](../results/{name}.json)"
-        rows.append([label, points[-1][0], *shown, *gains, minutes, len(runs), commits(runs)])
+        rows.append([label, points[-1][0], *shown, *gained(results, name)])
         machines |= {run["machine"] for run in runs}
     if not rows:
         return "`python reproduce.py --budget demo`: not run yet."
     head = "`train.py` | epochs | first loss | ¼ | ½ | ¾ | last | kNN, % | linear, % | minutes | seeds | commit"
     where = f"on {' or '.join(sorted(machines))}; minutes with evaluation."
     return f"`python reproduce.py --budget demo`, {where}\n\n{table(head, rows)}"
+
+
+def gained(results: Path, name: str) -> list:
+    """Accuracies of the untrained encoder and of the trained one, then minutes, seeds and commits."""
+    runs = runs_of(results, name)
+    gains = [" → ".join(spell(values(results, f"{name} {k}.top1"), 1) for k in (f"{probe}-untrained", probe))
+             for probe in ("knn", "linear")]  # fmt: skip
+    return [*gains, f"{statistics.mean(run['seconds'] for run in runs) / 60:.1f}", len(runs), commits(runs)]
+
+
+def recipes_block(results: Path) -> str:
+    """Variants of the demo's recipes: what their encoders gain, and what their tokens tell apart."""
+    rows = []
+    for name, about in RECIPES.items():
+        words, name, cells = f"`{about['method']} {about['differs']}`", f"recipes/{name}", ["not run", *[""] * 6]
+        if runs_of(results, name):
+            parts = [values(results, f"{name} variance.{part}") for part in ("place", "image")]
+            cells = [*gained(results, name), *(spell([100 * share for share in part], 0) for part in parts)]
+            words = f"[{words}](../results/{name}.json)"
+        rows.append([words, *cells])
+    head = "`train.py --method` | kNN, % | linear, % | minutes | seeds | commit | place, % | image, %"
+    return table(head, rows)
 
 
 def losses_block(results: Path) -> str:
@@ -295,7 +314,9 @@ def index_block(results: Path) -> str:
 
 
 BLOCKS = {  # document: its generated parts, and the function of the results that writes each
-    "docs/results.md": dict(results=results_block, losses=losses_block, first=first_block, demo=demo_block),
+    "docs/results.md": dict(
+        results=results_block, losses=losses_block, first=first_block, demo=demo_block, recipes=recipes_block
+    ),
     "docs/claims.md": {"claims": claims_block},
     "docs/speed.md": {"speed": speed_block},
     "docs/equations.md": {"index": index_block},

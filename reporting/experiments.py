@@ -26,7 +26,8 @@ TUNE_EPOCHS = {"cpu": 15, "gpu": 20}  # of fine-tuning, and of supervised traini
 # paper's own numbers in this order; of CMAE and ConMIM they are ImageNet's, fine-tuned. A variant is a run that claims
 # need beyond the cpu table: the method, what differs from its row there, what is measured.
 LISTED = json.loads((HERE / "reporting/claims.json").read_text())
-CLAIMS, VARIANTS = LISTED["claims"], LISTED["variants"]
+# "recipes" are runs like those of the demo, for three seeds: what they compare is written in docs/results.md.
+CLAIMS, VARIANTS, RECIPES = LISTED["claims"], LISTED["variants"], LISTED["recipes"]
 
 
 @dataclass(frozen=True)
@@ -38,11 +39,12 @@ class Work:
 
 def plan(args) -> list[Work]:
     """The runs that the command line asks for, in the order of the table."""
-    budget = args.budget or "cpu"
+    budget = args.budget or ("demo" if args.recipes else "cpu")
     names = [f"{budget}/{name}" for name in ROWS if budget != "demo" or name != BASELINES]
     if args.claims:
         needed = {name for claim in CLAIMS for side in claim["sides"] for name in side.split()[:1]}
         names = [name for name in [*names, *(f"claims/{name}" for name in VARIANTS)] if name in needed]
+    names = [f"recipes/{name}" for name in RECIPES] if args.recipes else names
     if args.methods:
         chosen, known = args.methods.split(","), [name.split("/")[1] for name in names]
         if unknown := set(chosen) - set(known):
@@ -53,7 +55,10 @@ def plan(args) -> list[Work]:
 
 def work_of(folder: str, name: str, budget: str, args) -> Work:
     if budget == "demo":  # measures itself when it is done
-        return Work(f"{folder}/{name}", name, {"train": f"train.py --method {name} --seed SEED --out RUN"})
+        its = RECIPES[name] if folder == "recipes" else dict(method=name, differs="", measured="")
+        train = f"train.py --method {its['method']} {its['differs']} --seed SEED --out RUN"
+        more = {key: f"reproduce.py --measure {key} --run RUN" for key in its["measured"].split()}
+        return Work(f"{folder}/{name}", its["method"], {"train": " ".join(train.split())} | more)
     epochs, tune = args.epochs or EPOCHS[budget], args.tune_epochs or TUNE_EPOCHS[budget]
     tiny = args.data == "tiny-imagenet"
     if budget == "cpu":

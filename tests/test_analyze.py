@@ -36,7 +36,7 @@ RUNS = {
     "cae-wide": "--method cae --codes 8 --hidden 4 --blocks 1 --first-stride 8 --image-size 16 24",
     "dvae": "--method dvae --patch-size 8 --codes 8 --hidden 4 --blocks 1 --first-stride 8",
 }
-VIT = {"attention-map", "attention-distance", "class-distances", "features"}
+VIT = {"attention-map", "attention-distance", "class-distances", "features", "token-variance"}
 EVERY, DECODED = {"curves", "views"}, {"decoder-similarity", "decoder-attention"}
 CAN = {
     "mae": EVERY | VIT | DECODED | {"reconstruction"},

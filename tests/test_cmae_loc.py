@@ -548,7 +548,7 @@ def test_a_line_says_how_large_the_boxes_are(monkeypatch):
     boxes = torch.tensor([[0, 0, 1, 1], [0, 0.5, 1, 1], [0.25, 0, 0.75, 0.5], [0, 0, 1, 1]])
     monkeypatch.setattr(model, "compute_boxes", lambda images: boxes)
     line = model.end_epoch(2, 10, None)
-    assert line == "boxes for crops after epoch 2: mean area 0.69, 50 % are the whole image"
+    assert line == "boxes for crops after epoch 2: mean area 0.69"
     assert model.end_epoch(3, 10, None) is None  # none computed
 
 

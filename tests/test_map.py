@@ -103,7 +103,7 @@ def test_the_map_has_every_equation_and_every_knob(method):
 
 # What a knob is set to, where neither the opposite nor twice its value would do.
 OTHER = {
-    "decoder": "mlp", "crop_by": "features", "masking": "block", "contrast": "instance", "dictionary": "batch",
+    "decoder": "mlp", "crop_by": "features", "masking": "block", "contrast": "instance", "dictionary": "image",
     "augmentation": "strong", "target": "pixels", "tokenizer": "given", "project": "tokens", "shift_range": "0-100",
     "mask_ratio": 0.6, "mask_cell": 2, "crop_scale": 0.9, "target_blur": 1.0, "target_mask_ratio": 0.5,
     "crop_threshold": 0.3, "filter_above": 0.0, "jitter": 0.0, "gray": 1.0, "block": 24, "feature_decoder_depth": 1,
@@ -116,7 +116,6 @@ BESIDE = {
     ("cmae", "share_decoder"): dict(feature_decoder_depth=1),
     ("lcmae", "decoder"): dict(decoder="conv"),
     ("cae", "norm_pixels"): dict(target="pixels"),
-    ("conmim", "mask_cell"): dict(mask_cell=1),
     ("conmim", "keep_slow"): dict(momentum=0.9),
 }
 SHORT = dict(cmae_loc=dict(crop_warmup=0.1, crop_interval=0.1, crop_threshold=0.8), dvae=dict(blocks=1))

@@ -170,6 +170,29 @@ def test_class_distances_need_pairs():
         measures.class_distances(numbers(0, 3, 4), torch.tensor([0, 0, 0]))
 
 
+@given(st.integers(0, 10**6), st.tuples(st.integers(2, 5), st.integers(2, 5), st.integers(1, 4)))
+def test_variance_is_shared_out_as_in_a_loop(seed, shape):
+    """A token is the mean, what its place adds to it, what its image adds, and a rest."""
+    x = np.random.default_rng(seed).standard_normal(shape)
+    total = dict(place=0.0, image=0.0, rest=0.0)
+    for d in range(shape[2]):
+        mean = sum(x[i, n, d] for i in range(shape[0]) for n in range(shape[1])) / (shape[0] * shape[1])
+        for i in range(shape[0]):
+            for n in range(shape[1]):
+                place = sum(x[j, n, d] for j in range(shape[0])) / shape[0] - mean
+                image = sum(x[i, m, d] for m in range(shape[1])) / shape[1] - mean
+                for name, part in dict(place=place, image=image, rest=x[i, n, d] - mean - place - image).items():
+                    total[name] += part**2
+    found = measures.variance_shares(torch.from_numpy(x))
+    assert found == pytest.approx({name: value / sum(total.values()) for name, value in total.items()}, abs=1e-9)
+
+
+def test_variance_of_codes_of_places_and_of_images_is_theirs():
+    code = torch.tensor([[1.0, 5.0], [2.0, 2.0], [9.0, 0.0]])
+    for name, tokens in dict(place=code.expand(4, 3, 2), image=code[:, None].expand(3, 4, 2)).items():
+        assert measures.variance_shares(tokens + 7)[name] == pytest.approx(1)
+
+
 @pytest.mark.parametrize("size", [8, 16])
 def test_patch_labels_are_those_of_most_pixels(size):
     maps = numbers(0, 8, 8).gt(0.3).long() * 3 + numbers(1, 8, 8).gt(0.3).long() * 4

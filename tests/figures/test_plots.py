@@ -183,6 +183,18 @@ def test_class_distances_are_of_as_many_classes_as_asked_and_compared_with_the_f
     assert again["mae"]["inter_larger_than_first"] == 3 - every["cmae"]["inter_larger_than_first"]
 
 
+def test_bars_of_token_variance_are_those_of_each_encoder_one_after_another(runs):
+    about = study(runs, "mae", "conmim", images=5)
+    figure, found = plots.token_variance(about)
+    for run in about.runs:
+        x = measures.features(run.encoder, about.batches(5), "patches")
+        assert found[run.label] == measures.variance_shares(x) and 0 < found[run.label]["place"] < 1
+    bars = [[bar.get_x(), bar.get_width()] for bar in figure.axes[0].patches]
+    (first, other), (middle, _), (last, _) = (bars[2 * i : 2 * i + 2] for i in range(3))
+    assert first == pytest.approx([0, found["mae"]["place"]]) and other == pytest.approx([0, found["conmim"]["place"]])
+    assert middle == pytest.approx([first[1], found["mae"]["image"]]) and sum(last) == pytest.approx(1)
+
+
 def test_patches_are_coloured_by_label_maps(runs, tmp_path):
     for folder in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation"):
         (tmp_path / folder).mkdir(parents=True)

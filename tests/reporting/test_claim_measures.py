@@ -130,3 +130,22 @@ def test_a_machine_is_told_by_its_kind():
     assert result_files.machine(gpu, 4) == "NVIDIA H200, bf16"
     cpu = dict(versions=dict(gpu="NVIDIA H200"), settings=dict(device="cpu", precision="fp32"))
     assert re.fullmatch(r"\w+ ?\S*, 4 of \d+ cores, fp32", result_files.machine(cpu, 4))
+
+
+def test_keys_are_found_by_place_alone_where_they_hold_nothing_else(study, monkeypatch):
+    its = study("conmim", "--mask-cell 1 --projector-width 8 --projector-out 16")
+    run = its.runs[0]
+    places = torch.eye(16).expand(8, 16, 16)
+    monkeypatch.setattr(run.method, "anchors", lambda images, mask: places)
+    monkeypatch.setattr(run.method, "keys", lambda images: places)
+    assert claim_measures.keys(its) == {"own": 1, "another": 1}
+    inside = torch.stack([torch.eye(16).roll(image, 0) for image in range(8)])  # each image's places hold other codes
+    monkeypatch.setattr(run.method, "anchors", lambda images, mask: inside)
+    monkeypatch.setattr(run.method, "keys", lambda images: inside)
+    assert claim_measures.keys(its) == {"own": 1, "another": 0}
+
+
+def test_the_variance_measured_is_of_the_encoders_patches(study):
+    its = study("mae")
+    tokens = figure_measures.features(its.runs[0].encoder, its.batches(256), of="patches")
+    assert claim_measures.variance(its) == figure_measures.variance_shares(tokens)
