@@ -14,7 +14,7 @@ FOLDERS = ("inputs", "runtime", "downstream", "figures", "reporting")
 COMMANDS = ("train", "evaluate", "transfer", "analyze", "bench", "reproduce")
 FILES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts): ast.parse(path.read_text())
-    for folder in (".", *FOLDERS)
+    for folder in (".", *FOLDERS, "reporting/pages")
     for path in sorted((ROOT / folder).glob("*.py"))
 }
 GROUND = ("runtime.errors", "runtime.ranks", "runtime.files", "runtime.process", "runtime.fast", "runtime.randomness")

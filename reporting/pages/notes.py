@@ -1,0 +1,100 @@
+"""The notes of a page: equations/METHOD.md read into sections, and their Markdown and LaTeX into HTML and MathML."""
+
+import json
+import re
+import unicodedata
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+from latex2mathml.converter import convert
+from markdown_it import MarkdownIt
+from mdit_py_plugins.dollarmath import dollarmath_plugin
+
+from reporting import HERE
+from runtime.errors import InputError
+
+EQUATIONS = Path(__file__).parent / "equations"
+ALPHABETS = {"script": "SCRIPT", "double-struck": "DOUBLE-STRUCK", "bold": "BOLD", "fraktur": "FRAKTUR"}
+
+
+class Note(NamedTuple):
+    title: str
+    at: str  # as `Source.place` takes it
+    tests: list[str]
+    claims: list[dict]
+    text: str  # Markdown
+
+    @property
+    def anchor(self) -> str:
+        return "note-" + re.sub(r"\W+", "-", self.title.lower()).strip("-")
+
+    @property
+    def html(self) -> str:
+        return render(self.text)
+
+
+def read(page: str) -> tuple[str, str, list[Note]]:
+    """A page's title, its introduction as HTML, and its notes. Without a file, the page has only its source."""
+    file = EQUATIONS / f"{page}.md"
+    if not file.exists():
+        return f"{page}.py", "", []
+    head, *parts = re.split(r"(?m)^## ", "\n" + file.read_text())
+    title, _, introduction = head.strip().partition("\n")
+    return title.lstrip("# ") or f"{page}.py", render(introduction), [section(file, part) for part in parts]
+
+
+def section(file: Path, text: str) -> Note:
+    title, *lines = text.split("\n")
+    head = {}
+    while lines and (found := re.match(r"(at|tests|claims): *(.*)", lines[0])):
+        head[found[1]] = found[2].strip()
+        lines.pop(0)
+    if not head.get("at"):
+        raise InputError(f"{file.name}, {title}: no place; give a line `at: function` or `at: Class.method | text`")
+    tests = [name.strip("` ") for name in head.get("tests", "").split(",") if name.strip()]
+    claims = [claim(file, name.strip()) for name in head.get("claims", "").split(";") if name.strip()]
+    return Note(title.strip(), head["at"], tests, claims, "\n".join(lines).strip())
+
+
+def claim(file: Path, words: str) -> dict:
+    """The one claim of reporting/claims.json whose statement contains these words."""
+    listed = json.loads((HERE / "reporting/claims.json").read_text())["claims"]
+    found = [claim for claim in listed if words in claim["statement"]]
+    if len(found) != 1:
+        raise InputError(f"{file.name}: {len(found)} statements of claims.json contain {words!r}; give words of one")
+    return found[0]
+
+
+@cache
+def markdown() -> MarkdownIt:
+    return MarkdownIt().enable("table").use(
+        dollarmath_plugin, allow_labels=False, double_inline=True,
+        renderer=lambda latex, how: mathml(latex, how["display_mode"]),
+    )  # fmt: skip
+
+
+def render(text: str) -> str:
+    return markdown().render(text.strip())
+
+
+def mathml(latex: str, display: bool) -> str:
+    try:
+        html = convert(latex.strip(), display="block" if display else "inline")
+    except Exception:  # the library has many kinds of its own
+        html = "\\"
+    if "\\" in html:  # what it does not know stays as it is
+        raise InputError(f"{latex.strip()}: not LaTeX that latex2mathml reads; write it with other commands")
+    return re.sub(r'<mi mathvariant="([a-z-]+)">(\w)</mi>', in_alphabet, html)
+
+
+def in_alphabet(found: re.Match) -> str:
+    """Browsers know no `mathvariant` but "normal"; the letters themselves are in Unicode."""
+    alphabet, letter = ALPHABETS.get(found[1]), found[2]
+    case = "CAPITAL" if letter.isupper() else "SMALL"
+    for name in (f"MATHEMATICAL {alphabet} {case} {letter}", f"{alphabet} {case} {letter}"):
+        try:
+            return f"<mi>{unicodedata.lookup(name.upper())}</mi>"
+        except KeyError:
+            pass
+    return found[0]

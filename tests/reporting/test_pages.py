@@ -1,0 +1,266 @@
+"""The pages beside the papers: notes stand at their lines, values are those of the step, links lead somewhere."""
+
+import re
+from collections import defaultdict
+from functools import cache
+from html.parser import HTMLParser
+
+import pytest
+import torch
+from test_map import defined, equations
+
+for library in ("pygments", "jinja2", "latex2mathml", "markdown_it", "mdit_py_plugins"):
+    pytest.importorskip(library, reason="pip install '.[pages]'")
+
+from methods import METHODS
+from reporting import HERE
+from reporting.pages import flow, notes, site
+from reporting.pages.source import PAGES, Source, source
+from runtime.errors import InputError
+
+# ------------------------------------------------------------------------------------------------------ notes, places
+
+
+@cache
+def functions_of(file: str) -> set[str]:
+    return {name for path in (HERE / "tests").rglob(file) for name in defined(path)}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_note_has_its_place_and_its_tests(page):
+    _, _, sections = notes.read(page)
+    for note in sections:
+        source(page).place(note.at)
+        assert note.html and "$" not in re.sub(r"<code>.*?</code>", "", note.html), f"{page}, {note.title}"
+        for test in note.tests:
+            file, _, name = test.partition("::")
+            assert name in functions_of(file), f"{page}, {note.title}: {test}"
+
+
+@pytest.mark.parametrize("page", METHODS)
+def test_every_equation_that_a_method_cites_has_a_note(page):
+    """Those of its own paper; a number stands in a title as "Equation (4)" or "Equations (6) and (7)"."""
+    if not (notes.EQUATIONS / f"{page}.md").exists():
+        pytest.skip(f"{page}.md is not written yet")
+    titles = " ".join(note.title for note in notes.read(page)[2])
+    missing = equations(source(page).text) - set(re.findall(r"\((\d)\)", titles))
+    assert not missing, f"equations {missing} of {page}.py have no note"
+
+
+SMALL = Source("small", 'class A:\n    @staticmethod\n    def f(x):\n        y = x + 1\n        return x + 1\n\n\nB = 2  # two\n')
+
+
+def test_a_place_is_found_by_name_wherever_its_lines_have_moved():
+    assert [SMALL.place(at) for at in ("A", "A.f", "A.f | y =", "A.f | return")] == [1, 2, 4, 5]
+    moved = Source("small", "import torch\n\n\n" + SMALL.text)
+    assert [moved.place(at) for at in ("A", "A.f", "A.f | y =", "A.f | return")] == [4, 5, 7, 8]
+
+
+@pytest.mark.parametrize("at, said", [("A.g", "defines no A.g"), ("A.f | x + 1", "2 lines"), ("A.f | z", "0 lines")])
+def test_a_place_that_is_missing_or_ambiguous_is_refused(at, said):
+    with pytest.raises(InputError, match=said):
+        SMALL.place(at)
+
+
+def test_a_file_of_notes_is_read_as_it_is_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(notes, "EQUATIONS", tmp_path)
+    text = "# Title\n\nFirst $x$.\n\n## Equation (4): a\nat: f | g\ntests: test_a.py::b, `test_a.py::c`\n$$ \\frac{a}{b} $$\nIt is `c`.\n"
+    (tmp_path / "x.md").write_text(text)
+    title, introduction, (note,) = notes.read("x")
+    assert (title, note.title, note.at, note.tests) == ("Title", "Equation (4): a", "f | g", ["test_a.py::b", "test_a.py::c"])
+    assert note.anchor == "note-equation-4-a" and "<mi>x</mi>" in introduction
+    assert "<mfrac>" in note.html and "<p>It is <code>c</code>.</p>" in note.html
+    (tmp_path / "x.md").write_text("## Equation (4)\n$$ a $$\n")
+    with pytest.raises(InputError, match="no place"):
+        notes.read("x")
+    (tmp_path / "x.md").write_text("## Equation (4)\nat: f\nclaims: no claim says this\n")
+    with pytest.raises(InputError, match="0 statements"):
+        notes.read("x")
+    for wrong in (r"$\nonsense{a}$", r"$\left( a$"):
+        with pytest.raises(InputError, match="not LaTeX"):
+            notes.render(wrong)
+
+
+def test_letters_of_other_alphabets_are_unicode_as_browsers_need_them():
+    assert [notes.mathml(rf"\math{kind} L", False).count(letter) for kind, letter in (("cal", "ℒ"), ("bb", "𝕃"))] == [1, 1]
+    assert "mathvariant" not in notes.mathml(r"\mathcal{L}_c + \mathbb{E}_i \mathbf{x} + \mathbb{R}", True)
+
+
+# --------------------------------------------------------------------------------------------------- what flows
+
+
+@pytest.fixture(scope="module")
+def steps():
+    return {name: (flow.run_step(name), flow.run_step(name, other=True)) for name in METHODS}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_values_are_those_that_hooks_see_in_another_pass(steps, name):
+    """What each module of our files returns: as often, of the same shape, gradient, mean and deviation."""
+    step, seen, noted = steps[name][0], defaultdict(list), defaultdict(list)
+
+    def hook(module, _, out):
+        function = type(module).forward
+        if function.__module__ in PAGES and isinstance(out, torch.Tensor):
+            value = flow.measured(out)
+            seen[function.__module__, function.__qualname__, value.shape, value.gradient].append(value[3:])
+
+    hooks = [module.register_forward_hook(hook) for module in step.method.modules()]
+    step.method(step.batch)
+    for one in hooks:
+        one.remove()
+    for (page, line, label), values in step.values.items():
+        for qualified, definition in source(page).definitions.items():
+            if label == "return" and qualified.endswith(".forward") and definition.first <= line <= definition.last:
+                for value in values:
+                    noted[page, qualified, value.shape, value.gradient].append(value[3:])
+    assert len(seen) > 3 and (seen.keys() == noted.keys() or name == "cmae_loc")  # which has looked for boxes before
+    for key, values in seen.items():
+        assert len(values) == len(noted[key]) or name == "cmae_loc", key
+        for value in values:
+            assert any(value == pytest.approx(other, abs=1e-5) for other in noted[key]), key
+
+
+def test_values_of_a_line_are_those_of_its_functions_called_alone(steps):
+    step = steps["cmae"][0]
+    method, batch, of = step.method, step.batch, source("cmae")
+    z_s = method.encoder(batch.images, batch.mask.visible)
+    with torch.no_grad():
+        z_t = method.target_feature(batch.target_images, None)
+    expected = dict(z_s=z_s, z_t=z_t, y_m=method.decoder(z_s, batch.mask), y_s=method.online_feature(z_s, batch.mask))
+    for name, tensor in expected.items():
+        (value,) = step.values["cmae", of.place(f"CMAE.forward | {name} ="), name]
+        assert value[:3] == (tuple(tensor.shape), "float32", name != "z_t")
+        assert value[3:] == pytest.approx((tensor.mean().item(), tensor.std(correction=0).item()), abs=1e-6)
+
+
+PROMISED = re.compile(r"^\s*(\w+) = .*# .*?(\([BS](?:, [\w·+ ]+)+\))")
+ALSO = {"V+M": "N", "places": "K·N", "codes or P": "codes"}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_shapes_have_the_letters_that_the_comments_promise(steps, name):
+    """A comment such as `# (B, 1 + V, D)` beside an assignment was written by hand; the chip is measured."""
+    chips, checked = flow.chips(*steps[name]), 0
+    for (page, line), row in chips.items():
+        promise = PROMISED.match(source(name).lines[line - 1]) if page == name else None
+        if promise:
+            (chip,) = [chip for chip in row if chip.name == promise[1]]
+            said = promise[2].replace("(S,", "(B,").replace(" + ", "+")  # ConMIM has a dictionary for each image
+            for theirs, ours in (ALSO | ({"K": "N"} if name == "conmim" else {})).items():
+                said = said.replace(theirs, ours)
+            said = said if "2·B" not in chip.shape else said.replace("(B", "(2·B")  # LC-MAE's two views
+            assert chip.shape == said, f"{name}.py:{line}"
+            checked += 1
+    assert checked >= dict(cmae=4, cae=3, conmim=5, mae=2, lcmae=1, cmae_loc=1).get(name, 0)
+
+
+STOPPED = {
+    "mae": "", "lcmae": "", "autoencoder": "", "dvae": "",
+    "cmae": "z_t z_p", "cmae_loc": "q2 k1 k2 heat q k x scores", "cae": "z_bar_m", "conmim": "keys",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_gradients_stop_where_the_papers_stop_them(steps, name):
+    """And nowhere else: positions, pixels and masks are data, from which none would flow."""
+    chips = flow.chips(*steps[name])
+    stopped = {chip.name for (page, _), row in chips.items() for chip in row if chip.gradient == "stopped" and page == name}
+    assert {x for x in stopped if x != "→"} == set(STOPPED[name].split())
+    flows = {chip.name for (page, _), row in chips.items() for chip in row if chip.gradient == "flows" and page == name}
+    assert "loss" in flows
+
+
+def test_what_does_not_run_is_idle_and_nothing_else():
+    of = source("cmae")
+    full, alone = (flow.idle(of, flow.run_step("cmae", changes).ran["cmae"]) for changes in ({}, dict(lambda_c=0.0)))
+    place = {at: of.place(f"CMAE.{at}") for at in ("forward | l_c =", 'forward | return {"loss": l_r}', "forward | l_r =")}
+    assert [n in full for n in place.values()] == [False, True, False]
+    assert [n in alone for n in place.values()] == [True, False, False]
+    assert not any(n in full for n in range(of.place("CMAE.picture"), of.place("byol_loss")))  # no step calls it
+
+
+def test_a_loop_a_condition_and_lines_that_go_on_are_noted_once_each():
+    text = (
+        "import torch\n\n\ndef f(x):\n    for i in range(3):\n        y = (\n            x\n            + i\n        )\n"
+        "    if y.sum() < 0:\n        z = y\n    losses = {}\n    losses['a'] = y.sum()\n    with torch.no_grad():\n        return y, losses\n"
+    )
+    of, tracer, space = Source("toy", text), flow.Tracer(), {}
+    tracer.files = {"toy.py": of}
+    exec(compile(text, "toy.py", "exec"), space)
+    tracer.trace(lambda: space["f"](torch.ones(2)))
+    noted = {(line, name): [v.mean for v in values] for (_, line, name), values in tracer.values.items()}
+    assert noted == {
+        (4, "x"): [1], (6, "y"): [1, 2, 3], (13, "losses['a']"): [6], (15, "return[0]"): [3],
+    }  # fmt: skip
+    assert flow.idle(of, tracer.ran["toy"]) == {11}
+
+
+# -------------------------------------------------------------------------------------------------------- the site
+
+
+class Parsed(HTMLParser):
+    """The ids, links and code of a page."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.ids, self.links, self.lines = [], [], []
+        self.inside = self.expected = False  # in a line of code, or right before it
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        given = dict(attributes)
+        self.ids += [given["id"]] if "id" in given else []
+        self.links += [given[name] for name in ("href", "src") if name in given]
+        if "line" in given.get("class", "").split():
+            self.lines.append("")
+            self.expected = True
+        if tag == "code":
+            self.inside, self.expected = self.expected, False
+
+    def handle_endtag(self, tag):
+        self.inside = self.inside and tag != "code"
+
+    def handle_data(self, data):
+        if self.inside:
+            self.lines[-1] += data
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    place = tmp_path_factory.mktemp("site")
+    site.build(str(place))
+    return place
+
+
+def test_pages_hold_their_source_and_their_links_lead_somewhere(built):
+    parsed = {file.name: Parsed(file.read_text()) for file in built.glob("*.html")}
+    assert set(parsed) == {"index.html", *(f"{page}.html" for page in PAGES)}
+    for name, page in parsed.items():
+        assert len(page.ids) == len(set(page.ids)), name
+        for link in page.links:
+            file, _, anchor = link.partition("#")
+            assert not re.match(r"\w+:(?!,)", file) or file == "data:,", f"{name}: {link} needs a network"
+            assert not file or file == "data:," or (built / file).exists(), f"{name}: {link}"
+            assert not anchor or anchor in parsed[file or name].ids, f"{name}: {link}"
+    for page in PAGES:
+        assert parsed[f"{page}.html"].lines == source(page).lines
+        assert (built / f"{page}.html").stat().st_size < 3e6
+
+
+def test_names_lead_to_their_definitions():
+    """Of this file, of another page, of a field of what a parameter is, of what a class inherits."""
+    def leads(page, place, word):
+        number = source(page).place(place)
+        return source(page).links[number, source(page).lines[number - 1].index(word)]
+
+    assert leads("cmae", "CMAE.forward | l_r =", "reconstruction_loss") == ("common", "reconstruction_loss")
+    assert leads("cmae", "CMAE.forward | pixels =", "masked_pixels") == ("mae", "masked_pixels")
+    assert leads("cmae", "CMAE.forward | z_s =", "visible") == ("common", "Mask.visible")
+    assert leads("cmae", "CMAE.forward | l_c =", "contrast") == ("cmae", "CMAE.contrast")
+    assert leads("cmae", "CMAE.contrast | loss =", "tau") == ("cmae", "Config.tau")
+    assert leads("cmae_loc", "Decoder.features | x = self.embed", "embed") == ("mae", "Decoder.embed")
+    assert leads("cmae", "CMAE.draw | view =", "normalize") == ("inputs.augment", "normalize")
+    for page in PAGES:
+        for module, name in source(page).links.values():
+            assert name in source(module).definitions
