@@ -36,6 +36,7 @@ class Value(NamedTuple):
 class Step(NamedTuple):
     values: dict[tuple[str, int, str], list[Value]]  # (page, line, name) → its values, in the order of their making
     ran: dict[str, set[int]]  # page → the lines that ran
+    losses: dict[str, float]
     method: torch.nn.Module
     batch: tuple
 
@@ -186,22 +187,21 @@ def run_step(name: str, changes: dict | None = None, other: bool = False, checkp
             method.load_state_dict(files.load(checkpoint)["method"])
         return method
 
-    def step() -> tuple:
+    def step() -> tuple[tuple, dict]:
         if hasattr(method, "end_epoch"):
             method.end_epoch(0, images)
             method.boxes = method.boxes.data
         batch = method.draw(images.images(index), index, StepRandom(0, 0, n))
-        method(batch)
-        return batch
+        return batch, {key: value.item() for key, value in method(batch).items()}
 
     method = tracer.trace(build)
     if other:
         with unstopped(method):
-            batch = tracer.trace(step)
+            batch, losses = tracer.trace(step)
     else:
-        batch = tracer.trace(step)
+        batch, losses = tracer.trace(step)
         tracer.trace(lambda: method.update_teacher(0.5) if hasattr(method, "update_teacher") else None)
-    return Step(dict(tracer.values), dict(tracer.ran), method, batch)
+    return Step(dict(tracer.values), dict(tracer.ran), losses, method, batch)
 
 
 @contextmanager

@@ -34,14 +34,21 @@ class Note(NamedTuple):
         return render(self.text)
 
 
-def read(page: str) -> tuple[str, str, list[Note]]:
-    """A page's title, its introduction as HTML, and its notes. Without a file, the page has only its source."""
+class Page(NamedTuple):
+    title: str
+    introduction: str  # HTML
+    notes: list[Note]
+    diagram: list[str]  # its lines
+
+
+def read(page: str) -> Page:
     file = EQUATIONS / f"{page}.md"
-    if not file.exists():
-        return f"{page}.py", "", []
-    head, *parts = re.split(r"(?m)^## ", "\n" + file.read_text())
-    title, _, introduction = head.strip().partition("\n")
-    return title.lstrip("# ") or f"{page}.py", render(introduction), [section(file, part) for part in parts]
+    head, *parts = re.split(r"(?m)^## ", file.read_text())
+    title, _, introduction = head.partition("\n")
+    diagram = [part.split("\n")[2:] for part in parts if part.startswith("Diagram\ndiagram:")]
+    notes = [section(file, part) for part in parts if not part.startswith("Diagram\n")]
+    lines = [line.strip() for part in diagram for line in part if line.strip()]
+    return Page(title.removeprefix("# "), render(introduction), notes, lines)
 
 
 def section(file: Path, text: str) -> Note:

@@ -57,7 +57,11 @@ class Source:
 
     def built(self, init: ast.FunctionDef, prefix: str) -> Iterator[tuple[str, Definition]]:
         for node in ast.walk(init):
-            if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and ast.unparse(node.value) == "self":
+            if (
+                isinstance(node, ast.Attribute)
+                and isinstance(node.ctx, ast.Store)
+                and ast.unparse(node.value) == "self"
+            ):
                 line = self.lines[node.lineno - 1].strip()
                 yield prefix + node.attr, Definition(node.lineno, node.lineno, line, node)
 
@@ -95,7 +99,7 @@ class Source:
             module, within = self.imported[head]
             wanted = ".".join(part for part in (within, rest) if part)
             ours = (HERE / (module.replace(".", "/") + ".py")).exists()
-            return ours and wanted and module != self.name and source(module).find(wanted) or None
+            return (ours and wanted and module != self.name and source(module).find(wanted)) or None
         if rest and head in self.definitions and isinstance(node := self.definitions[head].node, ast.ClassDef):
             found = [self.find(f"{ast.unparse(base)}.{rest}") for base in node.bases]
             return next(filter(None, found), None)
@@ -106,7 +110,8 @@ class Source:
         """(line, column) of a name → where it is defined."""
         return {at: target for at, name in Names(self).found.items() if (target := self.find(name))}
 
-    def highlighted(self) -> list[str]:
+    @cached_property
+    def html(self) -> list[str]:
         """The lines as HTML: kinds of words as Pygments tells them, and links on our own names."""
         rows, line, column = [""], 1, 0
         for kind, value in PythonLexer(stripnl=False, ensurenl=False).get_tokens(self.text):
@@ -125,7 +130,7 @@ class Source:
             return html
         module, name = target
         about = f"{module}.{name}: {source(module).definitions[name].about}"
-        tag = f'a href="{"" if module == self.name else f"{module}.html"}#{name}"' if module in PAGES else "span"
+        tag = f'a href="{module}.html#{name}"' if module in PAGES else "span"
         return f'<{tag} class="name" title="{escape(about)}">{html}</{tag.split()[0]}>'
 
 

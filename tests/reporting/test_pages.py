@@ -1,53 +1,31 @@
 """The pages beside the papers: notes stand at their lines, values are those of the step, links lead somewhere."""
+# ruff: noqa: E402  the extra `pages` may be missing
 
 import re
 from collections import defaultdict
-from functools import cache
 from html.parser import HTMLParser
+from itertools import combinations
 
 import pytest
 import torch
-from test_map import defined, equations
 
 for library in ("pygments", "jinja2", "latex2mathml", "markdown_it", "mdit_py_plugins"):
     pytest.importorskip(library, reason="pip install '.[pages]'")
 
 from methods import METHODS
 from reporting import HERE
-from reporting.pages import flow, notes, site
+from reporting.pages import beside, diagram, flow, notes, proof, site
+from reporting.pages.settings import SWITCHES
 from reporting.pages.source import PAGES, Source, source
+from runtime.command_line import field_comments
 from runtime.errors import InputError
 
 # ------------------------------------------------------------------------------------------------------ notes, places
 
 
-@cache
-def functions_of(file: str) -> set[str]:
-    return {name for path in (HERE / "tests").rglob(file) for name in defined(path)}
-
-
-@pytest.mark.parametrize("page", PAGES)
-def test_every_note_has_its_place_and_its_tests(page):
-    _, _, sections = notes.read(page)
-    for note in sections:
-        source(page).place(note.at)
-        assert note.html and "$" not in re.sub(r"<code>.*?</code>", "", note.html), f"{page}, {note.title}"
-        for test in note.tests:
-            file, _, name = test.partition("::")
-            assert name in functions_of(file), f"{page}, {note.title}: {test}"
-
-
-@pytest.mark.parametrize("page", METHODS)
-def test_every_equation_that_a_method_cites_has_a_note(page):
-    """Those of its own paper; a number stands in a title as "Equation (4)" or "Equations (6) and (7)"."""
-    if not (notes.EQUATIONS / f"{page}.md").exists():
-        pytest.skip(f"{page}.md is not written yet")
-    titles = " ".join(note.title for note in notes.read(page)[2])
-    missing = equations(source(page).text) - set(re.findall(r"\((\d)\)", titles))
-    assert not missing, f"equations {missing} of {page}.py have no note"
-
-
-SMALL = Source("small", 'class A:\n    @staticmethod\n    def f(x):\n        y = x + 1\n        return x + 1\n\n\nB = 2  # two\n')
+SMALL = Source(
+    "small", "class A:\n    @staticmethod\n    def f(x):\n        y = x + 1\n        return x + 1\n\n\nB = 2  # two\n"
+)
 
 
 def test_a_place_is_found_by_name_wherever_its_lines_have_moved():
@@ -64,16 +42,22 @@ def test_a_place_that_is_missing_or_ambiguous_is_refused(at, said):
 
 def test_a_file_of_notes_is_read_as_it_is_written(tmp_path, monkeypatch):
     monkeypatch.setattr(notes, "EQUATIONS", tmp_path)
-    text = "# Title\n\nFirst $x$.\n\n## Equation (4): a\nat: f | g\ntests: test_a.py::b, `test_a.py::c`\n$$ \\frac{a}{b} $$\nIt is `c`.\n"
+    head = "# Title\n\nFirst $x$.\n\n## Equation (4): a\nat: f | g\ntests: test_a.py::b, `test_a.py::c`\n"
+    text = head + "$$ \\frac{a}{b} $$\nIt is `c`.\n\n## Diagram\ndiagram:\na -> b @ f\n"
     (tmp_path / "x.md").write_text(text)
-    title, introduction, (note,) = notes.read("x")
-    assert (title, note.title, note.at, note.tests) == ("Title", "Equation (4): a", "f | g", ["test_a.py::b", "test_a.py::c"])
-    assert note.anchor == "note-equation-4-a" and "<mi>x</mi>" in introduction
+    title, introduction, (note,), diagram = notes.read("x")
+    assert (title, note.title, note.at, note.tests) == (
+        "Title",
+        "Equation (4): a",
+        "f | g",
+        ["test_a.py::b", "test_a.py::c"],
+    )
+    assert diagram == ["a -> b @ f"] and note.anchor == "note-equation-4-a" and "<mi>x</mi>" in introduction
     assert "<mfrac>" in note.html and "<p>It is <code>c</code>.</p>" in note.html
-    (tmp_path / "x.md").write_text("## Equation (4)\n$$ a $$\n")
+    (tmp_path / "x.md").write_text("# T\n## Equation (4)\n$$ a $$\n")
     with pytest.raises(InputError, match="no place"):
         notes.read("x")
-    (tmp_path / "x.md").write_text("## Equation (4)\nat: f\nclaims: no claim says this\n")
+    (tmp_path / "x.md").write_text("# T\n## Equation (4)\nat: f\nclaims: no claim says this\n")
     with pytest.raises(InputError, match="0 statements"):
         notes.read("x")
     for wrong in (r"$\nonsense{a}$", r"$\left( a$"):
@@ -82,7 +66,10 @@ def test_a_file_of_notes_is_read_as_it_is_written(tmp_path, monkeypatch):
 
 
 def test_letters_of_other_alphabets_are_unicode_as_browsers_need_them():
-    assert [notes.mathml(rf"\math{kind} L", False).count(letter) for kind, letter in (("cal", "ℒ"), ("bb", "𝕃"))] == [1, 1]
+    assert [notes.mathml(rf"\math{kind} L", False).count(letter) for kind, letter in (("cal", "ℒ"), ("bb", "𝕃"))] == [
+        1,
+        1,
+    ]
     assert "mathvariant" not in notes.mathml(r"\mathcal{L}_c + \mathbb{E}_i \mathbf{x} + \mathbb{R}", True)
 
 
@@ -105,6 +92,8 @@ def test_values_are_those_that_hooks_see_in_another_pass(steps, name):
             value = flow.measured(out)
             seen[function.__module__, function.__qualname__, value.shape, value.gradient].append(value[3:])
 
+    if name == "dvae":
+        step.method.update_teacher(0.0)  # back to the temperature of the step
     hooks = [module.register_forward_hook(hook) for module in step.method.modules()]
     step.method(step.batch)
     for one in hooks:
@@ -165,7 +154,9 @@ STOPPED = {
 def test_gradients_stop_where_the_papers_stop_them(steps, name):
     """And nowhere else: positions, pixels and masks are data, from which none would flow."""
     chips = flow.chips(*steps[name])
-    stopped = {chip.name for (page, _), row in chips.items() for chip in row if chip.gradient == "stopped" and page == name}
+    stopped = {
+        chip.name for (page, _), row in chips.items() for chip in row if chip.gradient == "stopped" and page == name
+    }
     assert {x for x in stopped if x != "→"} == set(STOPPED[name].split())
     flows = {chip.name for (page, _), row in chips.items() for chip in row if chip.gradient == "flows" and page == name}
     assert "loss" in flows
@@ -174,26 +165,101 @@ def test_gradients_stop_where_the_papers_stop_them(steps, name):
 def test_what_does_not_run_is_idle_and_nothing_else():
     of = source("cmae")
     full, alone = (flow.idle(of, flow.run_step("cmae", changes).ran["cmae"]) for changes in ({}, dict(lambda_c=0.0)))
-    place = {at: of.place(f"CMAE.{at}") for at in ("forward | l_c =", 'forward | return {"loss": l_r}', "forward | l_r =")}
+    place = {
+        at: of.place(f"CMAE.{at}") for at in ("forward | l_c =", 'forward | return {"loss": l_r}', "forward | l_r =")
+    }
     assert [n in full for n in place.values()] == [False, True, False]
     assert [n in alone for n in place.values()] == [True, False, False]
     assert not any(n in full for n in range(of.place("CMAE.picture"), of.place("byol_loss")))  # no step calls it
 
 
 def test_a_loop_a_condition_and_lines_that_go_on_are_noted_once_each():
-    text = (
-        "import torch\n\n\ndef f(x):\n    for i in range(3):\n        y = (\n            x\n            + i\n        )\n"
-        "    if y.sum() < 0:\n        z = y\n    losses = {}\n    losses['a'] = y.sum()\n    with torch.no_grad():\n        return y, losses\n"
-    )
+    text = """
+import torch
+def f(x):
+    for i in range(3):
+        y = (
+            x
+            + i
+        )
+    if y.sum() < 0:
+        z = y
+    losses = {}
+    losses['a'] = y.sum()
+    with torch.no_grad():
+        return y, losses
+"""
     of, tracer, space = Source("toy", text), flow.Tracer(), {}
     tracer.files = {"toy.py": of}
     exec(compile(text, "toy.py", "exec"), space)
     tracer.trace(lambda: space["f"](torch.ones(2)))
     noted = {(line, name): [v.mean for v in values] for (_, line, name), values in tracer.values.items()}
     assert noted == {
-        (4, "x"): [1], (6, "y"): [1, 2, 3], (13, "losses['a']"): [6], (15, "return[0]"): [3],
+        (3, "x"): [1], (5, "y"): [1, 2, 3], (12, "losses['a']"): [6], (14, "return[0]"): [3],
     }  # fmt: skip
-    assert flow.idle(of, tracer.ran["toy"]) == {11}
+    assert flow.idle(of, tracer.ran["toy"]) == {10}
+
+
+# ----------------------------------------------------------------------------------------- settings, diagrams, pairs
+
+
+def test_every_setting_of_a_table_can_be_chosen():
+    """The comment of a field names its table; a step shows nothing of how the teacher moves or which file is read."""
+    for name, Method in METHODS.items():
+        comments = field_comments(Method.Config)
+        changed = {key for _, changes in SWITCHES[name] for key in changes}
+        assert all(key in comments for key in changed)
+        missing = {key for key, comment in comments.items() if "Table" in comment} - changed
+        assert missing == (dict(conmim={"momentum"}).get(name, set())), name
+
+
+@pytest.mark.slow
+def test_every_setting_changes_what_a_step_shows(steps):
+    for name in METHODS:
+        plain = flow.chips(*steps[name])
+        for label, changes in SWITCHES[name]:
+            step, other = flow.run_step(name, changes), flow.run_step(name, changes, other=True)
+            assert flow.chips(step, other) != plain or step.ran != steps[name][0].ran, f"{name}: {label}"
+
+
+def test_a_diagram_puts_boxes_below_what_leads_to_them_and_apart():
+    for page in PAGES:
+        lines = notes.read(page).diagram
+        boxes, edges = diagram.read(lines)
+        depths = diagram.layers(boxes, edges)
+        lanes = diagram.lanes(lines, depths)
+        assert len({(lanes[name], depths[name]) for name in boxes}) == len(boxes)
+        upwards = [edge for edge in edges if depths[edge[0]] >= depths[edge[1]]]
+        assert len(upwards) <= (page == "train"), f"{page}: {upwards}"  # the loop is a circle
+        svg = diagram.draw(lines)
+        for name, (place, stopped) in boxes.items():
+            assert not place or (place in source(page).definitions and f'href="#{place}"' in svg), name
+            assert not stopped or "stopped" in svg
+
+
+def test_two_methods_stand_beside_each_other_by_the_names_of_their_definitions():
+    for left, right in (("mae", "cmae"), ("cae", "dvae")):
+        pairs = beside.compare(left, right)
+        for side, page in enumerate((left, right)):
+            numbers = sorted(n for pair in pairs if pair[side] for n, *_ in pair[side].lines)
+            assert numbers == list(range(1, len(source(page).lines) + 1)), "each line once"
+        assert all(a.name == b.name for a, b in pairs if a and b)
+    named = {(a and a.name, b and b.name): (a, b) for a, b in beside.compare("mae", "cmae")}
+    _, b = named["the method.forward", "the method.forward"]
+    assert ("masked_pixels", None) in named and (None, "byol_loss") in named
+    texts = {source("cmae").lines[n - 1].strip(): only for n, _, only in b.lines}
+    assert texts["def forward(self, batch: Batch) -> dict[str, Tensor]:"] is False
+    assert texts["l_r = reconstruction_loss(y_m, pixels)  # Eq. (5)"] is True
+
+
+def test_claims_have_the_verdicts_of_the_document():
+    document = (HERE / "docs/claims.md").read_text()
+    claims = [claim for page in PAGES for note in notes.read(page).notes for claim in note.claims]
+    assert len(claims) > 5
+    for claim in claims:
+        found = proof.measured(claim)
+        assert f"- **{found['verdict']}** {found['where']}: {found['statement']}." in document
+        assert f"| {found['paper']} |" in document and found["numbers"] in document
 
 
 # -------------------------------------------------------------------------------------------------------- the site
@@ -229,13 +295,16 @@ class Parsed(HTMLParser):
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
     place = tmp_path_factory.mktemp("site")
-    site.build(str(place))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(site, "SWITCHES", {name: rows[:1] for name, rows in SWITCHES.items()})  # the others take longer
+        site.build(str(place))
     return place
 
 
 def test_pages_hold_their_source_and_their_links_lead_somewhere(built):
     parsed = {file.name: Parsed(file.read_text()) for file in built.glob("*.html")}
-    assert set(parsed) == {"index.html", *(f"{page}.html" for page in PAGES)}
+    pairs = {f"{a}-{b}.html" for a, b in combinations(METHODS, 2)}
+    assert set(parsed) == {"index.html", *(f"{page}.html" for page in PAGES)} | pairs
     for name, page in parsed.items():
         assert len(page.ids) == len(set(page.ids)), name
         for link in page.links:
@@ -243,6 +312,7 @@ def test_pages_hold_their_source_and_their_links_lead_somewhere(built):
             assert not re.match(r"\w+:(?!,)", file) or file == "data:,", f"{name}: {link} needs a network"
             assert not file or file == "data:," or (built / file).exists(), f"{name}: {link}"
             assert not anchor or anchor in parsed[file or name].ids, f"{name}: {link}"
+    assert all(f"{note.anchor}" in parsed[f"{page}.html"].ids for page in PAGES for note in notes.read(page).notes)
     for page in PAGES:
         assert parsed[f"{page}.html"].lines == source(page).lines
         assert (built / f"{page}.html").stat().st_size < 3e6
@@ -250,6 +320,7 @@ def test_pages_hold_their_source_and_their_links_lead_somewhere(built):
 
 def test_names_lead_to_their_definitions():
     """Of this file, of another page, of a field of what a parameter is, of what a class inherits."""
+
     def leads(page, place, word):
         number = source(page).place(place)
         return source(page).links[number, source(page).lines[number - 1].index(word)]

@@ -6,7 +6,7 @@ const make = (tag, values = {}, ...children) => {
   element.append(...children);
   return element;
 };
-for (const hidden of document.querySelectorAll(".find, .theme, .switch")) hidden.hidden = false;
+for (const hidden of document.querySelectorAll(".find, .theme, .switch, .switches")) hidden.hidden = false;
 
 // ------------------------------------------------------------------------------------------------- light and dark
 const root = document.documentElement, dark = matchMedia("(prefers-color-scheme: dark)");
@@ -44,6 +44,9 @@ const plain = new Map();  // line → its chips as the page came
 function step(number) {
   for (const [line, chips] of plain) { $(`#L${line} .chips`)?.remove(); if (chips) $(`#L${line}`).append(chips); }
   plain.clear();
+  $(".losses").textContent = switches[number].losses;
+  choice.selectedIndex = number;
+  for (const button of document.querySelectorAll("[data-step]")) button.setAttribute("aria-pressed", +button.dataset.step === number);
   const idle = new Set(switches[number].idle);
   for (const line of document.querySelectorAll(".line")) line.classList.toggle("idle", idle.has(+line.id.slice(1)));
   if (number === 0) return;
@@ -60,6 +63,7 @@ function step(number) {
 if (choice) {
   const asked = switches.findIndex(x => x.name === new URLSearchParams(location.search).get("step"));
   choice.onchange = () => step(choice.selectedIndex);
+  for (const button of document.querySelectorAll("[data-step]")) button.onclick = () => step(+button.dataset.step);
   if (asked > 0) { choice.selectedIndex = asked; step(asked); } else if (choice.selectedIndex > 0) step(choice.selectedIndex);
 }
 

@@ -1,0 +1,64 @@
+"""The pages in a browser: notes stand beside their lines, nothing overflows, settings are chosen, names followed."""
+
+import html
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from test_pages import built  # noqa: F401  the fixture that builds the site
+
+from reporting.pages.source import PAGES
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
+pytestmark = [
+    pytest.mark.slow, pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: apt-get install chromium"),
+]  # fmt: skip
+
+HARNESS = Path(__file__).with_name("harness.html").read_text()  # opens every page in a frame of each width
+
+
+@pytest.fixture(scope="module")
+def seen(built):  # noqa: F811
+    names = [*(f"{page}.html" for page in PAGES), "index.html", "mae-cmae.html"]
+    (built / "harness.html").write_text(HARNESS.replace("PAGES", json.dumps(names)))
+    words = "--headless --no-sandbox --disable-gpu --allow-file-access-from-files --virtual-time-budget=60000".split()
+    size = ["--window-size=1500,1100", "--enable-logging=stderr", "--dump-dom"]
+    done = subprocess.run(
+        [CHROMIUM, *words, *size, f"--user-data-dir={built}/profile", (built / "harness.html").as_uri()],
+        capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+    text = re.search(r'<pre id="found">(.+?)</pre>', done.stdout, re.DOTALL)
+    assert text, done.stdout[-500:] + done.stderr[-2000:]
+    return json.loads(html.unescape(text[1])), [line for line in done.stderr.splitlines() if ":CONSOLE:" in line]
+
+
+def test_notes_stand_beside_their_lines_and_nothing_overflows(seen):
+    assert len(seen[0]["found"]) == 2 * (len(PAGES) + 2) + 1
+    for page in seen[0]["found"]:
+        if page["width"] == 1440 and "notes" in page:
+            assert page["gap"] <= 20, page
+        if page["width"] == 390:
+            assert page["above"], page
+        assert not page["wide"] and page["scroll"] <= 0, page
+    assert sum(page["notes"] for page in seen[0]["found"]) > 2 * 100
+
+
+def test_no_page_reports_an_error(seen):
+    assert not seen[1]
+
+
+def test_a_setting_is_chosen_and_left_again(seen):
+    plain, other, again = (seen[0][key] for key in ("plain", "other", "again"))
+    assert again == plain and plain["changed"] == 0
+    assert other["changed"] > 0 and other["idle"] > plain["idle"]  # without contrast most of the step does not run
+    assert "contrast" in plain["losses"] and "contrast" not in other["losses"]
+
+
+def test_a_name_is_hovered_and_followed_and_an_equation_found(seen):
+    assert seen[0]["hint"].startswith("common.info_nce: CMAE's Eq. (7)")
+    assert seen[0]["leads"].endswith("common.html#info_nce") and seen[0]["arrived"]["place"] == "#info_nce"
+    assert 0 <= seen[0]["arrived"]["y"] < 400
+    assert seen[0]["hits"][0] == "cmae.html#note-the-pixel-shift-3-2"
