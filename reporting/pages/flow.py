@@ -167,9 +167,7 @@ def run_step(name: str, changes: dict | None = None, other: bool = False, checkp
     `other` has all sizes different, and nothing that stops a gradient.
     """
     args, config, Method = pretraining_options(["--method", name, "--recipe", "demo"], METHODS)
-    fields, changes, n = {field.name for field in dataclasses.fields(config)}, dict(changes or {}), IMAGES
-    changes |= {key: 1 for key in ("crop_warmup", "crop_interval") if key in fields}
-    config = dataclasses.replace(config, **changes)
+    config, n = dataclasses.replace(config, **changes or {}), IMAGES
     if other:
         args.patch_size, args.width, args.heads, n = 8 if name in ("cae", "dvae") else 5, 60, 3, IMAGES - 1
         args.image_size = 6 * args.patch_size  # those two take 8 pixels for a token
@@ -189,7 +187,7 @@ def run_step(name: str, changes: dict | None = None, other: bool = False, checkp
 
     def step() -> tuple[tuple, dict]:
         if hasattr(method, "end_epoch"):
-            method.end_epoch(0, images)
+            method.end_epoch(1, 1, images)
             method.boxes = method.boxes.data
         batch = method.draw(images.images(index), index, StepRandom(0, 0, n))
         return batch, {key: value.item() for key, value in method(batch).items()}
