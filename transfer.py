@@ -3,110 +3,122 @@
     python transfer.py --make-scenes data/scenes
     python transfer.py --run runs/mae-shapes --task segment --data data/scenes --image-size 128
     python transfer.py --run runs/mae-shapes --task detect --data data/scenes --image-size 128 --untrained
-    python transfer.py --run RUN --task segment --format ade --data ADEChallengeData2016 --image-size 512
-    python transfer.py --run RUN --task detect --data COCO --image-size 1024
+    torchrun --nproc_per_node=8 -- transfer.py --run RUN --recipe cae-ade20k --data ADEChallengeData2016
+    torchrun --nproc_per_node=8 -- transfer.py --run RUN --recipe cae-coco --data COCO
+    python transfer.py --run RUN --task detect --format tiny-imagenet --data tiny-imagenet-200
 
-Segmentation puts torchvision's FCN head on the last patch features; detection puts torchvision's Mask R-CNN on a simple
-feature pyramid, made of that map alone (ViTDet, arXiv 2203.16527, §3). One process; torchrun is refused.
+Segmentation has torchvision's FCN head on the last map of patches or transformers' UperNet on four; detection has
+torchvision's Mask R-CNN on a pyramid of the last map (ViTDet, arXiv 2203.16527, §3) or of four depths (BEiT's).
 
-`--data` is a folder of VOC2012, of ADE20K (ADEChallengeData2016), or of COCO, with annotations/instances_train*.json
-and _val*.json. COCO's images lie in the folder that such a name ends in, or else at paths from DIR. `--make-scenes`
-writes a small set in both VOC's and COCO's format.
+`--data` is a folder of VOC2012, of ADE20K (ADEChallengeData2016), of COCO, with annotations/instances_train*.json and
+_val*.json, or of Tiny-ImageNet, with a box for each image. COCO's images lie in the folder that such a name ends in, or
+else at paths from DIR. `--make-scenes` writes a small set in both VOC's and COCO's format.
 
-So far run on generated scenes only, on a CPU; not on VOC, ADE20K or COCO, nor on a GPU.
+So far run on small sets only, on a CPU; not on VOC, ADE20K or COCO, nor on a GPU.
 """
 
 import argparse
+import dataclasses
 import json
-import math
-import os
 from pathlib import Path
 
 import torch
 
 from common import pair
-from downstream.dense_prediction import Detector, Features, Instances, Reader, Segmenter, Segments, fine_tune, measure
+from downstream.dense_prediction import Detector, Segmenter, draw, fine_tune, measure
+from downstream.dense_recipes import RECIPES, Recipe, recipe_for
+from downstream.recipes import flag
 from inputs import builtin_scenes
+from inputs.dense_sets import Instances, Reader, Segments
 from runtime import encoders, files, process
-from runtime.command_line import Help, Parser, fastest, seed
+from runtime.command_line import Help, Parser, add_option, field_comments, seed, settle
 from runtime.errors import InputError
+from runtime.ranks import rank, world_size
 
 
-def options() -> argparse.Namespace:
+def options() -> tuple[argparse.Namespace, Recipe | None]:
     parser = Parser(description="Fine-tune an encoder on a dense task.", formatter_class=Help, allow_abbrev=False)
     add = parser.add_argument
     add("--make-scenes", metavar="DIR", help="write generated scenes with exact labels there, and stop")
     add("--n", type=int, default=200, metavar="N", help="scenes to learn from; a quarter as many are for tests")
-    add("--run", metavar="DIR", help="a run's directory, or an encoder.pt")
-    add("--task", choices=["segment", "detect"], help="segment: a label for each pixel; detect: boxes and masks")
-    add("--data", metavar="DIR", help="a folder in VOC's, ADE20K's or COCO's format")
-    add("--format", choices=["voc", "ade", "coco"], help="if not given, voc to segment and coco to detect")
+    add("--run", metavar="DIR", help="a run's directory, or file of weights")
     add("--untrained", action="store_true", help="the same encoder at its initial weights")
-    add("--image-size", type=int, metavar="PIXELS", help="side of the square; if not given, the encoder's")
-    add("--epochs", type=int, default=20, metavar="N", help="passes over the images")
-    add("--batch-size", type=int, default=16, metavar="B", help="images per step")
-    add("--lr", type=float, default=5e-4, metavar="RATE", help="peak learning rate")
-    add("--weight-decay", type=float, default=0.05, metavar="X", help="CMAE's and ConMIM's detectors: 0.1")
-    add("--decay-at", type=int, nargs="+", default=[], metavar="N",
-        help="after so many epochs a tenth of the rate (CAE's detector, of 12: 9 11); else a cosine")  # fmt: skip
-    add("--jitter", type=float, nargs=2, default=(0.5, 2.0), metavar="X", help="of the scale, in training")
+    add("--task", choices=["segment", "detect"], help="segment: a label for each pixel; detect: boxes and masks")
+    add("--data", metavar="DIR", help="a folder in VOC's, ADE20K's, COCO's or Tiny-ImageNet's format")
+    add("--format", choices=["voc", "ade", "coco", "tiny-imagenet"], help="if not given, voc to segment, else coco")
+    add("--recipe", choices=RECIPES, metavar="NAME", help=", ".join(RECIPES))
+    add("--accumulate", type=int, default=1, metavar="N", help="parts of a step, for memory; batch norm sees one")
     add("--seed", type=seed, default=0, metavar="N", help="of everything random")
     add("--workers", type=int, metavar="N", help="processes that read; if not given, 8 for a GPU, none otherwise")
     add("--device", default="auto", choices=["auto", "cpu", "cuda"], metavar="NAME", help="auto, cpu, cuda")
-    add("--precision", default="auto", choices=["auto", "fp32", "bf16"], metavar="NAME", help="auto, fp32, bf16")
+    add("--precision", default="auto", choices=["auto", "fp32", "bf16", "fp16"], metavar="NAME",
+        help="auto, fp32, bf16, fp16")  # fmt: skip
+    add("--resume", default="auto", choices=["auto", "never"], help="continue what is in the run's directory")
+    group = parser.add_argument_group("in place of the recipe's", argument_default=argparse.SUPPRESS)
+    comments, fields = field_comments(Recipe), ["task", "format"]
+    for field in dataclasses.fields(Recipe):
+        fields.append(field.name)
+        if field.name == "decay_at":
+            group.add_argument("--decay-at", type=int, nargs="+", metavar="N", help=comments["decay_at"])
+            continue
+        kind = float if field.name == "jitter" else type(field.default)
+        metavar = {int: "N", float: "LEAST MOST" if field.name == "jitter" else "X", str: "NAME", bool: None}[kind]
+        add_option(group, flag(field.name)[2:], argparse.SUPPRESS, kind, metavar, comments[field.name])
     args = parser.parse_args()
-    for name, least in dict(n=1, image_size=1, epochs=1, batch_size=1, workers=0).items():
+    for name, least in dict(n=1, accumulate=1, workers=0).items():
         if getattr(args, name) is not None and getattr(args, name) < least:
-            raise InputError(f"{name.replace('_', ' ')} {getattr(args, name)}: must be at least {least}")
-    if not 0 <= args.weight_decay < math.inf:
-        raise InputError(f"weight decay {args.weight_decay:g}: must be at least 0 and finite")
-    if args.decay_at and not 0 < min(args.decay_at) <= max(args.decay_at) < args.epochs:
-        given = " ".join(map(str, args.decay_at))
-        raise InputError(f"decay at {given}: must lie between 0 and the {args.epochs} epochs")
-    if not 0 < args.jitter[0] <= args.jitter[1]:
-        raise InputError(f"jitter {args.jitter[0]:g} {args.jitter[1]:g}: give a smallest and a largest positive scale")
-    if args.make_scenes is None:
-        for name in ("run", "task", "data"):
-            if getattr(args, name) is None:
-                raise InputError(f"{name}: none given; give --run, --task and --data, or --make-scenes")
-        args.format = args.format or {"segment": "voc", "detect": "coco"}[args.task]
-        if (args.format == "coco") != (args.task == "detect"):
-            raise InputError(f"format {args.format}: not for --task {args.task}; voc and ade segment, coco detects")
-    return args
+            raise InputError(f"{name} {getattr(args, name)}: must be at least {least}")
+    if args.make_scenes is not None:
+        return args, None
+    if not args.run or not args.data:
+        raise InputError("run, data: none given; give --run, --data and --task or --recipe, or --make-scenes")
+    given = {name: vars(args).pop(name) for name in fields if vars(args).get(name) is not None}
+    given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+    args.task, args.format, recipe = recipe_for(args.recipe, given)
+    return args, recipe
 
 
 def main() -> None:
-    args = options()
-    if args.make_scenes is not None:
+    args, recipe = options()
+    if recipe is None:
         return builtin_scenes.write(Path(args.make_scenes), args.n, args.seed)
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise InputError("transfer.py: works in one process; start it without torchrun")
-    device = process.start(args.device)
+    device, root = process.start(args.device), Path(args.data)
     encoder = encoders.load_encoder(args.run, device)
     if args.untrained:
         encoder = encoders.untrained(encoder, args.seed)
-    args.image_size = args.image_size or pair(encoder.image_size)[0]
-    encoder = encoders.resize(encoder, args.image_size).to(device)
+    recipe = dataclasses.replace(recipe, image_size=recipe.image_size or pair(encoder.image_size)[0])
+    encoder = encoders.resize(encoder, recipe.image_size).to(device)
     args.workers = (8 if device.type == "cuda" else 0) if args.workers is None else args.workers
-    root = Path(args.data)
+    name = f"transfer-{args.task}{'-untrained' if args.untrained else ''}"
+    directory = Path(args.run) if Path(args.run).is_dir() else Path(args.run).parent
+    machine = argparse.Namespace(**vars(args) | dict(compile=False, out=directory / name))
+    settle(machine, device)
+    args.precision = machine.precision
+    torch.manual_seed(args.seed)
     if args.task == "segment":
-        sets, Task = [Segments(root, split, args.format) for split in ("train", "val")], Segmenter
+        sets = [Segments(root, split, args.format) for split in ("train", "val")]
+        model = Segmenter(encoder, sets[0].classes, recipe.head, args.precision)
     else:
-        sets, Task = [Instances(root, split) for split in ("train", "val")], Detector
+        sets = [Instances(root, split, args.format) for split in ("train", "val")]
         if sets[0].categories != sets[1].categories:
             raise InputError(f"{root}: categories to learn and to test differ; give both files of one set")
-    torch.manual_seed(args.seed)
-    if args.precision == "auto":
-        args.precision = "bf16" if fastest(device)["precision"] == "bf16" else "fp32"
-    model = Task(Features(encoder, args.precision == "bf16"), sets[0].classes).to(device)
-    fine_tune(model, Reader(sets[0], args.image_size, args.seed, args.jitter), args, device)
-    result = measure(model, Reader(sets[1], args.image_size), args, device)
-    del args.make_scenes, args.n
-    result = {**result, **vars(args), "device": str(device)}
-    print(json.dumps(result), flush=True)
-    directory = Path(args.run) if Path(args.run).is_dir() else Path(args.run).parent
-    name = f"transfer-{args.task}{'-untrained' if args.untrained else ''}.json"
-    files.write_text(directory / name, json.dumps(result, indent=1) + "\n")
+        model = Detector(encoder, sets[0].classes, recipe.pyramid, args.precision, sets[0].masks)
+    model = model.to(device)
+    views = dict(jitter=recipe.jitter, distort=recipe.distort, windows=recipe.windows)
+    train = Reader(sets[0], recipe.image_size, args.seed, **views)
+    fine_tune(
+        model, train, recipe, device, args.seed, args.workers, args.precision, args.accumulate,
+        directory=directory / name, resume=args.resume == "auto",
+    )  # fmt: skip
+    val = Reader(sets[1], recipe.image_size, windows=recipe.windows)
+    result = measure(model, val, recipe.batch_size, args.workers, device)
+    if rank() == 0:
+        del args.make_scenes, args.n
+        result |= dataclasses.asdict(recipe) | vars(args) | dict(device=str(device), processes=world_size())
+        print(json.dumps(result), flush=True)
+        draw(model, val, directory / f"{name}.png", device)
+        files.write_text(directory / f"{name}.json", json.dumps(result, indent=1) + "\n")
+    process.stop()
 
 
 if __name__ == "__main__":

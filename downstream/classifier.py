@@ -40,15 +40,21 @@ class BatchNorm(nn.Module):
         self.register_buffer("variance", torch.ones(width))
 
     def forward(self, x: Tensor) -> Tensor:
-        with torch.autocast(x.device.type, enabled=False):
-            x, mean, variance = x.float(), self.mean, self.variance
-            if self.training:
-                n = len(x) * world_size()
-                mean = sum_over_ranks(x.sum(dim=0)) / n
-                variance = sum_over_ranks((x - mean).square().sum(dim=0)) / n
-                self.mean.lerp_(mean.detach(), self.momentum)
-                self.variance.lerp_(variance.detach() * n / max(1, n - 1), self.momentum)  # unbiased, as torch's
-            return (x - mean) * (variance + self.eps).rsqrt()
+        return batch_norm(x, self.mean, self.variance, self.training, self.momentum, self.eps)
+
+
+def batch_norm(x: Tensor, mean: Tensor, variance: Tensor, training: bool, momentum: float, eps: float) -> Tensor:
+    """(B, C, …) → float32: in training by the statistics over all ranks, towards which the running ones (C,) move."""
+    with torch.autocast(x.device.type, enabled=False):
+        x = x.float().movedim(1, -1)
+        if training:
+            running, rest = (mean, variance), tuple(range(x.ndim - 1))
+            n = x.numel() // len(mean) * world_size()
+            mean = sum_over_ranks(x.sum(rest)) / n
+            variance = sum_over_ranks((x - mean).square().sum(rest)) / n
+            running[0].lerp_(mean.detach(), momentum)
+            running[1].lerp_(variance.detach() * n / max(1, n - 1), momentum)  # unbiased, as torch's
+        return ((x - mean) * (variance + eps).rsqrt()).movedim(-1, 1)
 
 
 class AttentiveHead(nn.Module):
@@ -116,11 +122,6 @@ class Classifier(nn.Module):
             learns = i >= self.depth - self.blocks
             block.requires_grad_(learns).drop_path = recipe.drop_path * i / max(1, self.depth - 1) * learns
 
-    def embed(self, images: Tensor) -> Tensor:  # (B, 3, H, W) → (B, 1 + N, D)
-        x = self.encoder.embed(images)
-        cls = self.encoder.cls_token + self.encoder.pos_embed[:, :1]
-        return torch.cat([cls.to(x.dtype).expand(len(x), -1, -1), x], dim=1)
-
     def through(self, x: Tensor, blocks) -> Tensor:
         bias = self.encoder.relative_bias()
         for block in blocks:
@@ -137,12 +138,12 @@ class Classifier(nn.Module):
         """Normalised (B, 3, H, W) → what the learning part starts from: images, tokens, or the head's input."""
         if self.blocks == self.depth:
             return images
-        x = self.through(self.embed(images), self.encoder.blocks[: self.depth - self.blocks])
+        x = self.through(embed(self.encoder, images), self.encoder.blocks[: self.depth - self.blocks])
         return x if self.blocks else self.pool(self.encoder.norm(x)).float()
 
     def forward(self, x: Tensor) -> Tensor:  # what `frozen` gives → (B, classes)
         if self.blocks == self.depth:
-            x = self.embed(x)
+            x = embed(self.encoder, x)
         if self.blocks:
             x = self.pool(self.through(x, self.encoder.blocks[self.depth - self.blocks :]))
         return self.head(x).float()
@@ -151,5 +152,10 @@ class Classifier(nn.Module):
         return self(self.frozen(images))
 
 
-def trainable_parameters(classifier: Classifier) -> dict[str, nn.Parameter]:
+def embed(encoder: ViT, images: Tensor) -> Tensor:  # (B, 3, H, W) → (B, 1 + N, D)
+    x, cls = encoder.embed(images), encoder.cls_token + encoder.pos_embed[:, :1]
+    return torch.cat([cls.to(x.dtype).expand(len(x), -1, -1), x], dim=1)
+
+
+def trainable_parameters(classifier: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in classifier.named_parameters() if p.requires_grad}

@@ -1,228 +1,197 @@
-"""Segmentation and detection from an encoder's patches as a map: images fitted into a square, training, heads, scores.
+"""What stands on an encoder to segment or to detect: a pyramid of its maps, UperNet, Mask R-CNN; and their scores.
 
-Images are scaled to fit a square and padded at the right and below; scores are taken at each image's own size. What is
-random about image i in an epoch is a function of (seed, epoch, i), so it does not matter which process reads it.
+How ranks and parts of a step share the images changes nothing, but for drop path, for dropout in the FCN head, and for
+batch norm, which sees one part of a step on all ranks. Mask R-CNN's losses are each image's own, and what its heads
+sample comes from the sample's seed. Scores are taken at each image's own size.
 """
 
-import contextlib
-import io
-import math
+import itertools
 from collections.abc import Iterator
-from pathlib import Path
-from typing import NamedTuple
+from dataclasses import asdict
+from types import SimpleNamespace
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 from torchvision.models.convnext import LayerNorm2d
 from torchvision.models.detection import MaskRCNN, anchor_utils, faster_rcnn, mask_rcnn
+from torchvision.models.detection.image_list import ImageList
 from torchvision.models.segmentation.fcn import FCNHead
-from torchvision.ops import MultiScaleRoIAlign, masks_to_boxes
+from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign, masks_to_boxes
+from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
+from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks, save_image
 from tqdm import tqdm
 
-from common import ViT
-from downstream.training_loop import take_step
-from inputs import augment, images_in_files
+from common import ViT, cosine, initialize
+from downstream.classifier import batch_norm, embed
+from downstream.dense_recipes import Recipe
+from downstream.training_loop import DTYPES, check_batch, optimize, optimizer_for, orders
+from inputs.dense_sets import IGNORE, Instances, Reader, Sample, Segments, quietly
+from runtime import files
 from runtime.errors import InputError
-from runtime.optimization import learning_rate, parameter_groups
-from runtime.randomness import epoch_order
+from runtime.optimization import learning_rate
+from runtime.ranks import rank, sum_over_ranks, world_size
 
 try:
     from pycocotools import mask as rle
-    from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
 except ImportError:  # refused where detection is asked for
-    COCO = None
+    rle = None
 
-IGNORE = 255  # a pixel of no class
-
-
-class Sample(NamedTuple):
-    index: int  # in its set
-    image: Tensor  # (3, S, S), normalised, padded with zeros
-    planes: Tensor  # labels (1, S, S) or masks (n, S, S) in training; as they were read in tests
-    kinds: Tensor  # (n,) int64, of the masks
-    size: tuple[int, int]  # of the image as it was read
-    fitted: tuple[int, int]  # of what of it is in the square, at its upper left
+SHOWN, SIDE = 6, 256  # images, and pixels of a side, of the pictures
 
 
-def fit(image: Tensor, planes: Tensor, fill: int, size: int, rng: np.random.Generator | None, jitter=(1.0, 1.0)):
-    """Scale an image to fit the square. With `rng`: its planes too, by a jittered scale; crop and mirror both."""
-    scale = size / max(image.shape[1:]) * (rng.uniform(*jitter) if rng else 1)
-    h, w = (max(1, round(side * scale)) for side in image.shape[1:])
-    image = augment.normalize(augment.resize(image[None], (h, w)))[0]
-    if rng:
-        planes = F.interpolate(planes[None], (h, w), mode="nearest-exact")[0]
-        top, left = (int(rng.integers(max(0, side - size) + 1)) for side in (h, w))
-        image, planes = (x[:, top : top + size, left : left + size] for x in (image, planes))
-        if rng.random() < 0.5:
-            image, planes = image.flip(2), planes.flip(2)
-        h, w = image.shape[1:]
-        planes = F.pad(planes, (0, size - w, 0, size - h), value=fill)
-    return F.pad(image, (0, size - w, 0, size - h)), planes, (h, w)
+def four_depths(encoder: ViT) -> list[int]:
+    """BEiT's taps: blocks 3, 5, 7 and 11 of 12, counted from 0, and their like. Their maps go without the last norm."""
+    encoder.norm.requires_grad_(False)  # what has no gradient could not be averaged over ranks
+    return [max(1, round(len(encoder.blocks) * share)) - 1 for share in (1 / 3, 1 / 2, 2 / 3, 1)]
 
 
-class Reader(torch.utils.data.Dataset):
-    """(epoch, i) → the Sample of image i, its augmentation a function of (seed, epoch, i); without a seed, none."""
+def feature_maps(encoder: ViT, images: Tensor, taps: list[int]) -> list[Tensor]:
+    """Normalised images (B, 3, S, S) → float32 (B, D, h, w), the patches after each block of `taps`.
 
-    def __init__(self, images, size: int, seed: int | None = None, jitter=(1.0, 1.0)):
-        self.images, self.size, self.seed, self.jitter = images, size, seed, jitter
-
-    def __getitem__(self, key: tuple[int, int]) -> Sample | InputError:
-        epoch, i = key
-        try:
-            image, planes, kinds = self.images.read(i)
-        except InputError as error:  # handed over, as a DataLoader would wrap it in a traceback
-            return error
-        rng = None if self.seed is None else np.random.default_rng((self.seed, epoch, i))
-        square, planes, fitted = fit(image, planes, self.images.fill, self.size, rng, self.jitter)
-        return Sample(i, square, planes, kinds, tuple(image.shape[1:]), fitted)
-
-    def batches(self, orders, workers: int) -> Iterator[list[Sample]]:
-        loader = DataLoader(
-            self, batch_sampler=orders, collate_fn=list, num_workers=workers, generator=torch.Generator(),
-            worker_init_fn=images_in_files.leave_signals_to_parent,
-        )  # fmt: skip
-        for batch in loader:
-            for sample in batch:
-                if isinstance(sample, InputError):
-                    raise sample
-            yield batch
+    Where there are none: after the last block and the final norm, alone.
+    """
+    x, bias, found = embed(encoder, images), encoder.relative_bias(), []
+    for i, block in enumerate(encoder.blocks):
+        x = block(x, bias)
+        found += [x] * taps.count(i)  # of few blocks one may be tapped twice
+    found = found or [encoder.norm(x)]
+    return [x[:, 1:].float().transpose(1, 2).unflatten(2, encoder.grid) for x in found]
 
 
-class Features(nn.Module):
-    """An encoder as a dense backbone: normalised images (B, 3, S, S) → (B, D, h, w), its final-norm patch tokens.
+class BatchNorm(nn.BatchNorm2d):
+    """Over the images of all ranks. `nn.SyncBatchNorm` refuses CPU tensors."""
 
-    It alone runs in bf16: heads stay in float32, because boxes rounded to bf16 would be off by pixels.
+    def forward(self, x: Tensor) -> Tensor:  # (B, C, h, w)
+        if world_size() == 1 or not self.training:
+            return super().forward(x)
+        x = batch_norm(x, self.running_mean, self.running_var, True, self.momentum, self.eps)
+        return x * self.weight[:, None, None] + self.bias[:, None, None]
+
+
+def over_ranks(module: nn.Module) -> nn.Module:
+    """The same module, whose batch norms are over all ranks."""
+    for part in module.modules():
+        if type(part) is nn.BatchNorm2d:
+            part.__class__ = BatchNorm  # it has the same parameters and buffers
+    return module
+
+
+class Pyramid(nn.Module):
+    """Four maps at 4, 2, 1, 1/2 times the patches' resolution: for patches of 16 pixels, strides 4, 8, 16, 32.
+
+    "beit" makes each of its own map, from four depths, and keeps their width D. "vitdet" makes all of the last map
+    (arXiv 2203.16527, §3); its first two are D/4 and D/2 wide. `widths` are those of the four.
     """
 
-    def __init__(self, encoder: ViT, bf16: bool = False):
+    def __init__(self, D: int, kind: str):
         super().__init__()
-        self.encoder, self.out_channels, self.bf16 = encoder, encoder.width, bf16
 
-    def forward(self, images: Tensor) -> Tensor:
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=self.bf16):
-            tokens = self.encoder(images)[:, 1:]  # (B, N, D)
-        return tokens.float().transpose(1, 2).unflatten(2, self.encoder.grid)
+        def double(width: int, out: int, bias: bool = True) -> nn.Module:
+            return nn.ConvTranspose2d(width, out, kernel_size=2, stride=2, bias=bias)
 
+        half, quarter, Norm = (D, D, BatchNorm) if kind == "beit" else (D // 2, D // 4, LayerNorm2d)
+        self.widths = [quarter, half, D, D]
+        self.levels = nn.ModuleList([
+            nn.Sequential(  # batch norm would remove a bias
+                double(D, half, bias=Norm is not BatchNorm), Norm(half), nn.GELU(), double(half, quarter)),
+            double(D, half), nn.Identity(), nn.MaxPool2d(2),
+        ])  # fmt: skip
 
-def fine_tune(model: nn.Module, reader: Reader, args, device: torch.device) -> None:
-    """AdamW over heads and encoder: a tenth of the steps to warm up, then a cosine to zero, or steps at `decay_at`."""
-    n, B = len(reader.images), args.batch_size
-    if n < B:
-        raise InputError(f"batch size {B}: larger than the {n} images to learn from")
-    steps = args.epochs * (n // B)
-
-    def orders():
-        for epoch in range(args.epochs):
-            keys = [(epoch, i) for i in epoch_order(args.seed, epoch, n).tolist()]
-            yield from (keys[k : k + B] for k in range(0, n - B + 1, B))
-
-    groups = parameter_groups(model, weight_decay=args.weight_decay)
-    optimizer = torch.optim.AdamW(groups, lr=args.lr, fused=device.type in ("cpu", "cuda"))
-    scaler = torch.amp.GradScaler(device.type, enabled=False)  # bf16 needs none
-    model.train()
-    with tqdm(reader.batches(orders(), args.workers), args.task, steps, unit="step", leave=False) as bar:
-        for step, samples in enumerate(bar):
-            peak = args.lr * 0.1 ** sum(step >= epoch * (n // B) for epoch in args.decay_at)
-            rate = learning_rate(step, steps, steps // 10, peak, peak if args.decay_at else 0.0)
-            loss = take_step(optimizer, [model.loss(samples, device)], rate, scaler).item()
-            if not math.isfinite(loss):
-                raise InputError(f"loss: not finite in step {step + 1} of {steps}; give a smaller --lr")
-            bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
+    def forward(self, maps: list[Tensor]) -> list[Tensor]:  # one map, or four
+        maps = maps * (len(self.levels) // len(maps))
+        return [level(x).contiguous() for level, x in zip(self.levels, maps, strict=True)]
 
 
-@torch.no_grad()
-def measure(model: nn.Module, reader: Reader, args, device: torch.device) -> dict:
-    n, B = len(reader.images), args.batch_size
-    orders = [[(0, i) for i in range(k, min(k + B, n))] for k in range(0, n, B)]
-    model.eval()
-    with tqdm(reader.batches(orders, args.workers), "measure", len(orders), unit="batch", leave=False) as bar:
-        return {**model.measure(reader.images, bar, device), "n": n}
+def upernet(D: int, classes: int) -> nn.ModuleList:
+    """transformers' UperNet head and its auxiliary FCN, for a pyramid of width D; 512 and 256 channels from a ViT-S up.
 
-
-def lines(path: Path) -> list[str]:
+    Matrices are initialised as CMAE says (§4.3), by Xavier's rule.
+    """
     try:
-        found = path.read_text().split("\n")
-    except (OSError, ValueError):
-        raise InputError(f"{path}: cannot be read; --data must be a folder in VOC's format, or give --format") from None
-    if not (found := [line.strip() for line in found if line.strip()]):
-        raise InputError(f"{path}: names nothing; give a folder in VOC's format")
-    return found
-
-
-class Segments:
-    """Images and maps of class labels: one half, "train" or "val", of a folder in VOC's or ADE20K's format."""
-
-    fill = IGNORE
-
-    def __init__(self, root: Path, split: str, kind: str = "voc"):
-        self.reduce = kind == "ade"  # its labels 0, 1, 2 … mean IGNORE, 0, 1 …
-        if kind == "ade":
-            part = {"train": "training", "val": "validation"}[split]
-            images, labels, self.classes = root / "images" / part, root / "annotations" / part, 150
-            names = sorted(path.stem for path in images.glob("*.jpg"))
-            if not names:
-                raise InputError(f"{images}: no images; give the folder ADEChallengeData2016")
-        else:
-            images, labels, known = root / "JPEGImages", root / "SegmentationClass", root / "labels.txt"
-            names = lines(root / "ImageSets" / "Segmentation" / f"{split}.txt")
-            self.classes = len(lines(known)) if known.exists() else 21  # VOC has no such file; --make-scenes writes it
-        self.pairs = [(images / f"{name}.jpg", labels / f"{name}.png") for name in names]
-
-    def __len__(self) -> int:
-        return len(self.pairs)
-
-    def read(self, i: int) -> tuple[Tensor, Tensor, Tensor]:
-        """uint8 image (3, H, W) and labels (1, H, W); no kinds, as labels have their own."""
-        image, file = images_in_files.decode(self.pairs[i][0]), self.pairs[i][1]
-        try:
-            with Image.open(file) as png:
-                labels = np.array(png)
-        except Exception as error:  # as in images_in_files.decode
-            raise InputError(f"{file}: does not decode as a label map ({type(error).__name__})") from None
-        if labels.dtype != np.uint8 or labels.shape != tuple(image.shape[1:]):
-            what = f"{labels.dtype} values of shape {labels.shape}"
-            raise InputError(f"{file}: holds {what}; must be 8-bit indices, {tuple(image.shape[1:])} as the image")
-        if self.reduce:
-            labels = labels - np.uint8(1)  # 0 becomes 255
-        if (wrong := labels[(labels >= self.classes) & (labels != IGNORE)]).size:
-            raise InputError(f"{file}: has label {wrong[0]}; labels must be below {self.classes}, or {IGNORE} for none")
-        return image, torch.from_numpy(labels)[None], torch.empty(0, dtype=torch.int64)
+        from transformers.models.upernet import modeling_upernet as theirs
+    except ImportError:
+        raise InputError('transformers: not installed, and UperNet needs it; pip install ".[upernet]"') from None
+    C = min(512, 2 * D)
+    config = SimpleNamespace(pool_scales=(1, 2, 3, 6), hidden_size=C, num_labels=classes)
+    auxiliary = [theirs.UperNetConvModule(D, C // 2, kernel_size=3, padding=1), nn.Conv2d(C // 2, classes, 1)]
+    heads = nn.ModuleList([theirs.UperNetHead(config, [D] * 4), nn.Sequential(*auxiliary)])
+    initialize(heads)
+    return over_ranks(heads)
 
 
 class Segmenter(nn.Module):
-    """Labels of every pixel, by an FCN head on the patch features and bilinear upsampling."""
+    """Labels of every pixel: an FCN head on the last map, or UperNet on four, and bilinear upsampling."""
 
-    def __init__(self, backbone: Features, classes: int):
+    def __init__(self, encoder: ViT, classes: int, head: str = "fcn", precision: str = "fp32"):
         super().__init__()
-        self.backbone, self.classes = backbone, classes
-        self.head = FCNHead(backbone.out_channels, classes)
+        self.encoder, self.classes, self.precision = encoder, classes, precision
+        self.taps, D = four_depths(encoder) if head == "upernet" else [], encoder.width
+        self.pyramid = Pyramid(D, "beit") if self.taps else None
+        self.heads = upernet(D, classes) if self.taps else nn.ModuleList([over_ranks(FCNHead(D, classes))])
 
-    def forward(self, images: Tensor) -> Tensor:  # (B, 3, S, S) → (B, classes, S, S)
-        return F.interpolate(self.head(self.backbone(images)), images.shape[2:], mode="bilinear")
+    def logits(self, images: Tensor) -> list[Tensor]:
+        """(B, 3, S, S) → float32 (B, classes, S, S) of the head and, in training, of the auxiliary one."""
+        with torch.autocast(images.device.type, DTYPES[self.precision], enabled=self.precision != "fp32"):
+            maps = feature_maps(self.encoder, images, self.taps)
+            if self.pyramid is None:
+                found = [self.heads[0](maps[0])]
+            else:
+                maps = self.pyramid(maps)
+                found = [self.heads[0](maps)] + ([self.heads[1](maps[2])] if self.training else [])
+        return [F.interpolate(x.float(), images.shape[2:], mode="bilinear") for x in found]
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.logits(images)[0]
 
     def loss(self, samples: list[Sample], device) -> Tensor:
-        """Cross entropy, averaged over the pixels that have a label."""
-        logits = self(torch.stack([s.image for s in samples]).to(device))
+        """Cross entropy, averaged over all pixels, of which those without a label have none, as in mmsegmentation.
+
+        Of the auxiliary head .4 times as much.
+        """
+        images = torch.stack([s.image for s in samples]).to(device)
         labels = torch.stack([s.planes[0] for s in samples]).to(device).long()
-        total = F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum")
-        return total / (labels != IGNORE).sum().clamp_min(1)
+        losses = [F.cross_entropy(x, labels, ignore_index=IGNORE, reduction="sum") for x in self.logits(images)]
+        return sum(weight * loss for weight, loss in zip((1.0, 0.4), losses, strict=False)) / labels.numel()
+
+    def predict(self, samples: list[Sample], device) -> list[Tensor]:
+        """Labels (H, W) of each image at its own size. What exceeds the square is seen by overlapping windows."""
+        S, found = self.encoder.patch_size * self.encoder.grid[0], []
+        for s in samples:
+            places = itertools.product(*(starts(side, S) for side in s.image.shape[1:]))
+            windows = [(slice(None), slice(top, top + S), slice(left, left + S)) for top, left in places]
+            total = torch.zeros(2, self.classes, *s.image.shape[1:], device=device)  # of logits, and their number
+            for window, x in zip(windows, self(torch.stack([s.image[w] for w in windows]).to(device)), strict=True):
+                total[0][window] += x
+                total[1][window] += 1
+            mean = (total[0] / total[1])[None, :, : s.fitted[0], : s.fitted[1]]
+            found.append(F.interpolate(mean, s.size, mode="bilinear")[0].argmax(dim=0).cpu())
+        return found
 
     def measure(self, images: Segments, batches: Iterator[list[Sample]], device) -> dict:
         matrix = torch.zeros(self.classes, self.classes, dtype=torch.int64)
         for samples in batches:
-            logits = self(torch.stack([s.image for s in samples]).to(device))
-            for x, s in zip(logits, samples, strict=True):
-                x = x[None, :, : s.fitted[0], : s.fitted[1]]
-                predicted = F.interpolate(x, s.size, mode="bilinear")[0].argmax(dim=0).cpu()
+            for predicted, s in zip(self.predict(samples, device), samples, strict=True):
                 matrix += confusion(predicted, s.planes[0].long(), self.classes)
+        matrix = sum_over_ranks(matrix.to(device)).cpu()
         if not matrix.any():
             raise InputError("labels: none in the images to test on; give images whose pixels have labels")
         return segmentation_scores(matrix)
+
+    def shown(self, images: Segments, found: Tensor | None, s: Sample) -> tuple[Tensor, Tensor]:
+        """Masks (n, H, W) and kinds (n,) of what was `found` in a sample, or of the truth."""
+        labels = s.planes[0].long() if found is None else found
+        kinds = labels.unique()
+        kinds = kinds[kinds != IGNORE]
+        return labels == kinds[:, None, None], kinds
+
+
+def starts(length: int, size: int) -> list[int]:
+    """Where windows of `size` begin that cover a length, two thirds of a window apart."""
+    return [*range(0, length - size, max(1, size * 2 // 3)), max(0, length - size)]
 
 
 def confusion(predicted: Tensor, labels: Tensor, classes: int) -> Tensor:
@@ -241,93 +210,48 @@ def segmentation_scores(matrix: Tensor) -> dict:
     return {"miou": iou.mean().item(), "pixel_accuracy": 100 * (hits.sum() / matrix.sum()).item()}
 
 
-class Instances:
-    """Images of a COCO annotation file, with the masks of their objects; crowds are left out."""
+class Neck(nn.Module):
+    """A pyramid's four maps, all `out_channels` wide, and a fifth, every other place of the fourth, for proposals only.
 
-    fill = 0
-
-    def __init__(self, root: Path, split: str):
-        if COCO is None:
-            raise InputError('pycocotools: not installed, and detection needs it; pip install ".[coco]"')
-        files = sorted(root.glob(f"annotations/instances_{split}*.json"))
-        if not files:
-            raise InputError(f"{root}: has no annotations/instances_{split}*.json; give a folder in COCO's format")
-        self.file = files[0]
-        folder = root / files[0].stem.removeprefix("instances_")
-        self.folder = folder if folder.is_dir() else root
-        try:
-            self.coco = quietly(COCO, str(files[0]))
-            self.categories = sorted(self.coco.cats)  # COCO's ids have gaps; ours are 1 … K in their order
-            objects = {a["image_id"] for a in self.coco.anns.values() if not a.get("iscrowd")}
-        except (OSError, ValueError, LookupError, TypeError, AssertionError):
-            raise InputError(f"{files[0]}: not a COCO annotation file") from None
-        self.classes = len(self.categories)
-        self.ids = sorted(objects if split == "train" else self.coco.imgs)  # nothing to learn without objects
-        if not objects:
-            raise InputError(f"{files[0]}: has no objects to detect")
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def read(self, i: int) -> tuple[Tensor, Tensor, Tensor]:
-        """uint8 image (3, H, W), masks (n, H, W) of 0 and 1, and kinds (n,) from 1."""
-        found = [a for a in self.coco.imgToAnns[self.ids[i]] if not a.get("iscrowd")]
-        try:
-            file = self.folder / self.coco.imgs[self.ids[i]]["file_name"]
-            masks = [self.coco.annToMask(a) for a in found]
-            kinds = torch.tensor([1 + self.categories.index(a["category_id"]) for a in found], dtype=torch.int64)
-        except Exception as error:  # pycocotools checks little of what it is given
-            raise InputError(f"{self.file}: image {self.ids[i]} is wrongly annotated ({error!r})") from None
-        image = images_in_files.decode(file)
-        if any(mask.shape != image.shape[1:] for mask in masks):
-            raise InputError(f"{file}: not of the size that its annotations are for")
-        return image, torch.from_numpy(np.stack(masks)) if masks else image.new_empty(0, *image.shape[1:]), kinds
-
-
-def quietly(function, *arguments):
-    """pycocotools prints what it does; standard output is for the result."""
-    with contextlib.redirect_stdout(io.StringIO()):
-        return function(*arguments)
-
-
-class Pyramid(nn.Module):
-    """ViTDet's simple feature pyramid: maps at 4, 2, 1, 1/2 times the last map's resolution, all from that map.
-
-    For patches of 16 pixels those are strides 4, 8, 16, 32; a fifth map, every other place of the fourth, is for
-    proposals only. Each is (B, channels, …), after convolutions of 1 and 3, with layer norms over the channels.
+    By lateral and top-down convolutions where the maps come from four depths; else each by convolutions of 1 and 3,
+    with layer norms over the channels.
     """
 
-    def __init__(self, backbone: Features, channels: int):
+    def __init__(self, D: int, channels: int, kind: str):
         super().__init__()
-        self.backbone, self.out_channels = backbone, channels
-        D = backbone.out_channels
+        self.pyramid, self.out_channels = Pyramid(D, kind), channels
+        if kind == "beit":
+            self.out = FeaturePyramidNetwork(self.pyramid.widths, channels, LastLevelMaxPool())
+        else:
+            self.out = nn.ModuleList(
+                nn.Sequential(
+                    nn.Conv2d(width, channels, 1, bias=False), LayerNorm2d(channels),
+                    nn.Conv2d(channels, channels, 3, padding=1, bias=False), LayerNorm2d(channels),
+                )
+                for width in self.pyramid.widths
+            )  # fmt: skip
 
-        def double(width: int) -> nn.Module:
-            return nn.ConvTranspose2d(width, width // 2, kernel_size=2, stride=2)
-
-        self.levels = nn.ModuleList(
-            nn.Sequential(
-                *change, nn.Conv2d(width, channels, 1, bias=False), LayerNorm2d(channels),
-                nn.Conv2d(channels, channels, 3, padding=1, bias=False), LayerNorm2d(channels),
-            )
-            for change, width in (
-                ([double(D), LayerNorm2d(D // 2), nn.GELU(), double(D // 2)], D // 4),
-                ([double(D)], D // 2), ([], D), ([nn.MaxPool2d(2)], D),
-            )
-        )  # fmt: skip
-
-    def forward(self, images: Tensor) -> dict[str, Tensor]:
-        x = self.backbone(images)
-        maps = {str(k): level(x).contiguous() for k, level in enumerate(self.levels)}
-        return maps | {"pool": maps["3"][:, :, ::2, ::2]}
+    def forward(self, maps: list[Tensor]) -> dict[str, Tensor]:
+        levels = {str(k): x for k, x in enumerate(self.pyramid(maps))}
+        if isinstance(self.out, FeaturePyramidNetwork):
+            return self.out(levels)
+        levels = {k: out(x) for (k, x), out in zip(levels.items(), self.out, strict=True)}
+        return levels | {"pool": levels["3"][:, :, ::2, ::2]}
 
 
 class Detector(nn.Module):
-    """torchvision's Mask R-CNN on the pyramid, in torchvision's proportions: its own sizes from 512 channels up."""
+    """torchvision's Mask R-CNN on a pyramid, in torchvision's proportions: its own sizes from 512 channels up.
 
-    def __init__(self, backbone: Features, classes: int):
+    Without `masks` it is Faster R-CNN. The encoder alone works in the precision: boxes rounded to bf16 would be off by
+    pixels.
+    """
+
+    def __init__(
+        self, encoder: ViT, classes: int, pyramid: str = "vitdet", precision: str = "fp32", masks: bool = True
+    ):
         super().__init__()
-        encoder = backbone.encoder
+        self.encoder, self.precision = encoder, precision
+        self.taps = four_depths(encoder) if pyramid == "beit" else []
         p, size, C = encoder.patch_size, encoder.patch_size * encoder.grid[0], min(256, encoder.width // 2)
         if p % 4 or size % (4 * p):  # or strides would not be whole
             wanted = f"a multiple of {4 * p}" if p % 4 == 0 else "patches whose side is divisible by 4"
@@ -335,8 +259,7 @@ class Detector(nn.Module):
         regions = min(512, max(32, encoder.patches // 2))  # of an image that the heads learn from
         levels, anchors = ["0", "1", "2", "3"], tuple((2 * p * 2**k,) for k in range(5))  # eight strides wide
         self.rcnn = MaskRCNN(
-            Pyramid(backbone, C),
-            min_size=size, max_size=size, size_divisible=1, image_mean=[0.0] * 3, image_std=[1.0] * 3,  # as it is
+            Neck(encoder.width, C, pyramid),
             rpn_anchor_generator=anchor_utils.AnchorGenerator(anchors, ((0.5, 1.0, 2.0),) * 5),
             rpn_batch_size_per_image=min(256, regions), box_batch_size_per_image=regions,
             box_roi_pool=MultiScaleRoIAlign(levels, 7, 2), mask_roi_pool=MultiScaleRoIAlign(levels, 14, 2),
@@ -345,17 +268,55 @@ class Detector(nn.Module):
             mask_head=mask_rcnn.MaskRCNNHeads(C, [C] * 4, 1),
             mask_predictor=mask_rcnn.MaskRCNNPredictor(C, C, 1 + classes),
         )  # fmt: skip
+        if not masks:
+            heads = self.rcnn.roi_heads
+            heads.mask_roi_pool = heads.mask_head = heads.mask_predictor = None
+
+    def levels(self, samples: list[Sample], device) -> tuple[ImageList, dict[str, Tensor]]:
+        images = torch.stack([s.image for s in samples]).to(device)
+        with torch.autocast(images.device.type, DTYPES[self.precision], enabled=self.precision != "fp32"):
+            maps = feature_maps(self.encoder, images, self.taps)
+        return ImageList(images, [tuple(images.shape[2:])] * len(images)), self.rcnn.backbone(maps)
 
     def loss(self, samples: list[Sample], device) -> Tensor:
-        images = [s.image.to(device) for s in samples]
-        return sum(self.rcnn(images, [target(s.planes.to(device), s.kinds.to(device)) for s in samples]).values())
+        """The mean over images of the sum of Mask R-CNN's five losses, each computed for one image alone."""
+        images, levels = self.levels(samples, device)
+        total, size = 0.0, images.image_sizes[:1]
+        for i, s in enumerate(samples):
+            torch.manual_seed(s.seed)  # of the anchors and regions to learn from
+            one = {name: x[i : i + 1] for name, x in levels.items()}
+            truth = [target(s.planes.to(device), s.kinds.to(device))]
+            regions, proposing = self.rcnn.rpn(ImageList(images.tensors[i : i + 1], size), one, truth)
+            _, refining = self.rcnn.roi_heads(one, regions, size, truth)
+            total = total + sum((proposing | refining).values())
+        return total / len(samples)
+
+    def predict(self, samples: list[Sample], device) -> list[dict[str, Tensor]]:
+        """Boxes (n, 4), labels and scores (n,), masks (n, 1, S, S), of each sample in its square."""
+        images, levels = self.levels(samples, device)
+        regions, _ = self.rcnn.rpn(images, levels)
+        found, _ = self.rcnn.roi_heads(levels, regions, images.image_sizes)
+        return self.rcnn.transform.postprocess(found, images.image_sizes, images.image_sizes)
 
     def measure(self, images: Instances, batches: Iterator[list[Sample]], device) -> dict:
         results = []
         for samples in batches:
-            for found, s in zip(self.rcnn([s.image.to(device) for s in samples]), samples, strict=True):
+            for found, s in zip(self.predict(samples, device), samples, strict=True):
                 results += detections(images, found, s)
-        return detection_scores(images.coco, results)
+        every = [results] * world_size()
+        if world_size() > 1:
+            dist.all_gather_object(every, results)
+        return detection_scores(images.coco, [result for part in every for result in part], images.masks)
+
+    def shown(self, images: Instances, found: dict | None, s: Sample) -> tuple[Tensor, Tensor]:
+        """Masks (n, H, W) and kinds (n,) of what was `found` with a score of a half at least, or of the truth."""
+        if found is None:
+            return s.planes > 0, s.kinds
+        results = [r for r in detections(images, found, s) if r["score"] >= 0.5]
+        coco = quietly(images.coco.loadRes, results) if results else None  # it makes masks of boxes
+        masks = [torch.from_numpy(coco.annToMask(r)) > 0 for r in results]
+        kinds = [1 + images.categories.index(r["category_id"]) for r in results]
+        return torch.stack(masks) if masks else torch.empty(0, *s.size, dtype=torch.bool), torch.tensor(kinds)
 
 
 def target(masks: Tensor, kinds: Tensor) -> dict[str, Tensor]:
@@ -373,27 +334,103 @@ def detections(images: Instances, found: dict[str, Tensor], s: Sample) -> list[d
     boxes = found["boxes"] * found["boxes"].new_tensor([W / w, H / h, W / w, H / h])
     boxes = boxes.clamp_min(0).minimum(boxes.new_tensor([W, H, W, H]))
     boxes[:, 2:] -= boxes[:, :2]  # to x, y, width, height
-    masks = found["masks"][:, :, :h, :w]
-    if len(masks) and (h, w) != (H, W):
-        masks = F.interpolate(masks, (H, W), mode="bilinear")
-    coded = rle.encode(np.asfortranarray((masks[:, 0] > 0.5).permute(1, 2, 0).to(torch.uint8).cpu().numpy()))
-    return [
-        dict(image_id=images.ids[s.index], category_id=images.categories[kind - 1], bbox=box, score=score,
-             segmentation=mask)
-        for kind, box, score, mask in zip(
-            found["labels"].tolist(), boxes.tolist(), found["scores"].tolist(), coded, strict=True)
-    ]  # fmt: skip
+    results = [
+        dict(image_id=images.ids[s.index], category_id=images.categories[kind - 1], bbox=box, score=score)
+        for kind, box, score in zip(found["labels"].tolist(), boxes.tolist(), found["scores"].tolist(), strict=True)
+    ]
+    if "masks" in found:
+        masks = found["masks"][:, :, :h, :w]
+        if len(masks) and (h, w) != (H, W):
+            masks = F.interpolate(masks, (H, W), mode="bilinear")
+        coded = rle.encode(np.asfortranarray((masks[:, 0] > 0.5).permute(1, 2, 0).to(torch.uint8).cpu().numpy()))
+        results = [r | dict(segmentation=mask) for r, mask in zip(results, coded, strict=True)]
+    return results
 
 
-def detection_scores(truth, results: list[dict]) -> dict[str, float]:
-    """COCO's average precision of boxes and masks, in per cent: over IoU .5 to .95, and at .5."""
+def detection_scores(truth, results: list[dict], masks: bool = True) -> dict[str, float]:
+    """COCO's average precision of boxes and masks, in per cent: over IoU .5 to .95, and at .5 and .75."""
     scores = {}
-    for name, kind in (("box", "bbox"), ("mask", "segm")):
-        ap = ap50 = 0.0
+    for name, kind in dict(box="bbox", mask="segm").items() if masks else [("box", "bbox")]:
+        found = (0.0, 0.0, 0.0)
         if results:  # pycocotools does not take none
             judge = COCOeval(truth, quietly(truth.loadRes, results), kind)
             for step in (judge.evaluate, judge.accumulate, judge.summarize):
                 quietly(step)
-            ap, ap50 = 100 * judge.stats[:2]
-        scores |= {f"{name}_ap": float(ap), f"{name}_ap50": float(ap50)}
+            found = 100 * judge.stats[:3]
+        scores |= {f"{name}_{score}": float(x) for score, x in zip(("ap", "ap50", "ap75"), found, strict=True)}
     return scores
+
+
+def linear(start: float, end: float, progress: float) -> float:
+    return start + (end - start) * progress
+
+
+def rates(recipe: Recipe, steps: int, per_epoch: int):
+    """The learning rate of each step."""
+    decay = dict(cosine=cosine, linear=linear)[recipe.schedule]
+    if recipe.decay_at:
+        decay = lambda start, end, progress: start  # noqa: E731
+
+    def rate(step: int) -> float:
+        peak = recipe.peak * 0.1 ** sum(step >= epoch * per_epoch for epoch in recipe.decay_at)
+        return learning_rate(step, steps, int(steps * recipe.warmup), peak, 0.0, decay)
+
+    return rate
+
+
+def fine_tune(
+    model: nn.Module, reader: Reader, recipe: Recipe, device: torch.device, seed: int = 0, workers: int = 0,
+    precision: str = "fp32", accumulate: int = 1, **how,
+) -> None:  # fmt: skip
+    """Train heads and encoder in place; `how` is what `optimize` has for its directory."""
+    n, B = len(reader.images), recipe.batch_size
+    check_batch(B, n, accumulate)
+    per_epoch = n // B
+    steps = recipe.steps or recipe.epochs * per_epoch
+    what, blocks = type(model).__name__.lower(), model.encoder.blocks
+    for i, block in enumerate(blocks):
+        block.drop_path = recipe.drop_path * i / max(1, len(blocks) - 1)
+    settings = asdict(recipe) | dict(kind=what, images=n, seed=seed, precision=precision, accumulate=accumulate)
+
+    def losses(todo) -> Iterator[Iterator[Tensor]]:
+        keys = ([(epoch, i) for i in part.tolist()] for epoch, part in orders(seed, n, B, accumulate, todo))
+        batches = reader.batches(keys, workers)
+        for _ in todo:
+            yield (model.loss(next(batches), device) / accumulate for _ in range(accumulate))
+
+    optimizer, rate = optimizer_for(model, recipe, device), rates(recipe, steps, per_epoch)
+    optimize(model, optimizer, rate, losses, steps, per_epoch, settings, device, what, **how)
+
+
+@torch.no_grad()
+def measure(model: nn.Module, reader: Reader, batch_size: int, workers: int, device: torch.device) -> dict:
+    """The model's scores of all images, of which each rank takes its share."""
+    n = len(reader.images)
+    mine = [(0, i) for i in range(rank(), n, world_size())]
+    parts = [mine[k : k + batch_size] for k in range(0, len(mine), batch_size)]
+    model.eval()
+    with tqdm(reader.batches(parts, workers), "measure", len(parts), leave=False, disable=rank() > 0) as bar:
+        return {**model.measure(reader.images, bar, device), "n": n}
+
+
+@torch.no_grad()
+def draw(model: nn.Module, reader: Reader, path, device: torch.device) -> None:
+    """A picture of a few images: each as it is, what is true of it, and what the model finds."""
+    n = len(reader.images)
+    samples = [reader[0, i * n // min(n, SHOWN)] for i in range(min(n, SHOWN))]
+    rows = []
+    for s, found in zip(samples, model.eval().predict(samples, device), strict=True):
+        image = reader.images.read(s.index)[0]
+        views = [image, *(marked(image, *model.shown(reader.images, x, s)) for x in (None, found))]
+        rows.append(torch.cat([F.interpolate(x[None].float() / 255, (SIDE, SIDE))[0] for x in views], dim=2))
+    files.write_whole(path, lambda file: save_image(torch.cat(rows, dim=1), file, format="png"))
+
+
+def marked(image: Tensor, masks: Tensor, kinds: Tensor) -> Tensor:
+    """uint8 image (3, H, W) with masks (n, H, W) and their boxes, in a colour for each kind."""
+    there = masks.flatten(1).any(dim=1)
+    masks, kinds = masks[there], kinds[there]
+    if len(masks) == 0:
+        return image
+    colors = [(37 * k % 256, 97 * k % 256, 173 * k % 256) for k in (kinds + 1).tolist()]
+    return draw_bounding_boxes(draw_segmentation_masks(image, masks, 0.6, colors), masks_to_boxes(masks), colors=colors)

@@ -44,7 +44,7 @@ def train(
     layers before it work in parts. The other options are those of `optimize`.
     """
     autocast = partial(torch.autocast, device.type, DTYPES[precision], enabled=precision != "fp32")
-    check_batch(recipe, len(source), accumulate)
+    check_batch(recipe.batch_size, len(source), accumulate, bool(recipe.mixup or recipe.cutmix))
     per_epoch, share = len(source) // recipe.batch_size, recipe.batch_size // world_size()
     steps, warmup = recipe.epochs * per_epoch, round(recipe.warmup_epochs * per_epoch)
     settings = dict(
@@ -119,14 +119,29 @@ class Kept:
         yield from ((self.x[upload(order, device)], order) for order in orders)
 
 
-def check_batch(recipe: Recipe, images: int, accumulate: int) -> None:
-    share, rest = divmod(recipe.batch_size, world_size() * accumulate)
-    mixes = bool(recipe.mixup or recipe.cutmix)
+def check_batch(batch_size: int, images: int, accumulate: int, mixes: bool = False) -> None:
+    share, rest = divmod(batch_size, world_size() * accumulate)
     if rest or not share or (mixes and share % 2):
         parts = f"{world_size()} processes x {accumulate} parts" + ", each an even number of images to mix" * mixes
-        raise InputError(f"batch size {recipe.batch_size}: cannot be shared by {parts}")
-    if images < recipe.batch_size:
-        raise InputError(f"batch size {recipe.batch_size}: larger than the {images} images; give --batch-size")
+        raise InputError(f"batch size {batch_size}: cannot be shared by {parts}")
+    if images < batch_size:
+        raise InputError(f"batch size {batch_size}: larger than the {images} images; give --batch-size")
+
+
+def rows_of_rank(batch_size: int, accumulate: int) -> list[slice]:
+    """The rows of the global batch that this rank computes, a slice for each part of the step."""
+    ranks = world_size()
+    share = batch_size // (ranks * accumulate)
+    return [slice(k * share, (k + 1) * share) for k in range(rank(), ranks * accumulate, ranks)]
+
+
+def orders(seed: int, images: int, batch_size: int, accumulate: int, steps) -> Iterator[tuple[int, Tensor]]:
+    """For each part of each of `steps`: the epoch, and the positions of the images that this rank takes."""
+    rows, per_epoch = rows_of_rank(batch_size, accumulate), images // batch_size
+    for step in steps:
+        epoch, place = divmod(step, per_epoch)
+        order = epoch_order(seed, epoch, images)[place * batch_size :]
+        yield from ((epoch, order[part]) for part in rows)
 
 
 def prepared_steps(
@@ -136,15 +151,7 @@ def prepared_steps(
 
     Where only a head learns, the parts are put together for its batch norm.
     """
-    ranks, per_epoch, labels = world_size(), len(source) // recipe.batch_size, source.labels.to(device)
-    share = recipe.batch_size // (ranks * accumulate)
-    rows = [slice(k * share, (k + 1) * share) for k in range(rank(), ranks * accumulate, ranks)]  # of the global batch
-
-    def orders():
-        for step in steps:
-            epoch, place = divmod(step, per_epoch)
-            order = epoch_order(seed, epoch, len(source))[place * recipe.batch_size :]
-            yield from (order[part] for part in rows)
+    labels, rows = source.labels.to(device), rows_of_rank(recipe.batch_size, accumulate)
 
     def prepare(step: int, part: slice, x, index: Tensor) -> tuple[Tensor, Tensor]:
         y = labels[upload(index, device)]
@@ -155,7 +162,8 @@ def prepared_steps(
         with autocast():
             return classifier.frozen(x), y
 
-    batches = source.batches(orders(), device)
+    places = (order for _, order in orders(seed, len(source), recipe.batch_size, accumulate, steps))
+    batches = source.batches(places, device)
     for step in steps:
         parts = (prepare(step, part, *next(batches)) for part in rows)
         if classifier.blocks == 0:
@@ -185,7 +193,9 @@ class Progress:
         saved = files.load(path)
         if not isinstance(saved, dict) or "settings" not in saved:
             raise InputError(f"{path}: not a checkpoint of fine-tuning; give --resume never to start over")
-        theirs = dict(positions="fixed") | saved["settings"]  # they were before they could be learned
+        theirs = saved["settings"]
+        if "positions" in self.settings:
+            theirs = dict(positions="fixed") | theirs  # they were before they could be learned
         if differs := files.differences(theirs, self.settings, {"linear"}):
             raise InputError(f"{path}: with other settings ({differs}); give --resume never to start over")
         return saved

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 import mae
 from common import Attention, Mask, StepRandom, ViT
-from downstream.dense_prediction import Segments
 from inputs import image_sets
+from inputs.dense_sets import Segments
 from methods import METHODS
 from runtime import encoders, files
 from runtime.command_line import build_encoder

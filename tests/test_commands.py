@@ -27,6 +27,8 @@ SHORT = {  # what is given beside a command's own words, by program and a word t
     ("reproduce.py", "demo"): ["--list"],
 }
 ELSEWHERE = {  # commands that are not run here, and why
+    "cae-ade20k": "the papers' dense recipes are run on folders that test_transfer.py makes",
+    "cae-coco": "as above",
     "--format": "ADE20K's layout is made, and learnt from, in test_transfer.py",
     "--readme": "it would write the documents; test_reproduce.py has it write copies",
 }

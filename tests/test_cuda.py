@@ -412,7 +412,7 @@ def check_dense(a: torch.device, b: torch.device):
     for device in (a, b):
         encoder = begun("mae", device)[0].encoder
         torch.manual_seed(0)
-        segmenter = dense.Segmenter(dense.Features(encoder), 3).to(device).train()
+        segmenter = dense.Segmenter(encoder, 3).to(device).train()
         samples = [dense.Sample(0, image, masks.amax(0)[None], kinds[:0], (32, 32), (32, 32)) for image in x]
         for part in segmenter.modules():
             if isinstance(part, torch.nn.Dropout):
@@ -422,7 +422,7 @@ def check_dense(a: torch.device, b: torch.device):
         losses.append(loss.item())
         learn = dict(segmenter.named_parameters())
         gradients.append({n: p.grad.cpu().double() for n, p in learn.items() if p.grad is not None})
-        detector = dense.Detector(dense.Features(encoder), 3).to(device).train()
+        detector = dense.Detector(encoder, 3).to(device).train()
         found = [dense.Sample(0, image, masks, kinds, (32, 32), (32, 32)) for image in x]
         loss = detector.loss(found, device)
         loss.backward()

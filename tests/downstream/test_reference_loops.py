@@ -4,7 +4,6 @@ The plain loops share the models and augmentations with the real ones, which hav
 schedule, optimizer, layer decay, smoothing nor accumulation. bf16 and fp16: what flows, and what the scaler does.
 """
 
-import argparse
 import copy
 import math
 from dataclasses import replace
@@ -17,8 +16,9 @@ from hypothesis import strategies as st
 from small import CALM, CPU, PROTOCOLS, Images, classifier_of, small_vit, trained
 
 from common import StepRandom
-from downstream import dense_prediction, recipes, training_loop
+from downstream import dense_prediction, dense_recipes, recipes, training_loop
 from downstream.classifier import Classifier
+from inputs import dense_sets
 
 
 def rate_at(step: int, steps: int, warmup: int, peak: float, floor: float) -> float:
@@ -113,12 +113,12 @@ def test_ten_steps_of_fine_tuning_are_the_plain_loops(protocol, options, how, by
 
 
 class Scenes:
-    """Images of two sizes and their label maps, as dense_prediction.Reader reads them."""
+    """Images of two sizes and their label maps, as dense_sets.Reader reads them."""
 
-    fill = dense_prediction.IGNORE
+    fill = dense_sets.IGNORE
 
     def __len__(self) -> int:
-        return 7
+        return 9
 
     def read(self, i: int):
         draw = torch.Generator().manual_seed(i)
@@ -127,39 +127,54 @@ class Scenes:
 
 
 @pytest.mark.training
-@settings(max_examples=5, phases=[Phase.generate])
+@settings(max_examples=8, phases=[Phase.generate])
 @given(
     seed=st.sampled_from([0, 3]), lr=st.sampled_from([1e-3, 5e-3]), jitter=st.sampled_from([(1.0, 1.0), (0.5, 2.0)]),
-    decay=st.sampled_from([0.05, 5.0]), decay_at=st.sampled_from([[], [2], [2, 3]]),
+    decay=st.sampled_from([0.05, 5.0]), decay_at=st.sampled_from([(), (2,), (2, 3)]), drop=st.sampled_from([0.0, 0.3]),
+    schedule=st.sampled_from(["cosine", "linear"]), layer_decay=st.sampled_from([1.0, 0.6]),
+    parts=st.sampled_from([1, 2]), head=st.sampled_from(["fcn", "upernet"]), distort=st.booleans(),
+    warmup=st.sampled_from([0.1, 0.35]),
 )  # fmt: skip
-def test_ten_steps_of_dense_training_are_the_plain_loops(seed, lr, jitter, decay, decay_at):
+def test_ten_steps_of_dense_training_are_the_plain_loops(
+    seed, lr, jitter, decay, decay_at, drop, schedule, layer_decay, parts, head, distort, warmup
+):
+    pytest.importorskip("transformers" if head == "upernet" else "torch")
     torch.manual_seed(0)
-    features = dense_prediction.Features(small_vit(drop_path=0.3))
-    real = dense_prediction.Segmenter(features, 3)
+    real = dense_prediction.Segmenter(small_vit(), 3, head)
     plain, scenes = copy.deepcopy(real), Scenes()
-    args = argparse.Namespace(  # 1 image is left over
-        epochs=5, batch_size=3, lr=lr, weight_decay=decay, decay_at=decay_at, seed=seed, workers=0, task="segment"
-    )
-    torch.manual_seed(9)
-    dense_prediction.fine_tune(real, dense_prediction.Reader(scenes, 16, seed, jitter), args, CPU)
-    torch.manual_seed(9)  # of drop path, and of dropout in the head
-    learning = dict(plain.named_parameters())
-    rules = {name: Rule("", p, "adamw", decay) for name, p in learning.items()}
+    recipe = dense_recipes.Recipe(
+        epochs=5, batch_size=4, lr=lr, weight_decay=decay, decay_at=decay_at, schedule=schedule, drop_path=drop,
+        layer_decay=layer_decay, warmup=warmup,
+    )  # fmt: skip
+    reader = dense_sets.Reader(scenes, 16, seed, jitter=jitter, distort=distort)
+    dense_prediction.fine_tune(real, reader, recipe, CPU, seed, accumulate=parts)
+    learning = {name: p for name, p in plain.named_parameters() if p.requires_grad}
+    rules = {name: Rule(name, p, "adamw", decay) for name, p in learning.items()}
+    plain.encoder.blocks[1].drop_path = drop
     plain.train()
-    for t in range(10):
+    for t in range(10):  # two an epoch, 1 image is left over
         epoch, samples = t // 2, []
-        for i in np.random.default_rng((seed, epoch, 1)).permutation(7)[t % 2 * 3 :][:3].tolist():
+        for i in np.random.default_rng((seed, epoch, 1)).permutation(9)[t % 2 * 4 :][:4].tolist():
             image, labels, kinds = scenes.read(i)
             rng = np.random.default_rng((seed, epoch, i))
-            square, labels, fitted = dense_prediction.fit(image, labels, 255, 16, rng, jitter)
-            samples.append(dense_prediction.Sample(i, square, labels, kinds, image.shape[1:], fitted))
-        gradients = torch.autograd.grad(plain.loss(samples, CPU), learning.values(), allow_unused=True)
+            square, labels, fitted = dense_sets.fit(image, labels, 255, 16, rng, jitter, distort)
+            samples.append(dense_sets.Sample(i, square, labels, kinds, image.shape[1:], fitted))
+        torch.manual_seed(seed + t * 1_000_003)  # of drop path, and of dropout in the head
+        size = 4 // parts
+        losses = [plain.loss(samples[k : k + size], CPU) / parts for k in range(0, 4, size)]
+        gradients = torch.autograd.grad(sum(losses), learning.values())
+        start = int(10 * warmup)
+        if t < start:
+            rate = lr * t / start
+        elif decay_at:
+            rate = lr / 10 ** sum(epoch >= e for e in decay_at)
+        else:
+            rate = rate_at(t, 10, start, lr, 0.0) if schedule == "cosine" else lr * (10 - t) / (10 - start)
         for (name, p), g in zip(learning.items(), gradients, strict=True):
-            rate = rate_at(t, 10, 1, lr, 0.0)
-            if decay_at:
-                rate = lr * (t > 0) / 10 ** sum(epoch >= e for e in decay_at)
-            if g is not None:  # the class token's last normalisation, say
-                p.data = rules[name].step(g.double(), rate).float()
+            layer = 3  # heads, and the last norm
+            if name.startswith("encoder.") and not name.startswith("encoder.norm"):
+                layer = int(name.split(".")[2]) + 1 if "blocks" in name else 0
+            p.data = rules[name].step(g.double(), rate * layer_decay ** (3 - layer)).float()
     for name, value in plain.state_dict().items():
         torch.testing.assert_close(real.state_dict()[name], value, rtol=2e-3, atol=0.05 * lr, msg=name)
 

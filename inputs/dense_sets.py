@@ -1,0 +1,259 @@
+"""Images with labels for every pixel, or with boxes and masks of objects, as people's folders hold them.
+
+Each becomes a `Sample`: fitted into a square and padded at the right and below. What is random about image i in epoch e
+is a function of (seed, e, i), so it does not matter which process reads it. What is wrong is an `InputError` of one
+line: of all boxes when their file is opened, of an image or a map of labels when it is read.
+"""
+
+import contextlib
+import io
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from inputs import augment, images_in_files
+from runtime.errors import InputError
+
+try:
+    from pycocotools.coco import COCO
+except ImportError:  # refused where detection is asked for
+    COCO = None
+
+IGNORE = 255  # a pixel of no class
+# mmsegmentation's photometric distortion: factors of brightness, contrast, saturation; the hue in full turns.
+DISTORTION = (0.875, 1.125), (0.5, 1.5), (0.5, 1.5), (-0.1, 0.1)
+
+
+class Sample(NamedTuple):
+    index: int  # in its set
+    image: Tensor  # (3, S, S), normalised, padded with zeros; for windows one side may be longer
+    planes: Tensor  # labels (1, S, S) or masks (n, S, S) in training; as they were read in tests
+    kinds: Tensor  # (n,) int64, of the masks
+    size: tuple[int, int]  # of the image as it was read
+    fitted: tuple[int, int]  # of what of it is in the square, at its upper left
+    seed: int = 0  # of what a head draws for this image
+
+
+def fit(
+    image: Tensor, planes: Tensor, fill: int, size: int, rng: np.random.Generator | None, jitter=(1.0, 1.0),
+    distort: bool = False, windows: bool = False,
+):  # fmt: skip
+    """Scale an image to fit the square. With `rng`: its planes too, by a jittered scale; crop, mirror, distort colours.
+
+    For `windows` its shorter side fits, and the longer one is cropped in training only.
+    """
+    scale = size / (min if windows else max)(image.shape[1:]) * (rng.uniform(*jitter) if rng else 1)
+    h, w = (max(1, round(side * scale)) for side in image.shape[1:])
+    image = augment.resize(image[None], (h, w))[0]
+    if rng:
+        planes = F.interpolate(planes[None], (h, w), mode="nearest-exact")[0]
+        top, left = (int(rng.integers(max(0, side - size) + 1)) for side in (h, w))
+        image, planes = (x[:, top : top + size, left : left + size] for x in (image, planes))
+        if rng.random() < 0.5:
+            image, planes = image.flip(2), planes.flip(2)
+        for change, (low, high) in zip(augment.ADJUST, DISTORTION, strict=True) if distort else ():
+            if rng.random() < 0.5:
+                image = change(image[None], torch.full((1, 1, 1, 1), rng.uniform(low, high)))[0]
+        h, w = image.shape[1:]
+        planes = F.pad(planes, (0, size - w, 0, size - h), value=fill)
+    return F.pad(augment.normalize(image[None])[0], (0, max(0, size - w), 0, max(0, size - h))), planes, (h, w)
+
+
+class Reader(torch.utils.data.Dataset):
+    """(epoch, i) → the Sample of image i, its augmentation a function of (seed, epoch, i); without a seed, none.
+
+    `how` are the other parameters of `fit`.
+    """
+
+    def __init__(self, images, size: int, seed: int | None = None, **how):
+        self.images, self.size, self.seed, self.how = images, size, seed, how
+
+    def __getitem__(self, key: tuple[int, int]) -> Sample | InputError:
+        epoch, i = key
+        try:
+            image, planes, kinds = self.images.read(i)
+        except InputError as error:  # handed over, as a DataLoader would wrap it in a traceback
+            return error
+        rng = None if self.seed is None else np.random.default_rng((self.seed, epoch, i))
+        square, planes, fitted = fit(image, planes, self.images.fill, self.size, rng, **self.how)
+        seed = 0 if rng is None else int(rng.integers(2**63))
+        return Sample(i, square, planes, kinds, tuple(image.shape[1:]), fitted, seed)
+
+    def batches(self, orders, workers: int) -> Iterator[list[Sample]]:
+        loader = DataLoader(
+            self, batch_sampler=orders, collate_fn=list, num_workers=workers, generator=torch.Generator(),
+            worker_init_fn=images_in_files.leave_signals_to_parent,
+        )  # fmt: skip
+        for batch in loader:
+            for sample in batch:
+                if isinstance(sample, InputError):
+                    raise sample
+            yield batch
+
+
+def lines(path: Path) -> list[str]:
+    try:
+        found = path.read_text().split("\n")
+    except (OSError, ValueError):
+        raise InputError(f"{path}: cannot be read; --data must be a folder in the --format that is given") from None
+    if not (found := [line.strip() for line in found if line.strip()]):
+        raise InputError(f"{path}: names nothing; --data must be a folder in the --format that is given")
+    return found
+
+
+class Segments:
+    """Images and maps of class labels: one half, "train" or "val", of a folder in VOC's or ADE20K's format."""
+
+    fill = IGNORE
+
+    def __init__(self, root: Path, split: str, kind: str = "voc"):
+        self.reduce = kind == "ade"  # its labels 0, 1, 2 … mean IGNORE, 0, 1 …
+        if kind == "ade":
+            part = {"train": "training", "val": "validation"}[split]
+            images, labels, self.classes = root / "images" / part, root / "annotations" / part, 150
+            names = sorted(path.stem for path in images.glob("*.jpg"))
+            if not names:
+                raise InputError(f"{images}: no images; give the folder ADEChallengeData2016")
+        else:
+            images, labels, known = root / "JPEGImages", root / "SegmentationClass", root / "labels.txt"
+            names = lines(root / "ImageSets" / "Segmentation" / f"{split}.txt")
+            self.classes = len(lines(known)) if known.exists() else 21  # VOC has no such file; --make-scenes writes it
+        self.pairs = [(images / f"{name}.jpg", labels / f"{name}.png") for name in names]
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def read(self, i: int) -> tuple[Tensor, Tensor, Tensor]:
+        """uint8 image (3, H, W) and labels (1, H, W); no kinds, as labels have their own."""
+        image, file = images_in_files.decode(self.pairs[i][0]), self.pairs[i][1]
+        try:
+            with Image.open(file) as png:
+                labels = np.array(png)
+        except Exception as error:  # as in images_in_files.decode
+            raise InputError(f"{file}: does not decode as a label map ({type(error).__name__})") from None
+        if labels.dtype != np.uint8 or labels.shape != tuple(image.shape[1:]):
+            what = f"{labels.dtype} values of shape {labels.shape}"
+            raise InputError(f"{file}: holds {what}; must be 8-bit indices, {tuple(image.shape[1:])} as the image")
+        if self.reduce:
+            labels = labels - np.uint8(1)  # 0 becomes 255
+        if (wrong := labels[(labels >= self.classes) & (labels != IGNORE)]).size:
+            raise InputError(f"{file}: has label {wrong[0]}; labels must be below {self.classes}, or {IGNORE} for none")
+        return image, torch.from_numpy(labels)[None], torch.empty(0, dtype=torch.int64)
+
+
+class Instances:
+    """Images with the masks of their objects, of a COCO annotation file or of Tiny-ImageNet; crowds are left out."""
+
+    fill = 0
+
+    def __init__(self, root: Path, split: str, kind: str = "coco"):
+        if COCO is None:
+            raise InputError('pycocotools: not installed, and detection needs it; pip install ".[coco]"')
+        self.masks = kind == "coco"  # else they are the boxes, filled
+        self.file, self.folder, about = (coco_file if self.masks else tiny_imagenet_boxes)(root, split)
+        try:
+            self.coco = COCO()
+            self.coco.dataset = about
+            quietly(self.coco.createIndex)
+            self.categories = sorted(self.coco.cats)  # COCO's ids have gaps; ours are 1 … K in their order
+            objects = {a["image_id"] for a in self.coco.anns.values() if not a.get("iscrowd")}
+        except (ValueError, LookupError, TypeError, AttributeError):
+            raise InputError(f"{self.file}: not a COCO annotation file") from None
+        for number, annotation in self.coco.anns.items():
+            if wrong := flaw(annotation, self.coco):
+                raise InputError(f"{self.file}: annotation {number} {wrong}; mend it or leave it out")
+        self.classes = len(self.categories)
+        self.ids = sorted(objects if split == "train" else self.coco.imgs)  # nothing to learn without objects
+        if not objects:
+            raise InputError(f"{self.file}: has no objects to detect")
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def read(self, i: int) -> tuple[Tensor, Tensor, Tensor]:
+        """uint8 image (3, H, W), masks (n, H, W) of 0 and 1, and kinds (n,) from 1."""
+        found = [a for a in self.coco.imgToAnns[self.ids[i]] if not a.get("iscrowd")]
+        try:
+            file = self.folder / self.coco.imgs[self.ids[i]]["file_name"]
+            masks = [self.coco.annToMask(a) for a in found]
+        except Exception as error:  # pycocotools checks little of what it is given
+            raise InputError(f"{self.file}: image {self.ids[i]} is wrongly annotated ({error!r})") from None
+        kinds = torch.tensor([1 + self.categories.index(a["category_id"]) for a in found], dtype=torch.int64)
+        image = images_in_files.decode(file)
+        if any(mask.shape != image.shape[1:] for mask in masks):
+            raise InputError(f"{file}: not of the size that its annotations are for")
+        return image, torch.from_numpy(np.stack(masks)) if masks else image.new_empty(0, *image.shape[1:]), kinds
+
+
+def quietly(function, *arguments):
+    """pycocotools prints what it does; standard output is for the result."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        return function(*arguments)
+
+
+def coco_file(root: Path, split: str) -> tuple[Path, Path, dict]:
+    """The annotation file of a split, the folder that its images lie in, and what it says."""
+    files = sorted(root.glob(f"annotations/instances_{split}*.json"))
+    if not files:
+        raise InputError(f"{root}: has no annotations/instances_{split}*.json; give a folder in COCO's format")
+    folder = root / files[0].stem.removeprefix("instances_")
+    try:
+        return files[0], folder if folder.is_dir() else root, json.loads(files[0].read_text())
+    except (OSError, ValueError):
+        raise InputError(f"{files[0]}: not a COCO annotation file") from None
+
+
+def flaw(annotation: dict, coco) -> str | None:
+    """What is wrong with an annotation, if anything; pycocotools would take four numbers, two points, for a box."""
+    try:
+        image, (x, y, w, h) = coco.imgs.get(annotation["image_id"]), annotation["bbox"]
+        outlines, _, _ = annotation["segmentation"], annotation["area"], annotation["iscrowd"]
+        if image is None:
+            return f"is of image {annotation['image_id']}, which is not listed"
+        if annotation["category_id"] not in coco.cats:
+            return f"is of category {annotation['category_id']}, which is not listed"
+        if min(w, h, x + w, y + h, image["width"] - x, image["height"] - y) < 0:
+            return f"has the box {annotation['bbox']}, outside of its image"
+        if not outlines:
+            return "has an empty segmentation"
+        if isinstance(outlines, list) and min(map(len, outlines)) < 6:
+            return "has a polygon of fewer than three points"
+    except (LookupError, TypeError, ValueError) as error:
+        return f"is not one of COCO's ({error!r})"
+
+
+def tiny_imagenet_boxes(root: Path, split: str) -> tuple[Path, Path, dict]:
+    """Tiny-ImageNet's boxes, one for each image, its first and last pixels given, as a COCO annotation file says it."""
+    lists = sorted(root.glob("train/*/*_boxes.txt"))
+    names = [file.name.removesuffix("_boxes.txt") for file in lists]
+    if not lists:
+        raise InputError(f"{root}: has no train/CLASS/CLASS_boxes.txt; give the folder tiny-imagenet-200")
+    rows = [(file, f"train/{name}/images", f"{name} {line}") for file, name in zip(lists, names, strict=True)
+            for line in lines(file)] if split == "train" else []  # fmt: skip
+    if split == "val":
+        file = root / "val/val_annotations.txt"
+        # There the name of the image stands before that of the class.
+        rows = [(file, "val/images", " ".join([*line.split()[1::-1], *line.split()[2:]])) for line in lines(file)]
+    about = dict(images=[], annotations=[], categories=[dict(id=1 + k, name=name) for k, name in enumerate(names)])
+    known = {name: 1 + k for k, name in enumerate(names)}
+    for i, (file, folder, line) in enumerate(rows):
+        try:
+            name, image, *box = line.split()
+            left, top, right, bottom = map(int, box)
+        except ValueError:
+            raise InputError(f"{file}: holds {line!r}; must be an image, its class and four numbers") from None
+        x, y, w, h = left, top, right + 1 - left, bottom + 1 - top
+        about["images"].append(dict(id=i, file_name=f"{folder}/{image}", width=64, height=64))
+        about["annotations"].append(dict(
+            id=1 + i, image_id=i, category_id=known.get(name, name), bbox=[x, y, w, h], area=w * h, iscrowd=0,
+            segmentation=[[x, y, x + w, y, x + w, y + h, x, y + h]],
+        ))  # fmt: skip
+    return rows[0][0] if split == "val" else root / "train", root, about
