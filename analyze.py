@@ -23,7 +23,7 @@ from runtime.command_line import Parser, add_option
 from runtime.errors import InputError
 
 FIGURES = {function.__name__.replace("_", "-"): function for function in (
-    plots.reconstruction, plots.curves, plots.views, plots.attention_map, plots.attention_distance,
+    plots.reconstruction, plots.curves, plots.fine_tuning, plots.views, plots.attention_map, plots.attention_distance,
     plots.decoder_similarity, plots.semantic_similarity, plots.decoder_attention, plots.class_distances, plots.features,
     plots.token_variance, plots.latent_reconstruction,
 )}  # fmt: skip
@@ -32,7 +32,8 @@ WITH_REFERENCE = {"attention-map", "attention-distance", "semantic-similarity", 
 WITH_REFERENCE |= {"token-variance"}
 # Options of some figures: name, the value if none is given, type or choices, metavar, the figures, help.
 OPTIONS = [
-    ("images", None, int, "N", set(FIGURES) - {"curves"}, "how many images to use; each figure has its own default"),
+    ("images", None, int, "N", set(FIGURES) - {"curves", "fine-tuning"},
+     "how many images to use; each figure has its own default"),
     ("reference", [], str, "PATH", WITH_REFERENCE, "encoders to compare with: runs, or files of weights"),
     ("classes", 50, int, "K", {"class-distances"}, "how many classes to use [50]"),
     ("projection", "pca", ["pca", "tsne"], None, {"features"}, "principal components or t-SNE [pca]"),

@@ -36,7 +36,7 @@ EMBEDDINGS = ("encoder.patch_embed", "encoder.cls_token", "encoder.pos_embed")
 
 def train(
     classifier: Classifier, source, classes: int, recipe: Recipe, device, seed: int = 0, directory: Path | None = None,
-    precision: str = "fp32", accumulate: int = 1, resume: bool = True,
+    precision: str = "fp32", accumulate: int = 1, resume: bool = True, measure: Callable | None = None,
 ) -> None:  # fmt: skip
     """Train in place on `source`, an ImageSet or what was `Kept` of one; ends in evaluation mode.
 
@@ -66,18 +66,18 @@ def train(
 
     what = f"{classifier.kind} {classifier.blocks}/{classifier.depth}"
     optimizer = optimizer_for(classifier, recipe, device)
-    optimize(classifier, optimizer, rate, losses, steps, per_epoch, settings, device, what, directory, resume)
+    optimize(classifier, optimizer, rate, losses, steps, per_epoch, settings, device, what, directory, resume, measure)
 
 
 def optimize(
     model: nn.Module, optimizer, rate: Callable, losses: Callable, steps: int, per_epoch: int, settings: dict, device,
-    what: str, directory: Path | None = None, resume: bool = True,
+    what: str, directory: Path | None = None, resume: bool = True, measure: Callable | None = None,
 ) -> None:  # fmt: skip
     """Take `steps` steps with `model`, which has an `encoder`; ends in evaluation mode.
 
     `rate(step)` is the learning rate. `losses(todo)` gives for each step of the range `todo` its losses, whose sum is
     this rank's; the ranks' are averaged. `settings` are what a checkpoint must agree with. With a `directory`,
-    checkpoint.pt and log.jsonl lie there, and the same call continues.
+    checkpoint.pt and log.jsonl lie there, and the same call continues. What `measure(epoch)` returns is logged.
     """
     scaler = torch.amp.GradScaler(device.type, enabled=settings["precision"] == "fp16")
     checksum = zlib.crc32(b"".join(x.cpu().numpy().tobytes() for x in model.encoder.state_dict().values()))
@@ -99,6 +99,7 @@ def optimize(
                 if not math.isfinite(loss):
                     raise InputError(f"loss: not finite in epoch {epoch}; try a lower --lr")
                 row = dict(step=step + 1, epoch=epoch, loss=loss, lr=now, images_per_second=round(speed, 1))
+                row |= measure(epoch) if measure else {}
                 run.end_epoch(row, last=step + 1 == steps)
                 bar.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} images/s", refresh=False)
                 begin, since, total = time.perf_counter(), step + 1, torch.zeros((), device=device)

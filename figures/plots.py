@@ -5,6 +5,7 @@ have a figure is told so by `Absent`: runs are asked for a decoder or a regresso
 """
 
 import re
+import statistics
 import textwrap
 from unittest import mock
 
@@ -51,6 +52,24 @@ def curves(study: Study):
     axes[0, 0].legend()
     keys = ["step", "epoch", *names]
     return figure, {label: {key: [row.get(key) for row in log] for key in keys} for label, log in logs.items()}
+
+
+def fine_tuning(study: Study):
+    """CMAE Figure 5: top-1 accuracy of the validation images along fine-tuning; of several seeds, the mean.
+
+    Training from random weights (`evaluate.py --protocol supervised`) is drawn beside it where it was done.
+    """
+    numbers = {}
+    for run in study.runs:
+        for name, tops in run.fine_tuned.items():
+            label = run.label if name == "finetune" else f"{run.label}, {name}"
+            numbers[label] = {"epoch": list(tops), "top1": [statistics.mean(top1) for top1 in tops.values()]}
+    figure, ((axis,),) = canvas()
+    for label, points in numbers.items():
+        axis.plot(points["epoch"], points["top1"], label=label, markevery=0.1)
+    axis.set(title="Fine-tuning (CMAE, Figure 5)", xlabel="epoch", ylabel="top-1 accuracy, per cent")
+    axis.legend()
+    return figure, numbers
 
 
 def reconstruction(study: Study):

@@ -91,14 +91,30 @@ class Run:
     def log(self) -> list[dict]:
         if self.path.is_file():
             raise Absent(f"{self.label} holds the weights of an encoder alone; give a run")
-        file = self.directory / "log.jsonl"
-        try:  # a line that is being written may end early
-            rows = [json.loads(line) for line in file.read_text().splitlines()[1:] if line.endswith("}")]
-        except (OSError, ValueError):
-            raise InputError(f"{file}: no log of a run; give a directory that train.py wrote") from None
-        if not rows:
+        if not (rows := read_log(self.directory / "log.jsonl")):
             raise Absent(f"{self.label} has logged no step yet; wait for one")
         return rows
+
+    @property
+    def fine_tuned(self) -> dict[str, dict[int, list[float]]]:
+        """Folder of an `evaluate.py` → epoch → top-1 accuracy of each seed, where all seeds have been measured."""
+        found: dict[str, list[dict]] = {}
+        for file in sorted(self.directory.glob("*/seed-*/log.jsonl")):
+            tops = {row["epoch"]: row["top1"] for row in read_log(file) if "top1" in row}
+            found.setdefault(file.parts[-3], []).append(tops)
+        tops = {name: {epoch: [seed[epoch] for seed in seeds] for epoch in seeds[0] if all(epoch in s for s in seeds)}
+                for name, seeds in found.items()}  # fmt: skip
+        if not any(tops.values()):
+            raise Absent(f"{self.label} has not been fine-tuned; evaluate.py --protocol finetune does that")
+        return {name: by_epoch for name, by_epoch in tops.items() if by_epoch}
+
+
+def read_log(file: Path) -> list[dict]:
+    """The lines of a log.jsonl but for the first. One that is being written may end early."""
+    try:
+        return [json.loads(line) for line in file.read_text().splitlines()[1:] if line.endswith("}")]
+    except (OSError, ValueError):
+        raise InputError(f"{file}: no log of a run; give a directory that train.py wrote") from None
 
 
 class Study:

@@ -1,18 +1,20 @@
 """The protocols that train, as evaluate.py runs them."""
 
 import copy
+import json
 import subprocess
 import sys
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from small import CALM, CPU, PROTOCOLS, RICH, Images, classifier_of, same, small_vit
+from small import CALM, CPU, PROTOCOLS, RICH, Images, classifier_of, same, small_vit, trained
 
 import evaluate
-from downstream import protocols, recipes
+from downstream import protocols, recipes, training_loop
 from downstream.recipes import Recipe, recipe_for
 from runtime import fast
 from runtime.encoders import untrained
@@ -21,6 +23,35 @@ from runtime.encoders import untrained
 def evaluated(protocol: str, recipe: Recipe = CALM, encoder=None, **options) -> dict:
     sets = Images(), Images(20, seed=9)
     return protocols.evaluate(encoder or small_vit(), *sets, [protocol], CPU, recipe=recipe, **options)[protocol]
+
+
+def log(directory: Path) -> list[dict]:
+    return [json.loads(line) for line in (directory / "seed-0" / "log.jsonl").read_text().splitlines()[1:]]
+
+
+@pytest.mark.parametrize("images, epochs", [(7, [1, 2, 3, 4, 5]), (20, [2, 5])])
+def test_fine_tuning_is_scored_while_it_goes_on_and_does_not_notice(images, epochs, tmp_path, monkeypatch):
+    """Every third epoch and the last, if all would take too long. In evaluation no path would be dropped."""
+    recipe, val, scores = replace(RICH, epochs=5, drop_path=0.5), Images(images, seed=9), []
+    whole, accuracy = trained("finetune", recipe), protocols.accuracy
+    monkeypatch.setattr(protocols, "accuracy", lambda *x: scores.append(accuracy(*x)) or scores[-1])
+    classifier = classifier_of("finetune", recipe)
+    measure = partial(protocols.while_training, classifier, val, (16, CPU, 8, "fp32"), 5, 24)
+    (tmp_path / "seed-0").mkdir()
+    training_loop.train(classifier, Images(), 3, recipe, CPU, directory=tmp_path / "seed-0", measure=measure)
+    assert same(classifier, whole)
+    assert [row["epoch"] for row in log(tmp_path) if "top1" in row] == epochs
+    assert [row["top1"] for row in log(tmp_path) if "top1" in row] == [score["top1"] for score in scores]
+    last = accuracy(*protocols.of_all(whole.logits, val, 16, CPU, 8, "fp32"))
+    assert scores[-1] == last
+
+
+def test_accuracy_is_logged_in_fine_tuning_alone_and_ends_with_the_result(tmp_path):
+    for protocol, blocks in [*PROTOCOLS, ("supervised", 1), ("partial", 2)]:
+        folder = tmp_path / f"{protocol}-{blocks}"
+        found = evaluated(protocol, blocks=blocks, directory=folder, paper=True)
+        tops = [row["top1"] for row in log(folder) if "top1" in row]
+        assert tops == ([found["top1"]] if protocol in ("finetune", "supervised") or blocks == 2 else []), protocol
 
 
 @pytest.mark.parametrize("protocol, blocks", PROTOCOLS)

@@ -14,7 +14,7 @@ import common
 import mae
 from common import ViT
 from figures import measures, plots
-from figures.study import spaced
+from figures.study import Absent, spaced
 from inputs import augment
 from runtime import encoders, files
 
@@ -264,6 +264,35 @@ def test_what_is_measured_now_and_then_has_a_panel(runs, tmp_path):
     (line,) = {axis.get_title(): axis for axis in figure.axes}["kNN, per cent"].get_lines()
     assert [list(line.get_xdata()), list(line.get_ydata())] == [[2, 3], [30, 40]]
     assert found["mae"]["knn"] == [None, 30, 40, None]
+
+
+def test_fine_tuning_is_the_mean_of_the_seeds_at_each_epoch(runs, tmp_path):
+    """As far as all seeds are. Runs that have none are named."""
+    about = study(runs, "mae", "cmae")
+    logs = {
+        ("mae", "finetune", 0): {1: 20.0, 2: 40.0, 3: 50.0}, ("mae", "finetune", 1): {1: 30.0, 2: 50.0},
+        ("mae", "supervised", 0): {1: 10.0, 3: 15.0}, ("mae", "linear-paper", 0): {}, ("cmae", "finetune-8x8", 7): {2: 9.0},
+    }  # fmt: skip
+    for (name, protocol, seed), tops in logs.items():
+        folder = tmp_path / name / protocol / f"seed-{seed}"
+        folder.mkdir(parents=True)
+        lines = [
+            dict(epochs=3),
+            *(dict(epoch=e, loss=1.0) | (dict(top1=tops[e]) if e in tops else {}) for e in (1, 2, 3)),
+        ]
+        (folder / "log.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    for run in about.runs:
+        run.directory = tmp_path / run.label
+    figure, found = plots.fine_tuning(about)
+    assert found == {
+        "mae": dict(epoch=[1, 2], top1=[25, 45]), "mae, supervised": dict(epoch=[1, 3], top1=[10, 15]),
+        "cmae, finetune-8x8": dict(epoch=[2], top1=[9]),
+    }  # fmt: skip
+    drawn = {line.get_label(): [list(line.get_xdata()), list(line.get_ydata())] for line in figure.axes[0].get_lines()}
+    assert drawn == {label: list(points.values()) for label, points in found.items()}
+    about.runs[1].directory = tmp_path / "mae" / "linear-paper"
+    with pytest.raises(Absent, match=r"^cmae has not been fine-tuned; evaluate\.py --protocol finetune does that$"):
+        plots.fine_tuning(about)
 
 
 def test_curves_are_the_log(runs):
