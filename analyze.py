@@ -34,7 +34,7 @@ WITH_REFERENCE |= {"token-variance"}
 OPTIONS = [
     ("images", None, int, "N", set(FIGURES) - {"curves", "fine-tuning"},
      "how many images to use; each figure has its own default"),
-    ("reference", [], str, "PATH", WITH_REFERENCE, "encoders to compare with: runs, or files of weights"),
+    ("reference", [], str, "PATH...", WITH_REFERENCE, "encoders to compare with: runs, or files of weights"),
     ("classes", 50, int, "K", {"class-distances"}, "how many classes to use [50]"),
     ("projection", "pca", ["pca", "tsne"], None, {"features"}, "principal components or t-SNE [pca]"),
     ("label-maps", None, str, "DIR", {"features"},

@@ -40,7 +40,7 @@ def options() -> argparse.Namespace:
     add_option(parser, "image-size", unset, Sides, "H [W]", text)
     parser.add_argument("--untrained", action="store_true", help="the same encoder at its initial weights")
     group = parser.add_argument_group("images (as the run's, unless given)")
-    images = "data data-root classes class-level range download skip-bad-images".split()
+    images = "data data-root classes class-level range split columns download skip-bad-images".split()
     for name, _, *option in OPTIONS["what to train on what"]:
         if name in images:
             add_option(group, name, unset, *option)
@@ -130,7 +130,8 @@ def main() -> None:
             print(write_export(encoder, args.export, to), flush=True)
         return process.stop()
     images = ("data", "data_root", "classes", "download", "skip_bad_images")
-    given = {name: settings[name] for name in ("class_level", "range") if settings.get(name)} | vars(args)
+    kept = ("class_level", "range") if "data" in args else ("class_level", "range", "split", "columns")
+    given = {name: settings[name] for name in kept if settings.get(name)} | vars(args)
     args = argparse.Namespace(**{name: settings.get(name) for name in images} | given)
     if args.data is None:
         raise InputError(f"{directory}: has no config.json that names its images; give --data")

@@ -223,8 +223,8 @@ def train_first(args, device: torch.device, name: str, **settings) -> nn.Module:
     for option, value in settings.items():
         flags += ["--" + option.replace("_", "-"), *map(str, value if isinstance(value, tuple) else [value])]
     theirs, config, Method = options([*flags, "--no-evaluate"])
-    same = "data_root download classes class_level range images repeat skip_bad_images workers max_steps device"
-    for key in f"{same} precision compile seed deterministic log_every".split():
+    same = "data_root download classes class_level range split columns images repeat skip_bad_images workers max_steps"
+    for key in f"{same} device precision compile seed deterministic log_every".split():
         setattr(theirs, key, getattr(args, key))
     theirs.resume = "never" if args.resume == "never" else "auto"
     settle(theirs, device)
@@ -245,8 +245,8 @@ def summary(args, encoder: nn.Module, run: Run, device: torch.device) -> None:
     if not args.evaluate:
         return say(f"evaluate  python evaluate.py --run {run.directory} --protocol knn")
     sets = [image_sets.open_for(args, split).to(device) for split in ("train", "val")]
-    if not sets[0].classes:
-        return say("evaluate  left out: the images have no labels, as they do not lie in class folders")
+    if not all(images.classes for images in sets):
+        return say("evaluate  left out: the images have no labels")
     encoders = {"untrained": untrained(encoder, args.seed), "trained": encoder.eval()}
     results = {name: evaluate(e, *sets, protocols=("knn", "linear"), device=device) for name, e in encoders.items()}
     say(f"accuracy on {len(sets[1]):,} validation images   kNN       linear")

@@ -138,7 +138,7 @@ class Study:
         about = self.runs[0].settings
         if self.data[0] is None:
             raise InputError(f"data: {self.runs[0].label} does not say which images to show; give --data")
-        own = dict(classes=None, class_level=None, range=None) if self.args.data else {}
+        own = dict.fromkeys("classes class_level range split columns".split()) if self.args.data else {}
         names = dict(data=self.data[0], data_root=self.data[1], download=False)
         return image_sets.open_for(SimpleNamespace(**vars(about) | names | own), split)
 

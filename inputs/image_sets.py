@@ -1,4 +1,4 @@
-"""Image sets: the built-in images, Tiny-ImageNet, CIFAR, ImageNet or any folder of images, with labels or without.
+"""Image sets: the built-in images, Tiny-ImageNet, CIFAR, ImageNet, any folder of images, any set of the hub's kind.
 
 `open_set(name, root, split)` gives an `ImageSet`: pixels as uint8 (3, H, W), labels as int64, images in class order.
 A small set is decoded once into a cache file and from then on mapped from there, or moved to the GPU as a whole. A
@@ -26,14 +26,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from inputs import builtin_images
+from inputs import builtin_images, hub
 from inputs.image_cache import Packed, cache_folder, cached, cores, in_turn, remembered
-from inputs.images_in_files import Files, class_folders, decode, image_files
+from inputs.images_in_files import Files, class_folders, image_files
 from runtime.errors import InputError
 from runtime.ranks import say
 
 NAMES = ("shapes", "tiny-imagenet", "cifar10", "cifar100", "imagenet")
-OPTIONS = ("download", "skip_bad_images", "class_level")
+OPTIONS = ("download", "skip_bad_images", "class_level", "columns")
 TINY_URL = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
 TINY_MD5 = "90528d7ca1a48142e341f4ef8d21d0de"
 RESIDENT_LIMIT = 4 << 30  # bytes of pixels above which a folder is streamed
@@ -55,8 +55,8 @@ class ImageSet:
         """The class of each image, int64 (N,); an InputError if the images have none."""
         if self.classes:
             return self._labels
-        what = "its images have no labels, as they do not lie in class folders"
-        raise InputError(f"{self.name}: {what}; sort them into a folder for each class to measure an encoder on them")
+        what = "sort them into a folder for each class, or give --columns of hf: sets"
+        raise InputError(f"{self.name}: its images have no labels, which a measure of an encoder needs; {what}")
 
     def to(self, device) -> "ImageSet":
         """Move a resident set; a streamed one stays as it is."""
@@ -124,22 +124,26 @@ def open_for(settings, split: str) -> ImageSet:
     """The split of the set that a command's settings name, cut to the classes that they ask for."""
     given = vars(settings)
     options = {name: given[name] for name in OPTIONS if given.get(name) is not None}
-    image_set = open_set(settings.data, given.get("data_root"), split, value_range=given.get("range"), **options)
+    options |= dict(value_range=given.get("range"), splits=given.get("split") or ())
+    image_set = open_set(settings.data, given.get("data_root"), split, **options)
     return image_set.subset(settings.classes) if given.get("classes") else image_set
 
 
 def open_set(
-    name: str, root=None, split="train", *, download=False, skip_bad_images=False, class_level=1, value_range=None
-) -> ImageSet:
+    name: str, root=None, split="train", *, download=False, skip_bad_images=False, class_level=1, value_range=None,
+    splits=(), columns=(),
+) -> ImageSet:  # fmt: skip
     """Open one split of an image set.
 
-    name: one of NAMES, or a folder (relative to `root`, if both are given) as `class_folders` describes it.
+    name: one of NAMES, a folder (relative to `root`, if both are given) as `class_folders` describes it, or what
+        `hub.find` takes.
     root: where the data lie, for tiny-imagenet and cifar by default the cache folder; there `download` puts them.
     split: "train" or "val"; for CIFAR, "val" is its test set.
     skip_bad_images: leave out images that do not decode, and count them in one line, instead of raising InputError.
     class_level: which level of nested folders the classes are; by default 1, the folders at the top.
     value_range: what becomes black and white in greys of more than 8 bits, by default the lowest and the highest value
         in the training images, which are looked for once.
+    splits, columns: of an hf: set, as `hub.find` takes them.
 
     ImageNet always streams; another folder does above RESIDENT_LIMIT bytes of pixels, estimated from the image
     headers of a sample. Under torch.distributed every rank has to call this; the first on each node does the work.
@@ -148,6 +152,8 @@ def open_set(
         raise InputError(f"{split}: no such split; there are train and val")
     if value_range and not -math.inf < value_range[0] < value_range[1] < math.inf:
         raise InputError(f"range {value_range[0]:g} {value_range[1]:g}: the first must be below the second")
+    if (splits or columns) and not name.startswith(hub.PREFIX):
+        raise InputError(f"{name}: has no splits or columns to choose; leave out --{'split' if splits else 'columns'}")
     root = None if root is None else Path(root)
 
     def work() -> ImageSet:
@@ -155,7 +161,12 @@ def open_set(
             return ImageSet(name, *shapes(split))
         if name in ("cifar10", "cifar100"):
             return ImageSet(name, *cifar(name, root or cache_folder(), split, download))
-        return open_files(name, *find_files(name, root, download, class_level), split, skip_bad_images, value_range)
+        if name.startswith(hub.PREFIX):
+            title, find = name, partial(hub.find, name, root, splits, columns)
+        else:
+            folder, listed = find_files(name, root, download, class_level)
+            title, find = name if name in NAMES else folder.resolve().name, partial(in_files, folder, listed)
+        return open_files(title, find, split, skip_bad_images, value_range)
 
     return in_turn(work)
 
@@ -173,23 +184,29 @@ def find_files(name: str, root: Path | None, download: bool, class_level: int):
     return root, partial(class_folders, level=class_level)
 
 
-def open_files(name: str, root: Path, find, split: str, skip_bad: bool, value_range) -> ImageSet:
-    """A set whose images are the files that `find(root, split)` lists, for `open_set`."""
-    classes, paths = find(root, split)
-    title = name if name in NAMES else root.resolve().name
-    files = Files(root, list(itertools.chain(*paths)), value_range and tuple(value_range))
-    labels = torch.arange(len(paths)).repeat_interleave(torch.tensor([len(of_class) for of_class in paths]))
-    size, deep = (math.inf, False) if name == "imagenet" else files.survey()
+def in_files(root: Path, listed, split: str) -> tuple[list[str], Files, list[int]]:
+    """Names of classes, the images of all in their order, and how many each has, as `listed(root, split)` says."""
+    classes, paths = listed(root, split)
+    return classes, Files(root, list(itertools.chain(*paths))), list(map(len, paths))
+
+
+def open_files(title: str, find, split: str, skip_bad: bool, value_range) -> ImageSet:
+    """A set that is decoded here, for `open_set`: `find` gives for a split what `in_files` does."""
+    classes, files, counts = find(split)
+    labels = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
+    files.value_range = value_range and tuple(value_range)
+    stem = Path(title).name
+    size, deep = (math.inf, False) if title == "imagenet" else files.survey()
     if deep and not value_range:
-        train = files if split == "train" else Files(root, list(itertools.chain(*find(root, "train")[1])))
-        files.value_range = tuple(remembered(f"{title}-range", train.fingerprint(), train.extremes))
+        train = files if split == "train" else find("train")[1]
+        files.value_range = tuple(remembered(f"{stem}-range", train.fingerprint(), train.extremes))
     if size > RESIDENT_LIMIT:
         return ImageSet(title, classes, labels, files, skip_bad)
     made_from = files.fingerprint() + labels.numpy().tobytes()
     made_from += repr(files.value_range).encode() if files.value_range else b""
-    pixels, labels, bad = cached(f"{title}-{split}", made_from, lambda: files.decoded(labels, skip_bad))
+    pixels, labels, bad = cached(f"{stem}-{split}", made_from, lambda: files.decoded(labels, skip_bad))
     if bad and not skip_bad:  # the cache was made while they could be skipped
-        decode(root / bad[0])
+        files.decode([files.name(i) for i in range(len(files))].index(bad[0]))
     if bad:
         say(f"{title}: {len(bad)} images that do not decode are left out, {bad[0]} the first")
     return ImageSet(title, classes, labels, pixels, skip_bad)

@@ -1,6 +1,7 @@
 """Images in files: which ones a folder holds for which class, decoding one, and decoding many by worker processes."""
 
 import contextlib
+import copy
 import os
 import signal
 import threading
@@ -24,21 +25,21 @@ EXTENSIONS = tuple(".jpg .jpeg .png .ppm .bmp .pgm .tif .tiff .webp .gif".split(
 CHUNK = 32  # images that a worker hands over at once: keeps shared memory small and the first batch soon there
 
 
-def decode(path: Path, value_range: tuple[float, float] | None = None) -> Tensor:
-    """uint8 RGB (3, H, W) from a file of any mode; transparency and EXIF rotation are ignored.
+def decode(source, value_range: tuple[float, float] | None = None, name: str | None = None) -> Tensor:
+    """uint8 RGB (3, H, W) from a path or an open file, of any mode; transparency and EXIF rotation are ignored.
 
     Of greys with more than 8 bits, `value_range` becomes 0 … 255; without one, 16 bits do, and floats stay as they are.
-    Pillow decodes, as torchvision has announced the end of its own decoders.
+    `name` stands in messages. Pillow decodes, as torchvision has announced the end of its own decoders.
     """
     try:
-        with Image.open(path) as image:
+        with Image.open(source) as image:
             if is_deep(image):  # Pillow's own conversion would clip at 255
                 grey = torch.from_numpy(np.nan_to_num(np.asarray(image).astype(np.float64)))
                 low, high = value_range or ((0, 255) if image.mode == "F" else (0, 65535))
                 return ((grey - low) * 255 / (high - low)).clamp(0, 255).to(torch.uint8).repeat(3, 1, 1)
             return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
     except Exception as error:  # Pillow's plugins raise every kind there is, SyntaxError included
-        what = f"{path}: does not decode as an image ({type(error).__name__})"
+        what = f"{name or source}: does not decode as an image ({type(error).__name__})"
         raise InputError(f"{what}; repair or remove it (train.py, evaluate.py: or --skip-bad-images)") from error
 
 
@@ -48,7 +49,10 @@ def is_deep(image: Image.Image) -> bool:
 
 
 class Files:
-    """The images at `paths` below `root`, for a `DataLoader` whose workers ask for one chunk of positions at a time."""
+    """The images at `paths` below `root`, for a `DataLoader` whose workers ask for one chunk of positions at a time.
+
+    `inputs.hub.Rows` has other places that images lie at: `source`, `name` and `fingerprint` are of files alone.
+    """
 
     def __init__(self, root: Path, paths: list[str], value_range: tuple[float, float] | None = None):
         self.root, self.value_range = root, value_range
@@ -58,13 +62,22 @@ class Files:
         return len(self.paths)
 
     def first(self, n: int) -> "Files":
-        return Files(self.root, self.paths[:n], self.value_range)
+        fewer = copy.copy(self)
+        fewer.paths = self.paths[:n]
+        return fewer
+
+    def source(self, i: int):
+        """What Pillow opens."""
+        return self.root / self.paths[i]
+
+    def name(self, i: int) -> str:
+        return str(self.paths[i])
 
     def at(self, index: Tensor) -> "Files":
         return Files(self.root, self.paths[index.numpy()], self.value_range)
 
     def decode(self, i: int) -> Tensor:
-        return decode(self.root / self.paths[i], self.value_range)
+        return decode(self.source(i), self.value_range, f"{self.root}/{self.name(i)}")
 
     def __getitem__(self, chunk: tuple[list[int], bool]):
         """(positions, last) → the same, flat pixels, sizes, and {position: error}; what fails has size 0 × 0."""
@@ -93,7 +106,7 @@ class Files:
                 if errors and not skip_bad:
                     raise InputError(next(iter(errors.values())))
                 good = sizes[:, 0] > 0
-                yield flat, sizes[good], labels[chunk][good], [str(self.paths[i]) for i in errors]
+                yield flat, sizes[good], labels[chunk][good], [self.name(i) for i in errors]
                 bar.update(len(chunk))
 
     def following(self, i: int) -> tuple[int, Tensor]:
@@ -107,7 +120,7 @@ class Files:
         """From the headers of an even sample: bytes of all images as uint8 RGB, and whether there are deep greys."""
         areas, deep = [], False
         for i in np.linspace(0, len(self) - 1, min(sample, len(self))).astype(int):
-            with contextlib.suppress(Exception), Image.open(self.root / self.paths[i]) as image:  # decoding will tell
+            with contextlib.suppress(Exception), Image.open(self.source(i)) as image:  # decoding will tell
                 areas.append(image.width * image.height)
                 deep |= is_deep(image)
         return 3 * len(self) * float(np.mean(areas or 0)), deep
@@ -115,15 +128,15 @@ class Files:
     def extremes(self) -> list[float]:
         """The lowest and the highest value of all deep greys; those of 16 bits, if there are none."""
 
-        def of_one(path: str) -> list[float]:
-            with contextlib.suppress(Exception), Image.open(self.root / path) as image:
+        def of_one(i: int) -> list[float]:
+            with contextlib.suppress(Exception), Image.open(self.source(i)) as image:
                 values = np.asarray(image) if is_deep(image) else np.empty(0)
                 values = values[np.isfinite(values)]
                 return [float(values.min()), float(values.max())] if values.size else []
             return []
 
         with ThreadPoolExecutor(cores()) as pool:
-            bar = tqdm(pool.map(of_one, self.paths.tolist()), "finding the range of values", len(self), unit=" images")
+            bar = tqdm(pool.map(of_one, range(len(self))), "finding the range of values", len(self), unit=" images")
             found = [value for pair in bar for value in pair] or [0.0, 65535.0]
         return [min(found), max(max(found), min(found) + 1)]
 
@@ -206,7 +219,9 @@ def held_out(root: Path, paths: list[list[str]], split: str) -> list[list[str]]:
     """Of every ten images of each list the second as "val", the rest as "train"."""
     paths = [[p for i, p in enumerate(of_class) if (i % 10 == 1) == (split == "val")] for of_class in paths]
     if not any(paths):
-        raise InputError(f"{root}: one image, or one per class, leaves none to hold out; add images, or a folder val/")
+        raise InputError(
+            f"{root}: one image, or one per class, leaves none to hold out; add images, or a set for validation"
+        )
     return paths
 
 

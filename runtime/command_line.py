@@ -46,12 +46,14 @@ class Sides(argparse.Action):
 # its words itself.
 OPTIONS = {
     "what to train on what": [
-        ("data", "shapes", str, "SET", "shapes, tiny-imagenet, cifar10, cifar100, imagenet, or a folder of images"),
+        ("data", "shapes", str, "SET", "shapes, tiny-imagenet, cifar10, cifar100, imagenet, a folder, or hf:NAME"),
         ("data-root", None, str, "DIR", "where the images of a named set are or shall be"),
         ("download", None, bool, "switch", "fetch the set if it is not there"),
         ("classes", None, int, "K", "only the first K classes of the set"),
         ("class-level", None, int, "N", "where folders lie in folders, the level that the classes are; 1: at the top"),
         ("range", None, float, "LOW HIGH", "black and white of 16-bit greys; if not given, the set's own extremes"),
+        ("split", None, str, "NAME...", "of an hf: set, to train on and to validate on [train validation]"),
+        ("columns", None, str, "NAME...", "of an hf: set, of images and of labels; if not given, found by type"),
         ("images", None, int, "K", "pretrain on the first K images only; evaluation still has all"),
         ("repeat", 1, int, "N", "each image N times an epoch, as one image needs (LC-MAE, Table A.1)"),
         ("skip-bad-images", None, bool, "switch", "leave out images that do not decode"),
@@ -79,7 +81,7 @@ OPTIONS = {
         ("min-lr", 0.0, float, "RATE", "learning rate at the end of the cosine"),
         ("warmup-epochs", 2, float, "N", "in which the rate grows from 0; by default fewer if --epochs are no more"),
         ("weight-decay", 0.05, float, "X", "of AdamW; biases and vectors are not decayed"),
-        ("no-decay", [], str, "PART", "parameters with PART in their name are not decayed either"),
+        ("no-decay", [], str, "PART...", "parameters with PART in their name are not decayed either"),
         ("betas", (0.9, 0.95), float, "BETA", "of AdamW"),
         ("clip-grad", 0.0, float, "NORM", "largest norm of the gradient; 0: any"),
     ],
@@ -240,8 +242,10 @@ def add_option(group, name: str, default, kind, metavar: str | None, text: str) 
         how = dict(action=kind, nargs="+", metavar=metavar)
     elif " " in (metavar or ""):
         how |= dict(nargs=len(metavar.split()), metavar=tuple(metavar.split()))
+    elif (metavar or "").endswith("..."):
+        how |= dict(nargs="*", metavar=metavar.removesuffix("..."))
     elif isinstance(default, list | tuple):
-        how["nargs"] = len(default) or "*"
+        how["nargs"] = len(default)
     group.add_argument(f"--{name}", default=default, help=text, **how)
 
 

@@ -124,7 +124,7 @@ def test_a_folder_without_class_folders_has_images_without_labels(tmp_path, layo
     held_out = [90] if "and val" in layout else [1, 11]
     assert torch.equal(val.images(torch.arange(len(val))), torch.stack([as_tensor(pixels(s)) for s in held_out]))
     for use in (lambda: train.labels, lambda: train.subset(1), lambda: train.first(2).labels):
-        with pytest.raises(InputError, match="its images have no labels, as they do not lie in class folders; sort"):
+        with pytest.raises(InputError, match="its images have no labels, which a measure of an encoder needs; sort"):
             use()
 
 
