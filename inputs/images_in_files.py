@@ -266,23 +266,24 @@ def image_files(root: Path, folder: Path) -> list[str]:
 def flat_val(root: Path, classes: list[str]) -> list[list[str]]:
     """ImageNet's val/ as it is unpacked, without class folders: the images of each class, by a list that lies near.
 
-    That is Kaggle's LOC_val_solution.csv, or ILSVRC2012_validation_ground_truth.txt with map_clsloc.txt: in `root`, up
-    to three folders above it, or in a development kit in one of these.
+    That is Kaggle's LOC_val_solution.csv, or ILSVRC2012_validation_ground_truth.txt with the numbers of classes in the
+    official meta.mat or in map_clsloc.txt: in `root`, up to three folders above it, or in a development kit in these.
     """
     kits = ("", "ILSVRC2012_devkit_t12/data", "devkit/data")
     near = [place / kit for place in (root, *list(root.absolute().parents)[:3]) for kit in kits]
-    names = "LOC_val_solution.csv ILSVRC2012_validation_ground_truth.txt map_clsloc.txt".split()
-    solution, truth, numbering = (next((p / n for p in near if (p / n).is_file()), None) for n in names)
+    names = "LOC_val_solution.csv ILSVRC2012_validation_ground_truth.txt map_clsloc.txt meta.mat".split()
+    solution, truth, *numbers = (next((p / n for p in near if (p / n).is_file()), None) for n in names)
+    numbering = numbers[0] or numbers[1]
     if not solution and not (truth and numbering):
-        what = f"put {names[0]} (Kaggle's), or {names[1]} and {names[2]}, beside val/"
+        what = f"put {names[0]} (Kaggle's), or {names[1]} and {names[3]} (the development kit's), beside val/"
         what = f"holds no class folders, nor is a list of its labels near; {what}"
         raise InputError(f"{root}/val: {what}, or sort the images into class folders")
+    synsets = {} if solution else numbered_synsets(numbering)
     try:
         if solution:  # ImageId,class box …
             rows = [line.split(",") for line in solution.read_text().splitlines()[1:] if line]
             labels = {image: found.split()[0] for image, found, *_ in rows}
         else:
-            synsets = {number: name for name, number, *_ in map(str.split, numbering.read_text().splitlines())}
             numbers = enumerate(truth.read_text().split(), 1)
             labels = {f"ILSVRC2012_val_{i:08}": synsets[number] for i, number in numbers}
     except (OSError, ValueError, LookupError):
@@ -296,3 +297,18 @@ def flat_val(root: Path, classes: list[str]) -> list[list[str]]:
     if empty := [name for name, paths in of_class.items() if not paths]:
         raise InputError(f"{root}/val: holds no image of class {empty[0]}, which train/ has; both need the same")
     return list(of_class.values())
+
+
+def numbered_synsets(path: Path) -> dict[str, str]:
+    """The number by which ImageNet's ground truth calls each class → its name, from map_clsloc.txt or meta.mat."""
+    try:
+        if path.suffix == ".txt":
+            return {number: name for name, number, *_ in map(str.split, path.read_text().splitlines())}
+        from scipy.io import loadmat
+
+        rows = loadmat(path, squeeze_me=True)["synsets"]
+        return {str(int(row["ILSVRC2012_ID"])): str(row["WNID"]) for row in rows}
+    except ImportError:
+        raise InputError(f"{path}: needs scipy to be read, which is not installed; pip install scipy") from None
+    except Exception:  # scipy raises many kinds
+        raise InputError(f"{path}: is not the list of labels that it should be; fetch it again") from None

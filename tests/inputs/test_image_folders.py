@@ -1,7 +1,10 @@
 """Folders of images: which files and classes are found, what is held out, and the line that each bad folder gets."""
 
+import importlib.util
+import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from made_images import as_tensor, make_folder, pixels, save, the_error
@@ -218,7 +221,22 @@ def give_kit(folder):
     (folder / "map_clsloc.txt").write_text("".join(f"{wnid} {n} a_word\n" for wnid, n in NUMBERS.items()))
 
 
-@pytest.mark.parametrize("give", [give_kaggle, give_kit])
+def give_official_kit(folder):
+    """As ILSVRC2012_devkit_t12.tar.gz is unpacked: classes are structs of MATLAB, with those above them in WordNet."""
+    give_kit(folder)
+    kit = folder / "ILSVRC2012_devkit_t12" / "data"
+    (kit / "map_clsloc.txt").unlink()
+    fields = "ILSVRC2012_ID WNID words gloss num_children children wordnet_height num_train_images".split()
+    rows = [
+        (float(n), wnid, "kit fox, Vulpes macrotis", "a fox", 0.0, np.empty(0), 0.0, 1300.0)
+        for wnid, n in NUMBERS.items()
+    ]
+    rows.append((4.0, "n04", "animal", "a living thing", 3.0, np.array([1.0, 2.0, 3.0]), 1.0, 0.0))
+    table = np.array(rows, [(field, object) for field in fields])[:, None]
+    pytest.importorskip("scipy.io").savemat(kit / "meta.mat", dict(synsets=table))
+
+
+@pytest.mark.parametrize("give", [give_kaggle, give_kit, give_official_kit])
 @pytest.mark.parametrize("where", [".", "../.."])
 def test_a_val_as_it_is_unpacked_has_the_labels_that_lie_near(tmp_path, give, where):
     root = make_imagenet(tmp_path / "one" / "two" / "set")
@@ -229,7 +247,7 @@ def test_a_val_as_it_is_unpacked_has_the_labels_that_lie_near(tmp_path, give, wh
     assert len(image_sets.open_set("imagenet", root)) == 6
 
 
-def test_a_val_as_it_is_unpacked_without_labels_gets_a_line_that_says_what_to_do(tmp_path):
+def test_a_val_as_it_is_unpacked_without_labels_gets_a_line_that_says_what_to_do(tmp_path, monkeypatch):
     root = make_imagenet(tmp_path)
     for split in ("train", "val"):
         line = the_error("imagenet", root, split)
@@ -238,6 +256,15 @@ def test_a_val_as_it_is_unpacked_without_labels_gets_a_line_that_says_what_to_do
     kit = root / "ILSVRC2012_devkit_t12" / "data"
     (kit / "map_clsloc.txt").rename(kit / "away")
     assert "nor is a list of its labels near" in the_error("imagenet", root)
+    (kit / "meta.mat").write_bytes(b"no matrix")
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "scipy.io", None)
+        assert (
+            the_error("imagenet", root)
+            == f"{kit}/meta.mat: needs scipy to be read, which is not installed; pip install scipy"
+        )
+    if importlib.util.find_spec("scipy"):
+        assert the_error("imagenet", root).startswith(f"{kit}/meta.mat: is not the list of labels that it should be")
     for content in ("n01 one kit_fox", "n01 9 kit_fox", "n01", "", b"\xff\xfe\x00"):
         (kit / "map_clsloc.txt").write_bytes(content if isinstance(content, bytes) else content.encode())
         assert "is not the list of labels that it should be; fetch it again" in the_error("imagenet", root), content
