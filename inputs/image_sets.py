@@ -26,13 +26,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from inputs import builtin_images, hub
+from inputs import builtin_images, hub, inaturalist
 from inputs.image_cache import Packed, cache_folder, cached, cores, in_turn, remembered
 from inputs.images_in_files import Files, class_folders, image_files
 from runtime.errors import InputError
 from runtime.ranks import say
 
-NAMES = ("shapes", "tiny-imagenet", "cifar10", "cifar100", "imagenet")
+NAMES = ("shapes", "tiny-imagenet", "cifar10", "cifar100", "imagenet", "inaturalist")
 OPTIONS = ("download", "skip_bad_images", "class_level", "columns")
 TINY_URL = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
 TINY_MD5 = "90528d7ca1a48142e341f4ef8d21d0de"
@@ -175,8 +175,11 @@ def find_files(name: str, root: Path | None, download: bool, class_level: int):
     """The folder of a set's files, and the function (folder, split) → names of classes, paths of each class."""
     if name == "tiny-imagenet":
         return tiny_imagenet_root(root or cache_folder(), download), tiny_imagenet
-    if name == "imagenet" and root is None:
-        raise InputError("imagenet: no folder is given; name the one that holds train/ and val/ with --data-root")
+    if name in ("imagenet", "inaturalist") and root is None:
+        what = "train/ and val/" if name == "imagenet" else "the lists of a year"
+        raise InputError(f"{name}: no folder is given; name the one that holds {what} with --data-root")
+    if name == "inaturalist":
+        return root, inaturalist.class_lists
     if name != "imagenet":
         root = (root or Path()) / name
         if not root.is_dir():

@@ -46,7 +46,8 @@ class Sides(argparse.Action):
 # its words itself.
 OPTIONS = {
     "what to train on what": [
-        ("data", "shapes", str, "SET", "shapes, tiny-imagenet, cifar10, cifar100, imagenet, a folder, or hf:NAME"),
+        ("data", "shapes", str, "SET",
+         "shapes, tiny-imagenet, cifar10, cifar100, imagenet, inaturalist, a folder of images, or hf:NAME"),
         ("data-root", None, str, "DIR", "where the images of a named set are or shall be"),
         ("download", None, bool, "switch", "fetch the set if it is not there"),
         ("classes", None, int, "K", "only the first K classes of the set"),
