@@ -63,10 +63,10 @@ def feature_maps(encoder: ViT, images: Tensor, taps: list[int]) -> list[Tensor]:
 
 
 class BatchNorm(nn.BatchNorm2d):
-    """Over the images of all ranks. `nn.SyncBatchNorm` refuses CPU tensors."""
+    """Over the images of all ranks. `nn.SyncBatchNorm` refuses CPU tensors, and torch's a single value a channel."""
 
     def forward(self, x: Tensor) -> Tensor:  # (B, C, h, w)
-        if world_size() == 1 or not self.training:
+        if not self.training or (world_size() == 1 and x[:, 0].numel() > 1):
             return super().forward(x)
         x = batch_norm(x, self.running_mean, self.running_var, True, self.momentum, self.eps)
         return x * self.weight[:, None, None] + self.bias[:, None, None]

@@ -299,6 +299,16 @@ def test_scores_are_taken_at_an_images_own_size_without_the_padding():
     assert model.measure(None, iter([samples]), "cpu")["pixel_accuracy"] > 95
 
 
+def test_batch_norm_of_a_single_value_is_its_bias_and_of_more_is_torchs():
+    """UperNet pools its coarsest map to one place: of a part with one image that is one value a channel."""
+    ours, theirs = dense_prediction.BatchNorm(3).train(), torch.nn.BatchNorm2d(3).train()
+    ours.bias.data += 2
+    assert torch.equal(ours(torch.randn(1, 3, 1, 1)), torch.full((1, 3, 1, 1), 2.0))
+    theirs.load_state_dict(ours.state_dict())
+    x = torch.randn(2, 3, 4, 4)
+    assert torch.equal(ours(x), theirs(x)) and torch.equal(ours.running_var, theirs.running_var)
+
+
 @pytest.mark.parametrize("length, size", [(32, 32), (33, 32), (64, 32), (100, 32), (7, 3), (5, 1)])
 def test_windows_cover_a_length_and_overlap_by_a_third_at_least(length, size):
     found = dense_prediction.starts(length, size)
