@@ -106,9 +106,9 @@ RECIPES = {
         **tokenizer_settings("tiny"),
     ),
     # The built-in images; a step takes three times as long as MAE's, so that there are fewer epochs: too few for layer
-    # scales that begin at .1.
+    # scales that begin at .1, or for large batches.
     "demo": dict(
-        model="nano", image_size=64, patch_size=8, epochs=6, warmup_epochs=1, batch_size=128, lr=1e-3,
+        model="nano", image_size=64, patch_size=8, epochs=6, warmup_epochs=1, batch_size=64, lr=1e-3,
         weight_decay=0.05, betas=(0.9, 0.999), clip_grad=3.0, crop_scale=0.2, regressor_depth=2, decoder_depth=2,
         evaluate=True, **tokenizer_settings("demo"),
     ),
