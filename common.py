@@ -332,7 +332,7 @@ class ViT(nn.Module):
         self.relative_table = None
         if not absolute:
             self.register_buffer("relative_places", relative_places(self.grid), persistent=False)
-            self.relative_table = nn.Parameter(torch.zeros(int(self.relative_places.max()) + 1, heads))
+            self.relative_table = nn.Parameter(torch.zeros(math.prod(2 * side - 1 for side in self.grid) + 3, heads))
         rates = [drop_path * i / max(1, depth - 1) for i in range(depth)]
         self.blocks = nn.ModuleList(Block(width, heads, 4, layer_scale, rate) for rate in rates)
         self.norm = nn.LayerNorm(width, eps=1e-6)

@@ -24,7 +24,7 @@ Differences from DALL-E
 
     python train.py --method dvae    torchrun --nproc_per_node=8 train.py --method dvae --data imagenet --data-root DIR
 
-Its encoder.pt holds the `Tokenizer` and not a ViT: `train.py --method cae --tokenizer` reads it, evaluate.py does not.
+Its encoder holds the `Tokenizer` and not a ViT: `train.py --method cae --tokenizer` reads it, evaluate.py does not.
 Measured as for CAE's row in docs/results.md: 195 steps of 128 images of ten classes of Tiny-ImageNet, two seeds. Of 128
 codes 12 and 11 are effective, as most die within the first hundred steps; the squared error of pixels in [0, 1] is .025
 and .024. With `--diversity-weight 16`, 68 and 48 are effective, at an error of .026 and .028. The linear probe of a CAE
@@ -186,8 +186,8 @@ class Tokenizer(nn.Module):
 
 
 def load_tokenizer(file: str) -> Tokenizer:
-    """A run of --method dvae (its directory or its encoder.pt), or DALL-E's encoder: a plain state dict. Never code."""
-    path = Path(file) / "encoder.pt" if Path(file).is_dir() else Path(file)
+    """A run of --method dvae (its directory or its encoder), or DALL-E's encoder: a plain state dict. Never code."""
+    path = files.encoder_in(Path(file)) if Path(file).is_dir() else Path(file)
     if not path.is_file():
         raise InputError(f"tokenizer {path}: no such file; {WANTED}")
     try:

@@ -9,9 +9,9 @@ step (`draw`), and computes its losses (called as a module): a dict whose `loss`
 Optional members: `update_teacher` moves the teacher after each step, `end_epoch` sees all images between two epochs,
 and `prepare` can have another method trained first, in `<out>/<its name>`.
 
-A run lives in its directory (`--out`): config.json, log.jsonl, checkpoint.pt, encoder.pt, pictures and a summary. The
-same command resumes it. Everything random in step t comes from (seed, t) and the order of epoch e from (seed, e), so a
-resumed run ends bit-identical to an uninterrupted one; the number of processes changes no draw but drop path's.
+A run lives in its directory (`--out`): config.json, log.jsonl, checkpoint.pt, encoder.safetensors, pictures, a summary.
+The same command resumes it. Everything random in step t comes from (seed, t) and the order of epoch e from (seed, e),
+so a resumed run ends bit-identical to an uninterrupted one; the number of processes changes no draw but drop path's.
 The host waits for a GPU only to log, to save, for fp16's scale, between epochs, and every tenth step for the processes
 to agree on stopping; otherwise it draws the next step while the GPU computes.
 """
@@ -32,9 +32,10 @@ from downstream.watch import Watch
 from inputs import image_sets
 from methods import METHODS
 from runtime import fast, files, process
-from runtime.command_line import build_encoder, pretraining_options, settle
-from runtime.encoders import fill, untrained
+from runtime.command_line import build_encoder, goes_on, pretraining_options, settle
+from runtime.encoders import untrained
 from runtime.errors import InputError
+from runtime.initial import fill, fill_decoder
 from runtime.log import Meter, Pictures
 from runtime.optimization import learning_rate, parameter_groups
 from runtime.randomness import epoch_order
@@ -61,11 +62,11 @@ def train(args, config, Method, device: torch.device) -> nn.Module:
     images = (images.first(args.images) if args.images else images).to(device)  # --images limits pretraining alone
     plan = Plan(args, len(images))
     method, optimizer, scaler = build(args, config, Method, device)
+    if args.init and not goes_on(args):  # before anything is written
+        begin(args, config, Method, method)
     watch = Watch(args, method, device)
     run = Run(args, config, len(images), method=method, optimizer=optimizer, scaler=scaler)
     run.open()
-    if run.step == 0 and args.init:
-        begin(args, config, Method, method)
     if run.step == 0 and hasattr(method, "prepare"):
         method.prepare(partial(train_first, args, device))
     learned = sum(p.numel() for p in method.parameters() if p.requires_grad)
@@ -198,14 +199,15 @@ def build(args, config, Method, device: torch.device):
 
 
 def begin(args, config, Method, method: nn.Module) -> None:
-    """Give a new method the encoder of `--init`, and its teacher a copy; all else stays as the seed made it."""
+    """Give a new method the encoder of `--init` and a decoder that fits, its teacher a copy; all else is the seed's."""
     if not isinstance(method.encoder, ViT):  # a tokenizer, say
         raise InputError(f"--init {args.init}: {args.method} learns no ViT; leave out --init")
     torch.manual_seed(args.seed)
     encoder = build_encoder(args)
-    fill(encoder, args.init, args.heads)
-    method.load_state_dict(Method(encoder, config).state_dict())
-    say(f"the encoder goes on from {args.init}; the rest of {args.method} begins anew")
+    found = fill(encoder, args.init, args.heads)
+    given = Method(encoder, config)
+    say(*fill_decoder(given, encoder, found, args.init))
+    method.load_state_dict(given.state_dict())
 
 
 def distribute(method: nn.Module) -> nn.Module:
@@ -239,7 +241,7 @@ def summary(args, encoder: nn.Module, run: Run, device: torch.device) -> None:
     """What a person wants to know at the end: the loss, the pictures, and whether the encoder learned something."""
     if run.log and run.log.losses:  # only rank 0 has a log, which is empty if it was deleted
         say("", f"loss      {run.log.losses[0]:.4f} -> {run.log.losses[-1]:.4f}")
-    say(f"pictures  {run.directory / 'reconstruction.png'}", f"encoder   {run.directory / 'encoder.pt'}")
+    say(f"pictures  {run.directory / 'reconstruction.png'}", f"encoder   {run.directory / 'encoder.safetensors'}")
     if not isinstance(encoder, ViT):  # a tokenizer, say
         return
     if not args.evaluate:

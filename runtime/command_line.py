@@ -169,11 +169,26 @@ def fastest(device: torch.device) -> dict:
     return dict(precision=half if device.type == "cuda" else "fp32", linear=None)
 
 
+def checkpoint_of(args) -> Path | None:
+    """Where the checkpoint is that `--resume` continues from, if it is there; None: none is wanted."""
+    if args.resume == "never" or not args.out:
+        return None
+    return Path(args.out, "checkpoint.pt") if args.resume == "auto" else Path(args.resume)
+
+
+def goes_on(args) -> bool:
+    """Whether there is a checkpoint to continue from, as rank 0 sees it."""
+    found = [bool(path := checkpoint_of(args)) and path.exists()]
+    if world_size() > 1:
+        dist.broadcast_object_list(found)
+    return found[0]
+
+
 def begun(args) -> dict:
     """Precision and products of the run that `--resume` continues, from its checkpoint or, before one, config.json."""
-    if args.resume == "never" or not args.out:
+    path = checkpoint_of(args)
+    if path is None:
         return {}
-    path = Path(args.out, "checkpoint.pt") if args.resume == "auto" else Path(args.resume)
     with suppress(Exception):  # whoever reads the whole file says what is wrong with it
         if path.exists():
             settings = torch.load(path, "cpu", weights_only=True, mmap=True)["settings"]

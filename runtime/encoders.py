@@ -1,6 +1,6 @@
 """Encoders read from files (our runs', MAE's official weights, timm's, Hugging Face's), and written for the last two.
 
-Read are a run's directory or its encoder.pt; `mae_pretrain_vit_*.pth` and timm's `VisionTransformer`, which share their
+Read are a run's directory or its encoder; `mae_pretrain_vit_*.pth` and timm's `VisionTransformer`, which share their
 names; `ViTMAE…` and `ViT…` of transformers, as a directory or a file. Every tensor of the encoder must be there in its
 shape, and what else there is must be a known decoder or classifier, which is named and left aside; anything else
 (registers, query norms, relative positions in every block) is refused by name. No file can run code.
@@ -23,12 +23,13 @@ import sys
 import warnings
 import zipfile
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common import SIZES, ViT, pair
+from common import SIZES, ViT, pair, relative_places
 from runtime import files
 from runtime.errors import InputError
 from runtime.ranks import rank
@@ -80,32 +81,31 @@ def load_encoder(path, device="cpu", image_size=None, heads: int | None = None) 
     `heads` is for others' weights, and goes before what their configuration says or their width suggests.
     """
     file = weights_file(Path(path))
-    saved = read(file)
-    if isinstance(saved, dict) and "settings" in saved:
-        try:
-            encoder = ViT(**saved["settings"])
-            encoder.load_state_dict(saved["state_dict"])
-        except (LookupError, TypeError, ValueError, AttributeError, RuntimeError):  # whatever a stranger's may lack
-            raise unknown(file) from None
-        if heads not in (None, encoder.settings["heads"]):
-            raise InputError(f"{file}: says itself how many heads it has; leave out --heads {heads}")
-    else:
-        encoder = foreign_encoder(file, saved, heads)
+    encoder, beside, _ = read_encoder(file, heads)
+    if beside and rank() == 0:
+        print(f"{file}: left aside: {', '.join(parts(beside))}", file=sys.stderr, flush=True)
     return resize(encoder, image_size or encoder.image_size).to(device).eval()
 
 
-def fill(encoder: ViT, path, heads: int | None = None) -> None:
-    """Copy the weights of a run or file into an encoder of the same architecture, refusing any other.
+class Found(NamedTuple):
+    encoder: ViT
+    beside: dict[str, Tensor]  # what else the file holds, by its own names
+    decoder_heads: int | None = None  # of a decoder beside it, where the file says so
 
-    Positions are interpolated where the image size differs. LayerNorm's epsilon stays the encoder's own, 1e-6.
-    """
-    found = load_encoder(path, heads=heads)
-    names = "patch_size width depth heads stem positions layer_scale".split()
-    theirs, ours = ({n: bool(e.settings[n]) if n == "layer_scale" else e.settings[n] for n in names}
-                    for e in (found, encoder))  # fmt: skip
-    if differs := files.differences(theirs, ours):
-        raise InputError(f"{path}: does not fit this encoder ({differs}); give the options that make it so")
-    encoder.load_state_dict(resize(found, encoder.image_size).state_dict())
+
+def read_encoder(file: Path, heads: int | None = None) -> Found:
+    """The encoder of a file, for the image size of its positions."""
+    saved = read(file)
+    if not (isinstance(saved, dict) and "settings" in saved):
+        return foreign_encoder(file, saved, heads)
+    try:
+        state = plain(file, saved["state_dict"])
+        encoder = filled(outline(file, saved["settings"], state), state)
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError):  # a stranger's
+        raise unknown(file) from None
+    if heads not in (None, encoder.settings["heads"]):
+        raise InputError(f"{file}: says itself how many heads it has; leave out --heads {heads}")
+    return Found(encoder, {})
 
 
 def untrained(encoder: ViT, seed: int = 0) -> ViT:
@@ -117,57 +117,52 @@ def untrained(encoder: ViT, seed: int = 0) -> ViT:
 
 def weights_file(path: Path) -> Path:
     """A run's or transformers' file in a directory, or the file itself."""
-    names = ("encoder.pt", "model.safetensors", "pytorch_model.bin")
-    files = [path / name for name in names] if path.is_dir() else [path]
-    for file in files:
+    path = path.parent if path.name == "checkpoint.pt" else path
+    names = ("model.safetensors", "pytorch_model.bin")
+    found = [files.encoder_in(path), *(path / name for name in names)] if path.is_dir() else [path]
+    for file in found:
         if file.is_file():
             return file
-    nor = f", nor {' or '.join(names[1:])} beside it" if path.is_dir() else ""
-    raise InputError(f"{files[0]}: no such file{nor}; give a run whose method keeps an encoder, or weights")
+    nor = f", nor {' or '.join(names)} beside it" if path.is_dir() else ""
+    raise InputError(f"{found[0]}: no such file{nor}; give a run whose method keeps an encoder, or weights")
 
 
 def read(file: Path):
     """What torch or safetensors saved in a file, on the CPU."""
     try:
         if file.suffix == ".safetensors":
-            import safetensors.torch
-
-            return safetensors.torch.load_file(file)
+            return files.load_weights(file)
         # The options, in MAE's and timm's own checkpoints. torch warns of pickles that it then refuses.
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             if zipfile.is_zipfile(file):
                 return files.load(file)
             return torch.load(file, map_location="cpu", weights_only=True)  # torch's format before 1.6
-    except ImportError:
-        raise InputError(f"{file}: needs the package safetensors; pip install safetensors") from None
     except InputError:
         raise
     except Exception:  # safetensors, pickle and torch raise every kind there is
-        right = "give an encoder.pt, .pth, .bin or .safetensors"
+        right = "give an encoder.safetensors, .pt, .pth or .bin"
         raise InputError(f"{file}: damaged, or no weights without code; {right}") from None
 
 
 def unknown(file: Path) -> InputError:
-    right = "give an encoder.pt that train.py wrote, or weights named as MAE's, timm's or Hugging Face's"
+    right = "give an encoder that train.py wrote, or weights named as MAE's, timm's or Hugging Face's"
     return InputError(f"{file}: not a minMIM encoder; {right}")
 
 
-def foreign_encoder(file: Path, saved, heads: int | None) -> ViT:
+def foreign_encoder(file: Path, saved, heads: int | None) -> Found:
     """Others' weights: a state dict, or one under "model" (MAE) or "state_dict" (timm's training)."""
     state = saved
     for key in ("model", "state_dict"):
         state = state[key] if isinstance(state, dict) and isinstance(state.get(key), dict) else state
-    if not isinstance(state, dict) or not all(isinstance(n, str) and isinstance(x, Tensor) for n, x in state.items()):
-        raise unknown(file)
-    config, eps = {}, 1e-6
+    state, beside, config, eps = plain(file, state), {}, {}, 1e-6
     kernel = "embeddings.patch_embeddings.projection.weight"
     if theirs := [name for name in state if name.endswith(kernel)]:
         config = hf_config(file.parent / "config.json")
         eps = config.get("layer_norm_eps", 1e-12)
         state = timm_names(state, prefix=theirs[0].removesuffix(kernel))
     else:
-        state = official_names(file, state)
+        state, beside = official_names(state)
     kernel = state.get("patch_embed.proj.weight")
     if kernel is None or kernel.ndim != 4 or min(kernel.shape) == 0:
         raise unknown(file)
@@ -183,17 +178,50 @@ def foreign_encoder(file: Path, saved, heads: int | None) -> ViT:
         raise InputError(f"{file}: width {width} cannot be divided among {heads} heads; give --heads")
     settings = dict(
         image_size=original_size(file, state, patch_size, config), patch_size=patch_size, width=width,
-        depth=len({name.split(".")[1] for name in state if name.startswith("blocks.")}), heads=heads,
+        depth=depth_of(state), heads=heads,
         layer_scale=1e-5 * any(name.endswith("ls1.gamma") for name in state),  # the scale is read, its start unknown
         positions="relative" if relative else "sincos",
     )  # fmt: skip
-    with torch.device("cpu" if relative else "meta"):  # costs nothing before all shapes are known to fit
-        encoder = ViT(**settings)
+    encoder = outline(file, settings, state)
     if relative:
-        state.setdefault("pos_embed", encoder.pos_embed)  # zeros
-    state = compared(file, state, encoder.state_dict())
+        state.setdefault("pos_embed", torch.zeros(encoder.pos_embed.shape))
+    beside |= {name: x for name, x in state.items() if ASIDE.match(name)}
+    encoder = with_epsilon(filled(encoder, compared(file, state, encoder.state_dict())), eps)
+    return Found(encoder, beside, config.get("decoder_heads"))
+
+
+def plain(file: Path, state) -> dict[str, Tensor]:
+    """A state dict as it is, unless it is none, or claims tensors that the file does not hold."""
+    if not isinstance(state, dict) or not all(isinstance(n, str) and isinstance(x, Tensor) for n, x in state.items()):
+        raise unknown(file)
+    for x in state.values():
+        dense = x.layout == torch.strided and x.device.type == "cpu" and not x.is_quantized
+        if not dense or x.untyped_storage().nbytes() < x.numel() * x.element_size():
+            raise unknown(file)
+    return state
+
+
+def outline(file: Path, settings: dict, state: dict[str, Tensor]) -> ViT:
+    """The encoder of these settings without its numbers, which costs nothing before all shapes are known to fit."""
+    if settings["depth"] != depth_of(state):
+        raise unknown(file)
+    patches = math.prod(side // settings["patch_size"] for side in pair(settings["image_size"]))
+    if settings.get("positions") == "relative" and patches > 64**2:  # which are how far apart takes their square
+        raise InputError(f"{file}: relative positions of {patches:,} patches; at most 4,096 can be used")
+    with torch.device("meta"):
+        return ViT(**settings)
+
+
+def filled(encoder: ViT, state: dict[str, Tensor]) -> ViT:
+    """An outline with its numbers."""
     encoder.load_state_dict(state, assign=True)
-    return with_epsilon(encoder, eps)
+    if encoder.relative_table is not None:
+        encoder.relative_places = relative_places(encoder.grid)
+    return encoder
+
+
+def depth_of(state: dict[str, Tensor]) -> int:
+    return len({name.split(".")[1] for name in state if name.startswith("blocks.")})
 
 
 def hf_config(file: Path) -> dict:
@@ -207,6 +235,7 @@ def hf_config(file: Path) -> dict:
             image_size=(int(size[0]), int(size[1])) if isinstance(size, list) else int(size),
             num_attention_heads=int(found["num_attention_heads"]),
             layer_norm_eps=float(found.get("layer_norm_eps", 1e-12)),
+            decoder_heads=found.get("decoder_num_attention_heads"),
         )
         if min(pair(config["image_size"])) < 1:
             raise ValueError
@@ -229,7 +258,10 @@ def renamed(name: str, names: dict[str, str]) -> str:
 
 def timm_names(state: dict, prefix: str) -> dict:
     """transformers' state dict → timm's: names without "vit.", and queries, keys and values in one matrix."""
-    state = {renamed(name.removeprefix(prefix), TIMM): x for name, x in state.items()}
+    return with_qkv({renamed(name.removeprefix(prefix), TIMM): x for name, x in state.items()})
+
+
+def with_qkv(state: dict) -> dict:
     for name in [n for n in state if ".attn.q." in n]:
         three = [name.replace(".q.", f".{part}.") for part in "qkv"]
         if all(n in state and state[n].shape == state[name].shape != () for n in three):  # else they will be named
@@ -237,11 +269,12 @@ def timm_names(state: dict, prefix: str) -> dict:
     return state
 
 
-def official_names(file: Path, state: dict) -> dict:
-    """The official CMAE's, CAE's or ConMIM's state dict → timm's names; of one that has many parts, the encoder."""
+def official_names(state: dict) -> tuple[dict, dict]:
+    """The official CMAE's, CAE's or ConMIM's state dict → the encoder's, by timm's names, and what else there is."""
+    beside: dict[str, Tensor] = {}
     for prefix in ("encoder.", "backbone."):
         if any(name.startswith(f"{prefix}patch_embed.proj") for name in state):
-            say_aside(file, [name for name in state if not name.startswith(prefix)])
+            beside |= {name: x for name, x in state.items() if not name.startswith(prefix)}
             state = {name.removeprefix(prefix): x for name, x in state.items() if name.startswith(prefix)}
     state = {renamed(name, OFFICIAL): x for name, x in state.items() if name != "rel_pos_bias.relative_position_index"}
     for q in [name for name in state if name.endswith("attn.q_bias")]:
@@ -249,7 +282,7 @@ def official_names(file: Path, state: dict) -> dict:
         if v in state and state[v].ndim == state[q].ndim == 1:  # else it will be named
             q_bias, v_bias = state.pop(q), state.pop(v)
             state[q.replace("q_bias", "qkv.bias")] = torch.cat([q_bias, torch.zeros_like(q_bias), v_bias])
-    return state
+    return state, beside
 
 
 def original_size(file: Path, state: dict, patch_size: int, config: dict) -> int | tuple[int, int]:
@@ -269,11 +302,11 @@ def original_size(file: Path, state: dict, patch_size: int, config: dict) -> int
 
 
 def compared(file: Path, state: dict, expected: dict) -> dict:
-    """The tensors of `expected`, all there and in its shapes; what else may be is named, what may not is refused."""
+    """The tensors of `expected`, all there and in its shapes, and beside them nothing strange."""
     missing, more = [n for n in expected if n not in state], [n for n in state if n not in expected]
     if "fc_norm.weight" in more and "norm.weight" in missing:
         raise InputError(f"{file}: has fc_norm, which follows the mean, and no norm; give weights that have norm")
-    aside, strange = [n for n in more if ASIDE.match(n)], [n for n in more if not ASIDE.match(n)]
+    strange = [n for n in more if not ASIDE.match(n)]
     if missing or strange:
         wrong = [f"lacks {few(missing)}"] * bool(missing) + [f"has {few(strange)}"] * bool(strange)
         right = "give a plain ViT: class token, absolute positions, biases, a final norm and nothing else"
@@ -282,14 +315,11 @@ def compared(file: Path, state: dict, expected: dict) -> dict:
         if state[name].shape != tensor.shape:
             theirs, ours = ("x".join(map(str, x.shape)) for x in (state[name], tensor))
             raise InputError(f"{file}: {name} is {theirs} where this encoder has {ours}; give a plain ViT")
-    say_aside(file, aside)
     return {name: state[name].float() for name in expected}
 
 
-def say_aside(file: Path, names: list[str]) -> None:
-    if names and rank() == 0:
-        parts = sorted({name.split(".")[0] for name in names})
-        print(f"{file}: left aside: {', '.join(parts)}", file=sys.stderr, flush=True)
+def parts(names) -> list[str]:
+    return sorted({name.split(".")[0] for name in names})
 
 
 def few(names: list[str]) -> str:

@@ -1,12 +1,16 @@
 """Files that are written whole or not at all, and read with their checksums."""
 
+import json
 import os
 import zipfile
+import zlib
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
+import safetensors.torch
 import torch
+from torch import Tensor
 
 from runtime.errors import InputError
 
@@ -46,13 +50,22 @@ def save(path, tree) -> None:
     write_whole(path, lambda file: torch.save(tree, file))
 
 
-def load(path, instead: str = "make or fetch it again, or give another"):
-    """What `save` wrote, on the CPU. Runs no pickled code, and checks every record's checksum, which torch does not.
+def save_weights(path, settings: dict, state_dict: dict[str, Tensor], made_by: str) -> None:
+    """An encoder as .safetensors: its tensors, and as metadata how to build it and a line about what made it."""
+    tensors = {name: x.detach().cpu().contiguous() for name, x in state_dict.items()}
+    about = dict(format="pt", settings=json.dumps(settings), made_by=made_by, crc32=checksum(tensors))
+    write_whole(path, lambda file: file.write(safetensors.torch.save(tensors, about)))
 
-    Nor does torch read a record that is marked as a folder: it would hand out memory as it happens to be.
+
+def load(path, instead: str = "make or fetch it again, or give another"):
+    """What `save` wrote, on the CPU, or `save_weights`. Runs no pickled code, and checks every record's checksum.
+
+    torch does not. Nor does it read a record that is marked as a folder: it would hand out memory as it happens to be.
     """
     damaged = f"{path}: damaged or not written by this program; {instead}"
     try:
+        if Path(path).suffix == ".safetensors":
+            return load_weights(path)
         with zipfile.ZipFile(path) as archive:
             if archive.testzip() is not None or any(record.external_attr & 0x10 for record in archive.infolist()):
                 raise InputError(damaged)
@@ -61,6 +74,32 @@ def load(path, instead: str = "make or fetch it again, or give another"):
         raise InputError(f"{path}: no such file") from None
     except Exception:  # zipfile, zlib, pickle and torch raise every kind there is
         raise InputError(damaged) from None
+
+
+def load_weights(path) -> dict:
+    """A .safetensors file's tensors as `state_dict`, beside its metadata; of `save_weights`, or of anybody."""
+    with safetensors.safe_open(path, "pt") as file:
+        about, tensors = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    if about.get("crc32", "") not in ("", checksum(tensors)):
+        raise ValueError
+    if "settings" in about:
+        settings = json.loads(about["settings"])
+        about["settings"] = {key: tuple(x) if isinstance(x, list) else x for key, x in settings.items()}
+    return about | dict(state_dict=tensors)
+
+
+def checksum(tensors: dict[str, Tensor]) -> str:
+    """Of all their bytes, which .safetensors has none for."""
+    total = 0
+    for name in sorted(tensors):
+        total = zlib.crc32(tensors[name].reshape(-1).view(torch.uint8).numpy(), total)
+    return f"{total:08x}"
+
+
+def encoder_in(directory: Path) -> Path:
+    """The file that a run keeps its encoder in; older ones have an encoder.pt."""
+    now, older = directory / "encoder.safetensors", directory / "encoder.pt"
+    return older if older.is_file() and not now.is_file() else now
 
 
 def differences(theirs: dict, ours: dict, free: set[str] = frozenset()) -> str:

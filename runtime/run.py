@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import platform
+import re
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from runtime import files
-from runtime.command_line import RETIRED
+from runtime.command_line import RETIRED, checkpoint_of
 from runtime.errors import InputError
 from runtime.log import Log
 from runtime.ranks import rank, say, world_size
@@ -89,7 +90,7 @@ class Run:
                 raise InputError(f"{self.directory}: {wrong}") from None
             say(f"continuing {self.directory} from step {self.step}")
         if rank() == 0:
-            about = dict(
+            self.about = about = dict(
                 method=self.args.method, settings=vars(self.args), config=dataclasses.asdict(self.config),
                 world_size=world_size(), argv=sys.argv, versions=versions(), git=git_state(),
             )  # fmt: skip
@@ -98,9 +99,8 @@ class Run:
 
     def read(self) -> dict | None:
         """The checkpoint that `--resume` asks for, which must be of this run; None if there is nothing to continue."""
-        how = self.args.resume
-        path = self.directory / "checkpoint.pt" if how in ("auto", "never") else Path(how)
-        if how == "never" or (how == "auto" and not path.exists()):
+        path = checkpoint_of(self.args)
+        if path is None or (self.args.resume == "auto" and not path.exists()):
             return None
         if not path.exists():
             raise InputError(f"{path}: no such checkpoint; give a file, auto or never to --resume")
@@ -112,14 +112,26 @@ class Run:
             raise InputError(f"{path}: of another run ({differs}); give the same, another --out or --resume never")
         return checkpoint
 
+    def made_by(self) -> str:
+        """A line about what made the weights: program, method, images, how long."""
+        s, versions, git = self.settings, self.about["versions"], self.about["git"]
+        epochs = self.step / (s["images"] * s["repeat"] // s["batch_size"])
+        commit = f"commit {git['commit'][:12]}{' with changes' * git['dirty']}" if git else "no commit"
+        return (
+            f"minMIM {versions['minmim']} ({commit}): {s['method']} on {Path(s['data']).name}, {epochs:.4g} epochs, "
+            f"seed {s['seed']}" + (f", from {Path(s['init']).name}" if s["init"] else "")
+        )
+
     def save(self, step: int) -> None:
-        """Write checkpoint.pt, from which the run can be continued after `step`, and encoder.pt."""
+        """Write checkpoint.pt, from which the run can be continued after `step`, and encoder.safetensors."""
         self.step = step
         if rank() == 0:
             states = {name: part.state_dict() for name, part in self.parts.items()}
             files.save(self.directory / "checkpoint.pt", dict(step=step, settings=self.settings) | states)
             encoder = self.parts["method"].encoder
-            files.save(self.directory / "encoder.pt", dict(settings=encoder.settings, state_dict=encoder.state_dict()))
+            file = self.directory / "encoder.safetensors"
+            files.save_weights(file, encoder.settings, encoder.state_dict(), self.made_by())
+            file.with_suffix(".pt").unlink(missing_ok=True)  # an older version's, which would stay as it was
         if self.control is not None:
             # The others wait here, up to half an hour. In the next step NCCL would end the run after ten minutes.
             dist.barrier(self.control)
@@ -178,7 +190,9 @@ def from_rank_0(tree, group):
 
 
 def versions() -> dict:
-    names = dict(python=platform.python_version(), torch=torch.__version__, machine=platform.machine())
+    project = (Path(__file__).parent.parent / "pyproject.toml").read_text()
+    ours = re.search(r'(?m)^version = "(.+)"', project)[1]
+    names = dict(minmim=ours, python=platform.python_version(), torch=torch.__version__, machine=platform.machine())
     return names | (dict(gpu=torch.cuda.get_device_name()) if torch.cuda.is_available() else {})
 
 

@@ -149,9 +149,11 @@ def test_the_logits_of_a_new_encoder_are_as_large_as_the_noise():
 
 def test_a_saved_run_is_read_back_from_its_directory_or_file(tmp_path):
     model = small(first_stride=4)
-    files.save(tmp_path / "encoder.pt", dict(settings=model.encoder.settings, state_dict=model.encoder.state_dict()))
-    for path in (tmp_path, tmp_path / "encoder.pt"):
-        again = load_tokenizer(str(path))
+    settings, state = model.encoder.settings, model.encoder.state_dict()
+    files.save(tmp_path / "older/encoder.pt", dict(settings=settings, state_dict=state))
+    files.save_weights(tmp_path / "run/encoder.safetensors", settings, state, "a test")
+    for path in ("older", "older/encoder.pt", "run", "run/encoder.safetensors"):
+        again = load_tokenizer(str(tmp_path / path))
         assert all(torch.equal(a, b) for a, b in zip(again.parameters(), model.encoder.parameters(), strict=True))
         assert again.settings == model.encoder.settings
 

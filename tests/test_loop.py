@@ -245,7 +245,7 @@ def test_the_summary_is_of_the_run_s_encoder_and_of_one_at_the_first_weights_of_
         f"--method mae --data {place}/photos {TINY} {KNOBS['mae']} --max-steps 1 --batch-size 13 --seed 3 --evaluate"
     )
     train_here([*words.split(), "--precision", "fp32", "--out", str(tmp_path / "run")])
-    saved = files.load(tmp_path / "run/encoder.pt")
+    saved = files.load(tmp_path / "run/encoder.safetensors")
     torch.manual_seed(3)
     expected = ViT(**saved["settings"]).state_dict(), saved["state_dict"]
     for (training, found), weights in zip(measured, expected, strict=True):

@@ -11,6 +11,7 @@ from common import SIZES, ViT
 from methods import METHODS
 from reporting.documents import spell
 from reporting.result_files import TABLE, runs_of, values
+from runtime import files
 from train import options
 
 ROOT = Path(__file__).parent.parent
@@ -92,14 +93,12 @@ def test_the_first_runs_lines_are_those_of_its_result():
 
 def test_the_timm_snippet_runs(tmp_path, monkeypatch):
     timm = pytest.importorskip("timm")
-    snippet = re.search(r"((?:    .*\n)+)", GUIDE[GUIDE.index("saved = torch.load") - 4 :])[1]
-    (tmp_path / "runs/cmae-shapes").mkdir(parents=True)
+    snippet = re.search(r"((?:    .*\n)+)", GUIDE[GUIDE.index("import timm\n") - 4 :])[1]
     encoder = ViT(64, 8, *SIZES["nano"])
-    torch.save(
-        dict(settings=encoder.settings, state_dict=encoder.state_dict()), tmp_path / "runs/cmae-shapes/encoder.pt"
-    )
+    file = tmp_path / "runs/cmae-shapes/encoder.safetensors"
+    files.save_weights(file, encoder.settings, encoder.state_dict(), "a test")
     monkeypatch.chdir(tmp_path)
-    place = dict(torch=torch, timm=timm)
+    place = dict(timm=timm)
     exec("\n".join(line[4:] for line in snippet.splitlines()), place)
     images = torch.randn(1, 3, 64, 64)
     with torch.no_grad():

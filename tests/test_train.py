@@ -20,14 +20,16 @@ import pytest
 import torch
 from forked import ROOT, Program, finish, popen
 from PIL import Image
+from test_mae import hugging_face
 
+from common import ViT
 from inputs import image_cache, image_sets
 from methods import METHODS
 from runtime import files, process, run
 from runtime.command_line import build_parser, field_comments, settle
 from runtime.errors import InputError
 from runtime.randomness import StepRandom
-from train import begin, build, options
+from train import Plan, begin, build, options
 
 SMALL = (
     "--image-size 32 --patch-size 8 --width 16 --depth 2 --heads 2 --batch-size 16 --epochs 5 --warmup-epochs 1 "
@@ -146,10 +148,11 @@ def assert_refused(done, *words):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_run_leaves_its_files_and_says_where(train, tmp_path, method):
+    run = tmp_path / "run"
+    files.write_text(run / "encoder.pt", "an older version's, which this run replaces")
     done = train("--max-steps", 12, method=method, by="" if method == "mae" else None)
     assert_fine(done)
-    run = tmp_path / "run"
-    names = {"config.json", "log.jsonl", "checkpoint.pt", "encoder.pt", "reconstruction.png", ".lock"}
+    names = {"config.json", "log.jsonl", "checkpoint.pt", "encoder.safetensors", "reconstruction.png", ".lock"}
     assert {p.name for p in run.iterdir()} - {"dvae"} == names
     rows = log(run)
     assert rows[0]["settings"]["seed"] == 0
@@ -158,7 +161,9 @@ def test_a_run_leaves_its_files_and_says_where(train, tmp_path, method):
     assert [r["step"] for r in rows[1:]] == list(range(1, 13))
     assert {"step", "epoch", "loss", "lr", "images_per_second", "seconds"} <= rows[1].keys()
     assert rows[1]["lr"] == 0 and rows[5]["epoch"] == 1  # five steps an epoch
-    encoder = files.load(run / "encoder.pt")
+    encoder = files.load(run / "encoder.safetensors")
+    made_by = rf"minMIM [\d.]+ \((no )?commit.*\): {method} on photos0, 2\.4 epochs, seed 0"
+    assert re.fullmatch(made_by, encoder["made_by"])
     if method != "dvae":
         assert encoder["settings"]["width"] == 16 and "blocks.1.attn.qkv.weight" in encoder["state_dict"]
     assert Image.open(run / "reconstruction.png").size == (8 * 34 * 4 + 8, ROWS[method] * 34 * 4 + 8)
@@ -646,20 +651,65 @@ def test_init_gives_every_method_the_encoder_and_its_teacher_a_copy_and_changes_
 
 def test_init_is_needed_once_and_recorded(train, tmp_path):
     finish(train.start("--max-steps", 1, "--save-every", 1, out="first"))
-    moved = tmp_path / "weights.pt"
-    shutil.copy(tmp_path / "first/encoder.pt", moved)
+    moved = tmp_path / "weights.safetensors"
+    shutil.copy(tmp_path / "first/encoder.safetensors", moved)
     flags = ["--init", moved, "--lr", 0, "--min-lr", 0, "--weight-decay", 0, "--epochs", 1, "--warmup-epochs", 0]
     done = train(*flags, method="conmim")
-    assert f"the encoder goes on from {moved}; the rest of conmim begins anew" in done.stderr
-    ours, theirs = (files.load(tmp_path / run / "encoder.pt")["state_dict"] for run in ("run", "first"))
+    assert f"{moved}: taken: encoder\n{moved}: not there, begins anew: mask_token, projector\n" in done.stderr
+    ours, theirs = (files.load(tmp_path / run / "encoder.safetensors")["state_dict"] for run in ("run", "first"))
     assert [key for key in theirs if not torch.equal(ours[key], theirs[key])] == []  # a rate of 0: as it began
     assert files.load(tmp_path / "run/checkpoint.pt")["settings"]["init"] == str(moved)
     moved.unlink()
     again = train(*flags, method="conmim")
-    assert again.returncode == 0 and "continuing" in again.stderr and "goes on from" not in again.stderr
-    assert_refused(train(*flags[2:], method="conmim"), "init", "weights.pt")  # another run than one from scratch
+    assert again.returncode == 0 and "continuing" in again.stderr and "taken" not in again.stderr
+    assert_refused(
+        train(*flags[2:], method="conmim"), "init", "weights.safetensors"
+    )  # another run than one from scratch
 
 
 def test_init_that_cannot_be_is_one_line(train, tmp_path):
     assert_refused(train("--init", tmp_path / "none.pth"), "none.pth", "no such file")
     assert_refused(train("--init", tmp_path / "none.pth", method="dvae"), "none.pth", "dvae learns no ViT")
+    wider = ViT(32, 8, 32, 2, 2)
+    files.save_weights(tmp_path / "wide.safetensors", wider.settings, wider.state_dict(), "a test")
+    assert_refused(train("--init", tmp_path / "wide.safetensors"), "wide.safetensors", "width 32 there, 16 here")
+    assert not (tmp_path / "run").exists()  # refused before anything is written
+
+
+@pytest.mark.parametrize("layout", ["official", "transformers"])
+def test_the_first_loss_from_maes_public_weights_is_that_of_the_public_model(train, photos, tmp_path, layout):
+    """Encoder and decoder: transformers' model is given the same weights, images and mask."""
+    words = ["--method", "mae", "--data", str(photos), *SMALL, *DECODER]
+    args, config, Method = options(words)
+    model = build(args, config, Method, torch.device("cpu"))[0]
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.3)
+    theirs = hugging_face(model)
+    if layout == "official":
+        parts = [
+            ("decoder.", "decoder_"),
+            ("decoder_mask", "mask"),
+            ("decoder_predict", "decoder_pred"),
+            ("encoder.", ""),
+        ]
+        state = {"decoder_pos_embed": model.decoder.pos_embed}
+        for name, x in model.state_dict().items():
+            for ours, official in parts:
+                name = name.replace(ours, official)
+            state[name] = x
+        torch.save(dict(model=state, epoch=799), tmp_path / "public")
+    else:
+        theirs.save_pretrained(tmp_path / "public")
+    done = train("--max-steps", 1, "--init", tmp_path / "public", "--heads", 2)
+    assert (
+        "public: taken: encoder, decoder\n" in done.stderr and "aside" not in done.stderr and "anew" not in done.stderr
+    )
+    images = image_sets.open_for(args, "train")
+    index = next(Plan(args, len(images)).indices(0))
+    batch = model.draw(images.images(index, torch.device("cpu")), index, StepRandom(args.seed, 0, len(index)))
+    noise = torch.empty(batch.mask.order().shape).scatter(1, batch.mask.order(), torch.arange(16.0).expand(16, -1))
+    expected = theirs(batch.images, noise=noise).loss.item()
+    assert log(tmp_path / "run")[1]["loss"] == pytest.approx(expected, rel=1e-4)
+    fresh = build(args, config, Method, torch.device("cpu"))[0]
+    assert abs(fresh(batch)["loss"].item() / expected - 1) > 0.1  # by the seed's weights it is another

@@ -9,6 +9,7 @@ import pytest
 import torch
 from forked import Program, finish
 from PIL import Image
+from safetensors.torch import load_file
 from test_train import OWN, SMALL
 
 STOP_AT_THE_FIFTH_STEP = """
@@ -69,7 +70,7 @@ def program(tmp_path, cache):
 
 
 def weights(run):
-    return torch.load(run / "encoder.pt", weights_only=True)["state_dict"]
+    return load_file(run / "encoder.safetensors")
 
 
 @pytest.mark.slow

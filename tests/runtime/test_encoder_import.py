@@ -3,18 +3,19 @@
 import argparse
 import json
 import os
-import sys
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common import ViT
-from runtime import encoders
-from runtime.encoders import fill, interpolate, load_encoder, resize
+from runtime import encoders, files
+from runtime.encoders import interpolate, load_encoder, resize
 from runtime.errors import InputError
+from runtime.initial import fill
 
 SMALL = dict(image_size=16, patch_size=8, width=8, depth=2, heads=2)
 
@@ -85,11 +86,13 @@ def hf_features(model, images=None) -> Tensor:
 
 def test_a_run_is_read_from_its_directory_and_from_its_file(tmp_path):
     encoder = random_vit(layer_scale=0.1, positions="relative", stem="conv")
+    files.save_weights(tmp_path / "encoder.safetensors", encoder.settings, encoder.state_dict(), "a test")
     torch.save(dict(settings=encoder.settings, state_dict=encoder.state_dict()), tmp_path / "encoder.pt")
-    for path in (tmp_path, tmp_path / "encoder.pt", str(tmp_path)):
+    for path in (tmp_path / "encoder.pt", tmp_path / "encoder.safetensors", tmp_path, str(tmp_path)):
         found = load_encoder(path)
         assert found.settings == encoder.settings and not found.training
         assert torch.equal(features(found), features(encoder))
+        (tmp_path / "encoder.pt").write_bytes(b"an older version's")  # is read no longer
 
 
 def test_a_run_says_itself_how_many_heads_it_has(tmp_path):
@@ -130,7 +133,7 @@ def test_maes_official_weights_give_the_features_that_timm_gives(tmp_path, capsy
     options = argparse.Namespace(model="mae_vit_base_patch16", lr=1e-3, device="cuda")
     if form == "safetensors":
         file = tmp_path / "mae.safetensors"
-        pytest.importorskip("safetensors.torch").save_file({name: x.clone() for name, x in state.items()}, file)
+        safetensors.torch.save_file({name: x.clone() for name, x in state.items()}, file)
     else:
         checkpoint = dict(model=full, optimizer={"state": {}}, epoch=7, scaler={}, args=options)
         saved = dict(model=dict(model=state), full=dict(model=full), checkpoint=checkpoint).get(form, state)
@@ -340,7 +343,7 @@ WRONG = {
         cut(file),
     ),
     "or no weights without code": lambda file: file.write_text("<html>404</html>"),
-    "give an encoder.pt, .pth": lambda file: file.write_bytes(b""),
+    "give an encoder.safetensors, .pt, .pth": lambda file: file.write_bytes(b""),
     "weights named as": lambda file: torch.save(dict(model=dict(fc=torch.zeros(2))), file),
     "named as MAE's": lambda file: torch.save([torch.zeros(2)], file),
     "not a minMIM encoder": lambda file: torch.save({0: torch.zeros(2)}, file),
@@ -351,6 +354,9 @@ WRONG = {
         mae_state() | {"pos_embed": torch.zeros(1, 7, 8)}, file
     ),
     "pos_embed is 5x8;": lambda file: torch.save(mae_state() | {"pos_embed": torch.zeros(5, 8)}, file),
+    "a.pth: not a minMIM": lambda file: torch.save(mae_state() | {"x": torch.zeros(1).expand(10**12)}, file),
+    "encoder; give": lambda file: torch.save(mae_state() | {"x": torch.zeros(2, device="meta")}, file),
+    "not a minMIM encoder; give": lambda file: torch.save(mae_state() | {"x": torch.eye(2).to_sparse()}, file),
     "cls_token is 8 where": lambda file: torch.save(mae_state() | {"cls_token": torch.zeros(8)}, file),
 }
 
@@ -372,21 +378,72 @@ def test_heads_that_nothing_tells_are_asked_for(tmp_path):
 
 
 def test_a_directory_without_weights_names_what_was_looked_for(tmp_path):
-    with pytest.raises(InputError, match=r"encoder.pt: no such file, nor model.safetensors or pytorch_model.bin"):
+    with pytest.raises(
+        InputError, match=r"encoder.safetensors: no such file, nor model.safetensors or pytorch_model.bin"
+    ):
         load_encoder(tmp_path)
 
 
-def test_damaged_safetensors_and_a_missing_package_are_one_line(tmp_path, monkeypatch):
-    pytest.importorskip("safetensors.torch").save_file(mae_state(), tmp_path / "model.safetensors")
-    assert load_encoder(tmp_path, heads=2).settings == random_vit().settings
-    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
-    with pytest.raises(InputError, match="needs the package safetensors"):
-        load_encoder(tmp_path, heads=2)
-    monkeypatch.undo()
-    cut(tmp_path / "model.safetensors")
-    with pytest.raises(InputError, match="damaged") as error:
-        load_encoder(tmp_path, heads=2)
-    assert "\n" not in str(error.value)
+def test_safetensors_hold_how_to_build_the_encoder_and_what_made_it(tmp_path):
+    """Anybody's reader gives timm's names, and the metadata says the rest."""
+    encoder = random_vit(image_size=(16, 24), positions="relative", layer_scale=0.1)
+    file = tmp_path / "encoder.safetensors"
+    files.save_weights(file, encoder.settings, encoder.state_dict(), "made of numbers")
+    tensors = safetensors.torch.load_file(file)
+    assert tensors.keys() == encoder.state_dict().keys()
+    assert all(torch.equal(tensors[name], x) for name, x in encoder.state_dict().items())
+    about = safetensors.safe_open(file, "pt").metadata()
+    assert about["format"] == "pt" and about["made_by"] == "made of numbers"
+    found = load_encoder(file)
+    assert found.settings == encoder.settings and found.settings["image_size"] == (16, 24)
+    images = pictures(16, 24)
+    assert torch.equal(features(found, images), features(encoder, images))
+    found(images).sum().backward()  # and it can learn
+    assert found.relative_table.grad is not None
+
+
+def resave(file: Path, **about) -> None:
+    """The same tensors, with other metadata, and so without the checksum."""
+    tensors = safetensors.torch.load_file(file)
+    about = {key: x if isinstance(x, str) else json.dumps(x) for key, x in about.items()}
+    safetensors.torch.save_file(tensors, file, about)
+
+
+WRONG_METADATA = [
+    "not JSON", [1, 2], {}, dict(SMALL, width=16), dict(SMALL, depth=3), dict(SMALL, depth=10**9),
+    dict(SMALL, heads=0), dict(SMALL, patch_size=0), dict(SMALL, width=10**9), dict(SMALL, image_size=10**9),
+    dict(SMALL, positions="learned"), dict(SMALL, positions="relative"),
+    dict(SMALL, positions="relative", image_size=8 * 10**6), dict(SMALL, speed=1), dict(SMALL, width="8"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("settings", WRONG_METADATA, ids=str)
+def test_metadata_that_do_not_fit_the_tensors_are_one_line_at_no_cost(tmp_path, settings):
+    encoder, file = random_vit(), tmp_path / "encoder.safetensors"
+    files.save_weights(file, encoder.settings, encoder.state_dict(), "a test")
+    resave(file, settings=settings)
+    with pytest.raises(InputError) as error:
+        load_encoder(file)
+    assert str(error.value).startswith(str(file)) and "\n" not in str(error.value)
+    resave(file, settings=encoder.settings)
+    assert torch.equal(features(load_encoder(file)), features(encoder))
+
+
+@pytest.mark.parametrize("ours", [True, False])
+def test_damaged_safetensors_are_one_line(tmp_path, ours):
+    encoder, file = random_vit(), tmp_path / "weights.safetensors"
+    with torch.no_grad():
+        encoder.norm.bias[-1] = 0.75
+    if ours:
+        files.save_weights(file, encoder.settings, encoder.state_dict(), "a test")
+    else:
+        safetensors.torch.save_file(mae_state(), file)
+    assert load_encoder(file, heads=None if ours else 2).settings == encoder.settings
+    for damage in (flip, cut) if ours else (cut,):  # others' have no checksum
+        damage(file)
+        with pytest.raises(InputError, match="damaged") as error:
+            load_encoder(file, heads=2)
+        assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("zipped", [True, False])
@@ -513,6 +570,23 @@ def test_official_checkpoints_give_the_features_of_their_weights(tmp_path, capsy
     same(features(found, pictures(32)), features(encoder, pictures(32)))
     aside = dict(cmae="neck, target_backbone", cae="mask_token, teacher", conmim="lm_head, mask_token")[paper]
     assert f"left aside: {aside}\n" in capsys.readouterr().err
+
+
+def test_a_table_of_relative_positions_is_made_only_for_weights_that_fit_and_only_so_large(tmp_path, monkeypatch):
+    state = official_state("conmim", random_vit(layer_scale=0.1, positions="relative"))
+    place = "rel_pos_bias.relative_position_bias_table"
+    torch.save(state | {place: torch.zeros((2 * 1000 - 1) ** 2 + 3, 2)}, tmp_path / "large.pth")
+    with pytest.raises(InputError, match="relative positions of 1,000,000 patches; at most 4,096"):
+        load_encoder(tmp_path / "large.pth")
+    whole, made = encoders.relative_places, []
+    monkeypatch.setattr(encoders, "relative_places", lambda grid: made.append(grid) or whole(grid))
+    torch.save(state | {"norm.weight": torch.zeros(9)}, tmp_path / "wrong.pth")
+    with pytest.raises(InputError, match="is 9 where this encoder has 8"):
+        load_encoder(tmp_path / "wrong.pth")
+    assert not made
+    torch.save(state, tmp_path / "right.pth")
+    load_encoder(tmp_path / "right.pth")
+    assert made == [(2, 2)]
 
 
 @pytest.mark.parametrize("paper, lost", [("cae", "encoder.blocks.1.attn.v_bias"), ("cmae", "backbone.ln1.weight")])

@@ -197,7 +197,7 @@ def late(old, new):
     replace(old, new)
 os.replace = late
 """
-# It has its name, but encoder.pt is not there yet.
+# It has its name, but encoder.safetensors is not there yet.
 NAMED = """
 replace, named = os.replace, []
 def early(old, new):
@@ -222,7 +222,7 @@ def test_killed_while_a_checkpoint_is_written_the_one_before_is_whole(ranks, tmp
         assert_fine(ranks("--epochs", 4, out=name))
         assert_same_bits(state(tmp_path / name), state(tmp_path / "whole"))
         assert not [path for path in (tmp_path / name).iterdir() if path.name.endswith(".tmp")]
-        encoders = [files.load(tmp_path / place / "encoder.pt")["state_dict"] for place in (name, "whole")]
+        encoders = [files.load(tmp_path / place / "encoder.safetensors")["state_dict"] for place in (name, "whole")]
         assert_same_bits(*encoders)
 
 

@@ -62,7 +62,7 @@ PLACES = {
     "between tokenizer and method": "before(train, 'train_first', lambda *_: True, after=True)",
     "before the first step": "before(train, 'loop', lambda args, *_: args.method == 'cae')",
     "in the first save": "before(os, 'replace', lambda _, to: str(to).endswith('run/checkpoint.pt'))",
-    "before the encoder is saved": "before(os, 'replace', lambda _, to: str(to).endswith('run/encoder.pt'))",
+    "before the encoder is saved": "before(os, 'replace', lambda _, to: str(to).endswith('run/encoder.safetensors'))",
     "before the picture": "before(train.Pictures, 'draw', lambda self, place: place.name == 'run')",
     "in the final evaluation": "before(train, 'evaluate', lambda *_: True)",
     "before the summary is written": "before(os, 'replace', lambda _, to: str(to).endswith('run/summary.json'))",
@@ -75,7 +75,7 @@ def test_a_run_left_in_any_state_is_continued_and_ends_with_the_same_bits(start,
     def results():
         place = tmp_path / "run"
         losses = [(row["step"], row["loss"]) for row in log(place)[1:]]
-        encoders = [files.load(folder / "encoder.pt")["state_dict"] for folder in (place, place / "dvae")]
+        encoders = [files.load(folder / "encoder.safetensors")["state_dict"] for folder in (place, place / "dvae")]
         return state(place), state(place / "dvae"), encoders, losses, (place / "summary.json").read_text()
 
     flags = dict(method="cae", n=n)
@@ -100,7 +100,7 @@ def test_a_run_left_by_one_process_is_continued_by_two_and_by_two_by_one(start, 
 
     def results():
         losses = [row["loss"] for row in log(place)[1:]]
-        return losses, [files.load(folder / "encoder.pt")["state_dict"] for folder in (place, place / "dvae")]
+        return losses, [files.load(folder / "encoder.safetensors")["state_dict"] for folder in (place, place / "dvae")]
 
     words = "--epochs 2 --max-steps 7 --tokenizer-epochs 1 --lr 1e-4 --drop-path 0 --log-every 1 --evaluate".split()
     assert_fine(start(*words, method="cae", n=n))
@@ -260,7 +260,7 @@ def slowly(*words):
     plain(*words)
 def saved(self, step):
     save(self, step)
-    print("found", (self.directory / "encoder.pt").exists(), file=sys.stderr)
+    print("found", (self.directory / "encoder.safetensors").exists(), file=sys.stderr)
 run.files.save, train.Run.save = slowly, saved
 """
     program = start("--max-steps", 1, n=2, before="import sys, time\nfrom runtime import run\n" + script)
