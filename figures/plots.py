@@ -81,11 +81,30 @@ def reconstruction(study: Study):
     picture = run.method.picture(batch)
     if picture is None:
         raise Absent(f"{run.label} was taught nothing that can be seen; give a run that predicts pixels or tokens")
-    about = " ".join(run.method.picture.__doc__.split("\n\n")[0].split()).split(": ", 1)[-1]
+    rows, about = picture_names(run.method, picture)
+    named = "row 1" not in rows
+    return gallery(f"Reconstruction by {run.label}", rows, "" if named else about)[0], {"rows": about}
+
+
+def picture_names(method, picture: Tensor) -> tuple[dict[str, Tensor], str]:
+    """The rows of a method's `picture` by the names that its docstring has for them, and these words."""
+    about = " ".join(method.picture.__doc__.split("\n\n")[0].split()).split(": ", 1)[-1]
     names = about.rstrip(".").split(", ")
     named = len(names) == len(picture)
-    rows = {names[i] if named else f"row {i + 1}": row for i, row in enumerate(picture)}
-    return gallery(f"Reconstruction by {run.label}", rows, "" if named else about)[0], {"rows": about}
+    return {names[i] if named else f"row {i + 1}": row for i, row in enumerate(picture)}, about
+
+
+def batch_pictures(batch, whole: Tensor, p: int) -> dict[str, Tensor]:
+    """The pictures in a batch, (B, 3, H, W) in [0, 1], by what the comments of its fields say; `whole`: uncropped."""
+    rows, comments, view = {}, field_comments(type(batch)), whole
+    for name, value in batch._asdict().items():
+        about = re.sub(r"\(B, 3, [^)]*\)|in \[0, 1\]|, normalised|;.*|None:.*", "", comments.get(name, "")).strip(" ,")
+        about = name.replace("_", " ") + (f": {about}" if about else "")
+        if isinstance(value, Mask):
+            rows[about] = greyed(view, value, p, (view.shape[2] // p, view.shape[3] // p))
+        elif isinstance(value, Tensor) and value.ndim == 4:
+            rows[about] = view = value if value.min() >= 0 else augment.denormalize(value)  # below 0: normalised
+    return rows
 
 
 def views(study: Study):
@@ -101,14 +120,7 @@ def views(study: Study):
     crops = [c for i, c in enumerate(crops) if not any(torch.equal(c, other) for other in crops[:i])]
     sizes = torch.as_tensor(augment.sizes(images)).expand(len(images), 2)
     whole = augment.crop_resize(images, F.pad(sizes, (2, 0)), size)
-    rows, comments, view = {"training image, crops": whole}, field_comments(type(batch)), whole
-    for name, value in batch._asdict().items():
-        about = re.sub(r"\(B, 3, [^)]*\)|in \[0, 1\]|, normalised|;.*|None:.*", "", comments.get(name, "")).strip(" ,")
-        about = name.replace("_", " ") + (f": {about}" if about else "")
-        if isinstance(value, Mask):
-            rows[about] = greyed(view, value, p, grid)
-        elif isinstance(value, Tensor) and value.ndim == 4:
-            rows[about] = view = value if value.min() >= 0 else augment.denormalize(value)  # below 0: normalised
+    rows = {"training image, crops": whole} | batch_pictures(batch, whole, p)
     numbers = {"crops": [c.tolist() for c in crops], "shifts": [call.args[1].tolist() for call in shift.call_args_list]}
     crop_by = getattr(method.config, "crop_by", "none")
     if crop_by != "none":

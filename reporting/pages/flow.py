@@ -38,6 +38,7 @@ class Step(NamedTuple):
     ran: dict[str, set[int]]  # page → the lines that ran
     losses: dict[str, float]
     method: torch.nn.Module
+    images: Tensor  # uint8 (B, 3, 64, 64), what it draws the batch from
     batch: tuple
 
 
@@ -199,7 +200,7 @@ def run_step(name: str, changes: dict | None = None, other: bool = False, checkp
     else:
         batch, losses = tracer.trace(step)
         tracer.trace(lambda: method.update_teacher(0.5) if hasattr(method, "update_teacher") else None)
-    return Step(dict(tracer.values), dict(tracer.ran), losses, method, batch)
+    return Step(dict(tracer.values), dict(tracer.ran), losses, method, images.images(index), batch)
 
 
 @contextmanager

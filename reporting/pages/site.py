@@ -10,7 +10,7 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader
 
 from methods import METHODS
-from reporting.pages import beside, diagram, flow, notes, proof
+from reporting.pages import beside, diagram, flow, notes, pictures, proof
 from reporting.pages.settings import SWITCHES
 from reporting.pages.source import PAGES, Source, source
 from runtime import files
@@ -37,7 +37,8 @@ class Setting:
     legend: dict[str, int]
 
 
-def build(out: str) -> None:
+def build(out: str, runs: str = "runs") -> None:
+    """Pictures of what is filled in are those of the runs METHOD-shapes in `runs`, where there are some."""
     directory = Path(out)
     directory.mkdir(parents=True, exist_ok=True)
     templates = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True, trim_blocks=True, lstrip_blocks=True)
@@ -47,7 +48,7 @@ def build(out: str) -> None:
         files.write_text(directory / file, templates.get_template(template).render(**values))
 
     settings = steps()
-    found = [page_of(name, settings[name]) for name in PAGES]
+    found = [page_of(name, settings[name], shown(name, Path(runs))) for name in PAGES]
     for page in found:
         write(f"{page['name']}.html", "page.html", **page)
     for left, right in combinations(METHODS, 2):
@@ -81,11 +82,22 @@ def steps() -> dict[str, list[Setting]]:
     return found
 
 
-def page_of(name: str, settings: list[Setting]) -> dict:
+def shown(name: str, runs: Path) -> dict[int, str]:
+    """Line → the pictures below it: after `draw` the views and masks, after `picture` what a trained method makes."""
+    if name not in METHODS:
+        return {}
+    draw, picture = pictures.places(source(name), METHODS[name].__name__)
+    found, checkpoint = {draw: pictures.drawn(flow.run_step(name))}, runs / f"{name}-shapes" / "checkpoint.pt"
+    if checkpoint.exists():
+        found[picture] = pictures.filled_in(flow.run_step(name, checkpoint=checkpoint))
+    return found
+
+
+def page_of(name: str, settings: list[Setting], below: dict[int, str]) -> dict:
     of, page = source(name), notes.read(name)
     first = settings[0] if settings else Setting("", "", {}, set(), {})
     return dict(
-        name=name, page=page, of=of, rows=rows(of, page.notes, first), settings=settings, legend=first.legend,
+        name=name, page=page, of=of, rows=rows(of, page.notes, first, below), settings=settings, legend=first.legend,
         diagram=diagram.draw(page.diagram), curve=proof.curve(name), sentence=sentence(of), switches=switches(settings),
     )  # fmt: skip
 
@@ -98,7 +110,7 @@ def sentence(of: Source) -> str:
     return text[0].upper() + text[1:]
 
 
-def rows(of: Source, sections: list[notes.Note], setting: Setting) -> list[Row]:
+def rows(of: Source, sections: list[notes.Note], setting: Setting, below: dict[int, str]) -> list[Row]:
     """The page's grid: a row begins at the top and at each line that has a note."""
     places: dict[int, list[notes.Note]] = {}
     for note in sections:
@@ -113,7 +125,7 @@ def rows(of: Source, sections: list[notes.Note], setting: Setting) -> list[Row]:
         found[-1].lines.append(dict(
             number=number, html=html, names=names.get(number, []), chips=setting.chips.get(number, []),
             idle=number in setting.idle, indent=len(text) - len(text.lstrip()), noted=number in places,
-            total='"loss":' in text,
+            total='"loss":' in text, below=below.get(number, ""),
         ))  # fmt: skip
     return found
 

@@ -14,7 +14,7 @@ for library in ("pygments", "jinja2", "latex2mathml", "markdown_it", "mdit_py_pl
 
 from methods import METHODS
 from reporting import HERE
-from reporting.pages import beside, diagram, flow, notes, proof, site
+from reporting.pages import beside, diagram, flow, notes, pictures, proof, site
 from reporting.pages.settings import SWITCHES
 from reporting.pages.source import PAGES, Source, source
 from runtime.command_line import field_comments
@@ -250,6 +250,24 @@ def test_two_methods_stand_beside_each_other_by_the_names_of_their_definitions()
     texts = {source("cmae").lines[n - 1].strip(): only for n, _, only in b.lines}
     assert texts["def forward(self, batch: Batch) -> dict[str, Tensor]:"] is False
     assert texts["l_r = reconstruction_loss(y_m, pixels)  # Eq. (5)"] is True
+
+
+def test_pictures_are_the_batch_s_the_boxes_and_what_a_method_makes(steps):
+    rows = {name: re.findall(r"<span>(.+?)</span>", pictures.drawn(step)) for name, (step, _) in steps.items()}
+    assert rows["cmae"] == ["images, and what is cut from them", "images: the online view I_s", "mask",
+                            "target images: the target view I_t"]  # fmt: skip
+    assert [name for name in rows if any("heat map" in row for row in rows[name])] == ["cmae_loc"]
+    for name, (step, _) in steps.items():
+        made = pictures.filled_in(step)
+        assert made.count("data:image/webp") == len(step.method.picture(step.batch)), name
+
+
+def test_boxes_are_drawn_at_their_edges():
+    (picture,) = pictures.outlined(torch.full((1, 3, 8, 8), 0.5), torch.tensor([[1.0, 2.0, 5.0, 4.0]]))
+    white, black = (picture[0] == 1).nonzero(), (picture[0] == 0).nonzero()
+    assert [x.amin(dim=0).tolist() for x in (black, white)] == [[1, 2], [2, 3]]
+    assert [x.amax(dim=0).tolist() for x in (black, white)] == [[5, 5], [4, 4]]
+    assert len(black) == 14 and len(white) == 6 and (picture[0] == 0.5).sum() == 64 - 20
 
 
 def test_claims_have_the_verdicts_of_the_document():
