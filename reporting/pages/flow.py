@@ -18,6 +18,7 @@ from common import StepRandom
 from inputs import builtin_images, image_cache, image_sets
 from methods import METHODS
 from reporting import HERE
+from reporting.pages.settings import PAPER
 from reporting.pages.source import PAGES, Source, source
 from runtime import files
 from runtime.command_line import build_encoder, pretraining_options
@@ -162,15 +163,15 @@ OTHER = dict(
 
 
 def run_step(name: str, changes: dict | None = None, other: bool = False, checkpoint: Path | None = None) -> Step:
-    """One step of a method under its demo recipe, with some settings changed.
+    """One step of a method at the sizes of its demo recipe, with some settings changed.
 
     Weights are the first, or those of a checkpoint; where boxes are computed between epochs, they are once before it.
     `other` has all sizes different, and nothing that stops a gradient.
     """
     args, config, Method = pretraining_options(["--method", name, "--recipe", "demo"], METHODS)
-    config, n = dataclasses.replace(config, **changes or {}), IMAGES
+    config, n = dataclasses.replace(config, **PAPER.get(name, {}) | (changes or {})), IMAGES
     if other:
-        args.patch_size, args.width, args.heads, n = 8 if name in ("cae", "dvae") else 5, 60, 3, IMAGES - 1
+        args.patch_size, args.width, args.heads, n = 8 if name in ("cae", "dvae") else 5, 84, 3, IMAGES - 1
         args.image_size = 6 * args.patch_size  # those two take 8 pixels for a token
         sizes = {key: value for key, value in OTHER.items() if getattr(config, key, 0)}
         config = dataclasses.replace(config, **sizes)

@@ -1,5 +1,8 @@
 """The settings whose steps a page can show: for each method the rows of its paper's tables, by what they change."""
 
+# What the demo recipes have otherwise than the paper; a page shows the paper's method, at the demo's sizes.
+PAPER = {"cmae": dict(official_scale=False), "conmim": dict(dictionary="image", mask_cell=2)}
+
 SWITCHES: dict[str, list[tuple[str, dict]]] = {
     "mae": [
         ("half of the patches hidden (Fig. 5)", dict(mask_ratio=0.5)),
@@ -18,7 +21,7 @@ SWITCHES: dict[str, list[tuple[str, dict]]] = {
         ("the feature decoder shares weights (Table 4c)", dict(share_decoder=True)),
         ("target view masked, 75 % (Table 4e)", dict(target_mask_ratio=0.75)),
         ("BYOL's loss in place of InfoNCE (§4.4)", dict(contrast="byol")),
-        ("L_c without the official 2τ", dict(official_scale=False)),
+        ("L_c times 2τ, as in the official code", dict(official_scale=True)),
     ],
     "cmae_loc": [
         ("plain crops, no boxes (§3.2)", dict(crop_by="none")),

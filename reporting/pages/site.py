@@ -68,7 +68,7 @@ def steps() -> dict[str, list[Setting]]:
     """Page → the steps that it shows: a method's under each of its settings; in common.py those of all methods."""
     found: dict[str, list[Setting]] = {name: [] for name in PAGES}
     for name in METHODS:
-        for label, changes in [("the demo recipe", {}), *SWITCHES.get(name, [])]:
+        for label, changes in [("as in the paper", {}), *SWITCHES.get(name, [])]:
             step, other = flow.run_step(name, changes), flow.run_step(name, changes, other=True)
             chips, pages = flow.chips(step, other), {name: label}
             if not changes:
