@@ -5,7 +5,7 @@ patches' features, recognise its own image among the batch, as a momentum encode
 
     online:  I_s ─ mask ─ encoder ─┬─ pixel decoder ──────────────────────────── L_r  (Eq. 5)
                                    └─ feature decoder ─ mean ─ projector ─ predictor ─┐
-    target:  I_t ─ momentum encoder ─ mean ─ momentum projector ─ stop-gradient ───── L_c  (Eq. 7)
+    target:  I_t ─ momentum encoder ─ mean ─ momentum projector (no gradient) ─────── L_c  (Eq. 7)
 
 The released code multiplies L_c by 2τ = 0.14, which the paper does not say. The paper's recipe, the default here, thus
 weighs L_c 7.1 times as strongly as the released code; `--official-scale` follows the code. The demo recipe sets it.
@@ -14,8 +14,8 @@ Changes from mae.py: the second view, the feature decoder, the two heads, the mo
 
     question         | paper             | official code                   | here (flag)
     ---------------- | ----------------- | ------------------------------- | -------------------------------------------
-    weight of L_c    | 1 (Table 4d)      | 2τ λ_c = 0.14                   | the paper's (--official-scale)
-    mask             | MAE's 75 % (§4.1) | 65 %, squares of 2 x 2 patches  | the paper's (--mask-ratio, -cell)
+    weight of L_c    | 1 (Table 4d)      | 2τ λ_c = 0.14                   | the paper's (the code's: --official-scale)
+    mask             | MAE's 75 % (§4.1) | 65 %, squares of 2 x 2 patches  | the paper's (--mask-ratio, --mask-cell)
     last target norm | not said          | none                            | kept (--no-target-norm)
     target colours   | jitter, greyscale | also blur; grey swaps red, blue | no blur (--target-blur 0.5)
     feature output   | not said          | 3·p·p wide, in ViT-B its width  | as wide as the encoder
@@ -30,7 +30,7 @@ Changes from mae.py: the second view, the feature decoder, the two heads, the mo
 Slips of the paper: §3.2 once calls the online view I_t; Eq. (4) lacks its index i, Eq. (5) the mean over pixels.
 The rows of Table 4, from the top. Row 1 of 4b as two equal views is our reading; its 82.9 is also MAE's own result.
     4a: `--method mae`; `pixel_shift=False, feature_decoder_depth=0`; `feature_decoder_depth=0`; the defaults
-    4b, with `target_color=False`: `shift_range="0"`; `pixel_shift=False`; no other; and the defaults
+    4b: `target_color=False` with `shift_range="0"`; with `pixel_shift=False`; alone; the defaults
 `lambda_c=0` is not row 1 of 4a: it sees the corner of a larger master image, where MAE sees a crop of at least 20 %.
 
     python train.py --method cmae            torchrun --nproc_per_node=8 train.py --method cmae --data tiny-imagenet
@@ -84,7 +84,7 @@ RECIPES = {
     # §4.1 on ImageNet-1K (§4.2); 300 epochs in the ablations (§4.4), 1600 for the best results (Table 2).
     "paper": mae.RECIPES["paper"] | dict(epochs=300),
     "tiny": mae.RECIPES["tiny"],
-    # A step takes twice MAE's time. In so short a run L_c at its full weight leaves L_r behind.
+    # A step takes twice MAE's time. In so short a run L_c at its full weight keeps L_r from falling.
     "demo": mae.RECIPES["demo"] | dict(epochs=12, batch_size=64, lr=1.5e-3, official_scale=True),
 }
 
@@ -132,7 +132,7 @@ class CMAE(nn.Module):
             return  # MAE
         if c.feature_decoder_depth:
             self.feature_decoder = mae.Decoder(encoder, c.decoder_width, c.feature_decoder_depth, c.decoder_heads, D)
-            # A vector added to every image's feature vanishes in the projector's batch norm: these would only drift.
+            # A vector added to every image's feature vanishes in the projector's batch norm, so these have no gradient.
             self.feature_decoder.norm.bias.requires_grad_(False)
             self.feature_decoder.predict.bias.requires_grad_(False)
             if c.share_decoder:
