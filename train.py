@@ -89,8 +89,7 @@ def loop(args, plan: "Plan", run: Run, images: image_sets.ImageSet, watch: Watch
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(args.precision)
     autocast = torch.autocast(device.type, dtype, enabled=dtype is not None)
 
-    def losses_of(pixels, index: Tensor, rng: StepRandom) -> dict[str, Tensor]:
-        batch = method.draw(pixels, index, rng)
+    def losses_of(batch) -> dict[str, Tensor]:
         with autocast:
             return compiled(batch)
 
@@ -99,7 +98,7 @@ def loop(args, plan: "Plan", run: Run, images: image_sets.ImageSet, watch: Watch
         # processes are added up. The interrupted run had done so; for the same bits, one discarded pass does it here.
         index = next(plan.indices(run.step))
         rng = StepRandom(args.seed, run.step, args.batch_size, plan.rows(0), device)
-        losses_of(images.images(index, device), index, rng)["loss"].backward()
+        losses_of(method.draw(images.images(index, device), index, rng))["loss"].backward()
         optimizer.zero_grad(set_to_none=True)
     batches = images.batches(plan.indices(run.step), device, workers=args.workers)
     pictures = Pictures(image_sets.open_for(args, "val"), method, args.seed, args.image_size, device)
@@ -115,7 +114,9 @@ def loop(args, plan: "Plan", run: Run, images: image_sets.ImageSet, watch: Watch
             for part in range(args.accumulate):
                 if world_size() > 1:  # gradients are averaged over the processes once a step, in its last part
                     network.require_backward_grad_sync = part == args.accumulate - 1
-                parts = losses_of(*next(batches), rng.of(plan.rows(part)))
+                batch = method.draw(*next(batches), rng.of(plan.rows(part)))
+                watch.see(step + 1, batch)
+                parts = losses_of(batch)
                 scaler.scale(parts["loss"] / args.accumulate).backward()
                 losses = {k: losses.get(k, 0) + v.detach() / args.accumulate for k, v in parts.items()}
             if args.clip_grad:
@@ -132,8 +133,7 @@ def loop(args, plan: "Plan", run: Run, images: image_sets.ImageSet, watch: Watch
                 with autocast:
                     told = method.end_epoch(done // plan.steps_per_epoch, plan.steps / plan.steps_per_epoch, images)
                 say(*[told] if told else [])
-            measured = {"knn": watch.knn()} if plan.ends(done, args.probe_every) else {}
-            meter.update(done, losses, rate, measured)
+            meter.update(done, losses, rate, watch.measured(probe=plan.ends(done, args.probe_every)))
             stopping = run.asked_to_stop(done)
             if stopping or plan.ends(done, args.save_every):
                 meter.check_finite(method, done)

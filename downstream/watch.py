@@ -1,25 +1,33 @@
 """What is measured of a method while it trains, if asked for. The training is the same, bit for bit, as without it."""
 
 import torch
-from torch import nn
+import torch.distributed as dist
+from torch import Tensor, nn
 
 from common import ViT
 from downstream.protocols import evaluate
 from inputs import image_sets
 from runtime.errors import InputError
+from runtime.ranks import world_size
 
 LEAST = {"train": 1000, "val": 500}  # images of a probe
 
 
 class Watch:
-    """kNN of the encoder, each time on the same images: an eighth of either half of the set, evenly spaced.
+    """kNN of the encoder after some epochs, and the gradient of each loss on it in some steps. All ranks take part.
 
-    They are at least LEAST, where there are as many, and at most ten times that, so that a probe takes seconds. All
-    ranks take part in it.
+    kNN sees the same images each time: an eighth of either half of the set, evenly spaced, but at least LEAST, where
+    there are as many, and at most ten times that. Gradients are those of the method in float32, neither compiled nor
+    by DDP, which leaves the step's own passes as they are.
     """
 
     def __init__(self, args, method: nn.Module, device: torch.device):
         self.args, self.method, self.device, self.sets = args, method, device, []
+        self.weights = [p for p in method.encoder.parameters() if p.requires_grad]
+        self.gradients: dict[str, Tensor] = {}  # of the step at hand, each flat and summed over its parts
+        if args.log_gradients and not self.weights:  # a momentum encoder that is kept, say
+            what = f"the encoder that {args.method} keeps so learns by no gradient"
+            raise InputError(f"--log-gradients {args.log_gradients}: {what}; leave it out")
         if not args.probe_every:
             return
         if not isinstance(method.encoder, ViT):  # a tokenizer, say
@@ -29,7 +37,27 @@ class Watch:
             _ = whole.labels  # an error, if there are none
             self.sets.append(whole.spaced(min(max(least, len(whole) // 8), 10 * least)).to(device))
 
-    def knn(self) -> float:
-        """Top-1 accuracy in per cent."""
-        how = dict(batch_size=64, precision=self.args.precision)
-        return evaluate(self.method.encoder, *self.sets, ["knn"], self.device, **how)["knn"]["top1"]
+    def see(self, step: int, batch) -> None:
+        """What a step, counted from 1, is about to learn from, or a part of it: its gradients are kept if due."""
+        if not self.args.log_gradients or step % self.args.log_gradients:
+            return
+        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):  # the step drops these paths
+            losses = self.method(batch)
+        for name, loss in losses.items():
+            if loss.requires_grad:
+                found = torch.autograd.grad(loss, self.weights, retain_graph=True, materialize_grads=True)
+                flat = torch.cat([g.flatten() for g in found]) / (world_size() * self.args.accumulate)
+                self.gradients[name] = self.gradients.get(name, 0) + flat
+
+    def measured(self, probe: bool) -> dict[str, float]:
+        """Norms of the step's gradients over all ranks; with `probe`, kNN's top-1 accuracy in per cent."""
+        found = {}
+        for name, gradient in self.gradients.items():
+            if world_size() > 1:
+                dist.all_reduce(gradient)
+            found[f"gradient_{name}"] = gradient.norm().item()
+        self.gradients = {}
+        if probe:
+            how = dict(batch_size=64, precision=self.args.precision)
+            found["knn"] = evaluate(self.method.encoder, *self.sets, ["knn"], self.device, **how)["knn"]["top1"]
+        return found

@@ -100,6 +100,7 @@ OPTIONS = {
         ("save-every", 1, int, "EPOCHS", "epochs between checkpoints and pictures"),
         ("log-every", 10, int, "STEPS", "steps between lines of log.jsonl"),
         ("probe-every", None, int, "EPOCHS", "epochs between measures of the encoder's kNN on a fixed few images"),
+        ("log-gradients", None, int, "STEPS", "steps between norms of each loss's gradient on the encoder"),
         ("tensorboard", None, bool, "switch", "write the log and the pictures for TensorBoard, too"),
         ("evaluate", False, bool, None, "kNN and linear accuracy at the end, beside an untrained encoder's"),
     ],
@@ -107,7 +108,7 @@ OPTIONS = {
 # Settings that older runs have and that are gone: the value at which they did nothing, and what to do instead.
 RETIRED = {"block": (0, "the plain autoencoder is a method of its own now: train it with --method autoencoder --block")}
 COUNTS = "epochs max_steps batch_size accumulate classes images repeat".split()  # of at least 1
-COUNTS += "save_every log_every probe_every".split()
+COUNTS += "save_every log_every probe_every log_gradients".split()
 
 
 def pretraining_options(argv: list[str], methods: dict[str, type]):

@@ -23,7 +23,7 @@ from runtime.ranks import rank, say, world_size
 
 # What may differ between a run and its continuation: where and how it runs, not what it computes.
 FREE = set("out resume data_root download workers device compile linear evaluate".split())
-FREE |= set("save_every log_every probe_every tensorboard".split())
+FREE |= set("save_every log_every probe_every tensorboard log_gradients".split())
 
 
 class Run:

@@ -13,6 +13,7 @@ from PIL import Image
 from test_train import OWN, assert_same_bits, environment  # noqa: F401  (a fixture)
 
 import train
+from common import StepRandom
 from downstream import watch
 from downstream.protocols import evaluate
 from inputs import image_sets
@@ -149,6 +150,74 @@ def test_a_probe_takes_an_eighth_of_either_half_within_its_bounds(monkeypatch):
         assert len(found.sets[1]) == {8_000: 1_000, 300: 300, 50_000: 5_000, 1_000_000: 5_000}[whole]
 
 
+def gradients(method: torch.nn.Module, losses: torch.Tensor) -> torch.Tensor:
+    weights = [p for p in method.encoder.parameters() if p.requires_grad]
+    found = torch.autograd.grad(losses, weights, retain_graph=True, allow_unused=True)
+    return torch.cat(
+        [torch.zeros(w.numel()) if g is None else g.flatten() for w, g in zip(weights, found, strict=True)]
+    )
+
+
+@pytest.mark.training
+@pytest.mark.parametrize("method", ["cmae", "conmim", "dvae"])
+def test_gradients_are_those_that_the_encoder_learns_from(method, photos, tmp_path, monkeypatch):
+    """Of each loss, and under drop path: the total's are the step's own, in two parts."""
+    seen, AdamW = [], torch.optim.AdamW
+
+    class Spy(AdamW):
+        def step(self):
+            own = [p.grad for p in learned[-1].encoder.parameters() if p.grad is not None]
+            seen.append(torch.cat([g.flatten() for g in own]).norm().item())
+            return super().step()
+
+    def building(*arguments):
+        built = build(*arguments)
+        learned.append(built[0])
+        return built
+
+    learned, build = [], train.build
+    monkeypatch.setattr(torch.optim, "AdamW", Spy)
+    monkeypatch.setattr(train, "build", building)
+    log = train_here(method, photos, tmp_path, "--log-gradients", 3, "--accumulate", 2, "--log-every", 1)
+    assert [row["step"] for row in log if "gradient_loss" in row] == [3, 6, 9]
+    for row in log[2::3]:
+        assert row["gradient_loss"] == pytest.approx(seen[row["step"] - 1], rel=1e-4)
+    parts = {name for name in log[2] if name.startswith("gradient_")}
+    assert parts == {"cmae": {"gradient_loss", "gradient_reconstruction", "gradient_contrast"}}.get(method, parts)
+    assert all(name.removeprefix("gradient_") in log[2] for name in parts)
+
+
+@pytest.mark.training
+def test_each_loss_has_its_own_gradient_in_float32(photos, tmp_path):
+    """CMAE's first step, whose weights and draws are those of the seed; whatever the precision of the run."""
+    for precision in ("fp32", "bf16"):
+        flags = ["--log-gradients", 1, "--max-steps", 1, "--precision", precision, "--drop-path", 0]
+        (row,) = train_here("cmae", photos, tmp_path / precision, *flags)
+        args, config, Method = train.options(words("cmae", photos, tmp_path, *flags))
+        method = train.build(args, config, Method, torch.device("cpu"))[0]
+        images = image_sets.open_set(str(photos))
+        index = next(train.Plan(args, len(images)).indices(0))
+        losses = method(method.draw(images.images(index), index, StepRandom(0, 0, 8)))
+        assert len(losses) == 3
+        for name, loss in losses.items():
+            expected = gradients(method, loss).norm().item()
+            assert row[f"gradient_{name}"] == pytest.approx(expected, rel=1e-4) and expected > 0
+
+
+@pytest.mark.parametrize("method", ["mae", "conmim"])
+def test_training_does_not_notice_that_gradients_are_logged(method, photos, tmp_path):
+    train_here(method, photos, tmp_path / "plain")
+    log = train_here(method, photos, tmp_path / "logged", "--log-gradients", 2)
+    assert [row["step"] for row in log if "gradient_loss" in row] == [2, 4, 6, 8]
+    assert_same_bits(weights(tmp_path / "logged"), weights(tmp_path / "plain"))
+
+
+def test_gradients_that_are_none_are_refused_in_one_line(photos, tmp_path):
+    with pytest.raises(InputError, match="--log-gradients 5: the encoder that conmim keeps so learns by no gradient;"):
+        train_here("conmim", photos, tmp_path / "run", "--keep-slow", "--log-gradients", 5)
+    assert not (tmp_path / "run").exists()
+
+
 def test_tensorboard_shows_the_log_and_the_pictures_each_step_once(photos, tmp_path, fewer):
     """Also where a run was killed after its checkpoint, or starts over in its directory."""
     events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
@@ -188,14 +257,21 @@ def test_without_tensorboard_it_is_one_line(photos, tmp_path, monkeypatch):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.training
 @pytest.mark.slow
 def test_two_processes_probe_together_and_do_not_notice(photos, tmp_path, environment):  # noqa: F811
-    for out, more in (("plain", []), ("probed", ["--probe-every", 1, "--tensorboard"])):
+    flags = ["--drop-path", 0, "--log-gradients", 1]
+    one = train_here("cmae", photos, tmp_path / "one", *flags)
+    flags += ["--probe-every", 1, "--tensorboard"]
+    for out, more in (("plain", ["--drop-path", 0]), ("probed", flags)):
         two = Program("train.py", *words("cmae", photos, tmp_path / out, *more), n=2, env=environment, cwd=tmp_path)
         assert finish(two).returncode == 0, two.stderr
     assert_same_bits(weights(tmp_path / "probed"), weights(tmp_path / "plain"))
     assert [row["step"] for row in rows(tmp_path / "probed") if "knn" in row] == [3, 6, 9]
     assert len(list((tmp_path / "probed").glob("events*"))) == 1
+    for name in ("gradient_loss", "gradient_contrast"):
+        both = zip(one, rows(tmp_path / "probed"), strict=True)
+        assert all(a[name] == pytest.approx(b[name], rel=1e-3) for a, b in both)
 
 
 def test_a_probe_that_cannot_be_is_one_line_before_anything_is_done(photos, tmp_path):

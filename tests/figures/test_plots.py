@@ -271,7 +271,8 @@ def test_fine_tuning_is_the_mean_of_the_seeds_at_each_epoch(runs, tmp_path):
     about = study(runs, "mae", "cmae")
     logs = {
         ("mae", "finetune", 0): {1: 20.0, 2: 40.0, 3: 50.0}, ("mae", "finetune", 1): {1: 30.0, 2: 50.0},
-        ("mae", "supervised", 0): {1: 10.0, 3: 15.0}, ("mae", "linear-paper", 0): {}, ("cmae", "finetune-8x8", 7): {2: 9.0},
+        ("mae", "supervised", 0): {1: 10.0, 3: 15.0}, ("mae", "linear-paper", 0): {},
+        ("cmae", "finetune-8x8", 7): {2: 9.0},
     }  # fmt: skip
     for (name, protocol, seed), tops in logs.items():
         folder = tmp_path / name / protocol / f"seed-{seed}"
