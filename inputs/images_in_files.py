@@ -62,8 +62,11 @@ class Files:
         return len(self.paths)
 
     def first(self, n: int) -> "Files":
+        return self.at(slice(n))
+
+    def at(self, index: slice | Tensor) -> "Files":
         fewer = copy.copy(self)
-        fewer.paths = self.paths[:n]
+        fewer.paths = self.paths[index]
         return fewer
 
     def source(self, i: int):
@@ -72,9 +75,6 @@ class Files:
 
     def name(self, i: int) -> str:
         return str(self.paths[i])
-
-    def at(self, index: Tensor) -> "Files":
-        return Files(self.root, self.paths[index.numpy()], self.value_range)
 
     def decode(self, i: int) -> Tensor:
         return decode(self.source(i), self.value_range, f"{self.root}/{self.name(i)}")
