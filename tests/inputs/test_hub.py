@@ -68,7 +68,7 @@ def test_images_and_labels_are_read_by_row_in_class_order(tmp_path, monkeypatch,
     assert train.resident != streams and train.classes == val.classes == ["ant", "bee", "cat"]
     assert train.labels.tolist() == [0, 0, 1, 2] and seeds(train) == [1, 3, 2, 0]
     assert val.labels.tolist() == [0, 1, 1] and seeds(val) == [6, 4, 5]
-    assert seeds(train.subset(1)) == [1, 3] and seeds(train.first(3)) == [1, 3, 2]
+    assert seeds(train.subset(1)) == [1, 3] and seeds(train.first(3)) == [1, 3, 2] and seeds(train.spaced(2)) == [1, 0]
     again = [3, 0, 0, 2]
     for image, i in zip(train.images(torch.tensor(again)), (0, 1, 1, 2), strict=True):
         assert torch.equal(image, as_tensor(pixels(i)))
