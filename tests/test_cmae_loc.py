@@ -536,6 +536,7 @@ def schedule(epochs, crop_warmup, crop_interval, **settings):
 def test_boxes_are_computed_when_shares_of_the_run_are_over():
     assert schedule(10, 0.2, 0.3) == [2, 5, 8]
     assert schedule(20, 0.2, 0.2) == [4, 8, 12, 16]  # though 0.2 · 3 + 0.2 is not 0.8 in floating point
+    assert schedule(8, 0.2, 0.2) == [2, 4, 6]  # to whole epochs: 1.6 is nearer to 2
     assert schedule(4, 0.2, 0.2) == [1, 2, 3]  # no run is too short for a crop
     assert schedule(6, 0, 1) == [1]  # no warm-up: as soon as an epoch is over
     assert schedule(6, 1, 0.2) == []  # plain crops to the end

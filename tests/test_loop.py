@@ -225,12 +225,16 @@ def test_low_precision_is_autocast_to_it_and_a_scaled_loss(precision, dtype, sca
 def test_epochs_end_and_are_saved_when_they_should(place, tmp_path, monkeypatch, capsys):
     """Three of two steps: `end_epoch` follows the first two, and what it tells is said; every second is saved."""
     ended, saved, save = [], [], train.Run.save
-    monkeypatch.setattr(mae.MAE, "end_epoch", lambda self, *words: ended.append(words) or "told", False)
+
+    def told():  # in the precision of the steps
+        return f"told, autocast: {torch.is_autocast_enabled('cpu')}"
+
+    monkeypatch.setattr(mae.MAE, "end_epoch", lambda self, *words: ended.append(words) or told(), False)
     monkeypatch.setattr(train.Run, "save", lambda self, step: (saved.append(step), save(self, step)))
     words = f"--method mae --data {place}/photos {TINY} {KNOBS['mae']} --epochs 3 --batch-size 13 --save-every 2"
-    train_here([*words.split(), "--no-evaluate", "--precision", "fp32", "--out", str(tmp_path / "run")])
+    train_here([*words.split(), "--no-evaluate", "--precision", "bf16", "--out", str(tmp_path / "run")])
     assert [(done, of, len(images)) for done, of, images in ended] == [(1, 3, 26), (2, 3, 26)]
-    assert capsys.readouterr().err.count("told") == 2 and saved == [4, 6]
+    assert capsys.readouterr().err.count("told, autocast: True") == 2 and saved == [4, 6]
 
 
 def test_the_summary_is_of_the_run_s_encoder_and_of_one_at_the_first_weights_of_its_seed(place, tmp_path, monkeypatch):
