@@ -162,6 +162,14 @@ def test_gradients_stop_where_the_papers_stop_them(steps, name):
     assert "loss" in flows
 
 
+def test_sides_of_pictures_and_grids_have_letters_of_their_own(steps):
+    shapes = {
+        name: {chip.shape for row in flow.chips(*steps[name]).values() for chip in row} for name in ("cmae", "dvae")
+    }
+    assert {"(B, 3, H, W)", "(B, 3, H+p, W+p)"} <= shapes["cmae"]
+    assert {"(B, K, h, w)", "(B, hidden, 2·h, 2·w)"} <= shapes["dvae"]
+
+
 def test_what_does_not_run_is_idle_and_nothing_else():
     of = source("cmae")
     full, alone = (flow.idle(of, flow.run_step("cmae", changes).ran["cmae"]) for changes in ({}, dict(lambda_c=0.0)))
@@ -247,6 +255,7 @@ def test_two_methods_stand_beside_each_other_by_the_names_of_their_definitions()
     named = {(a and a.name, b and b.name): (a, b) for a, b in beside.compare("mae", "cmae")}
     _, b = named["the method.forward", "the method.forward"]
     assert ("masked_pixels", None) in named and (None, "byol_loss") in named
+    assert not any(only for n, _, only in b.lines if not source("cmae").lines[n - 1]), "blank lines are no difference"
     texts = {source("cmae").lines[n - 1].strip(): only for n, _, only in b.lines}
     assert texts["def forward(self, batch: Batch) -> dict[str, Tensor]:"] is False
     assert texts["l_r = reconstruction_loss(y_m, pixels)  # Eq. (5)"] is True
