@@ -269,7 +269,10 @@ def test_upernets_auxiliary_head_is_transformers_on_the_third_map_and_weighs_two
         for i, x in enumerate(images)
     ]
     labels = torch.stack([s.planes[0] for s in samples])
-    main, auxiliary = (torch.nn.functional.cross_entropy(x, labels) for x in model.logits(images))
+    maps = model.pyramid(dense_prediction.feature_maps(model.encoder, images, model.taps))
+    scores = [head(x) for head, x in zip(model.heads, (maps, maps[2]), strict=True)]
+    scores = [torch.nn.functional.interpolate(x, (32, 32), mode="bilinear") for x in scores]
+    main, auxiliary = (torch.nn.functional.cross_entropy(x, labels) for x in scores)
     torch.testing.assert_close(model.loss(samples, "cpu"), main + 0.4 * auxiliary)
 
 
@@ -329,6 +332,10 @@ def test_windows_are_put_together_in_their_places_and_averaged():
     model.forward = lambda images: torch.stack([votes, 0 * votes], dim=1)
     (found,) = model.predict([sample._replace(size=(96, 32))], "cpu")
     assert found[:32].unique().tolist() == [0] and found[32:].unique().tolist() == [1]  # 3 - 1 > 0 where two overlap
+    image = torch.cat([torch.full((3, 16, 32), -1.0), torch.full((3, 32, 32), 2.0)], dim=1)  # two windows from row 16
+    model.forward = lambda images: torch.stack([images[:, 0], 0 * images[:, 0]], dim=1)
+    (found,) = model.predict([sample._replace(image=image, size=(96, 64), fitted=(48, 32))], "cpu")
+    assert found[31].unique().tolist() == [1] and found[32].unique().tolist() == [0]  # .75 · -1 + .25 · 2 < 0
 
 
 def test_what_is_measured_does_not_train():

@@ -142,8 +142,11 @@ def test_ten_steps_of_dense_training_are_the_plain_loops(
     torch.manual_seed(0)
     real = dense_prediction.Segmenter(small_vit(), 3, head)
     plain, scenes = copy.deepcopy(real), Scenes()
-    # UperNet's batch norms remove biases before them: their gradients are rounding, which Adam would blow up.
-    how = "sgd" if head == "upernet" else "adamw"
+    # UperNet's batch norms remove biases before them: their gradients are rounding, which Adam would blow up. Of two
+    # images one norm makes signs, of four nearly, so that rounding would grow at a higher rate.
+    how, close = "adamw", 0.05 * lr
+    if head == "upernet":
+        how, lr, parts = "sgd", lr / 10, 1
     recipe = type("OfChoice", (dense_recipes.Recipe,), dict(optimizer=how))(
         epochs=5, batch_size=4, lr=lr, weight_decay=decay, decay_at=decay_at, schedule=schedule, drop_path=drop,
         layer_decay=layer_decay, warmup=warmup,
@@ -178,7 +181,7 @@ def test_ten_steps_of_dense_training_are_the_plain_loops(
                 layer = int(name.split(".")[2]) + 1 if "blocks" in name else 0
             p.data = rules[name].step(g.double(), rate * layer_decay ** (3 - layer)).float()
     for name, value in plain.state_dict().items():
-        torch.testing.assert_close(real.state_dict()[name], value, rtol=2e-3, atol=0.05 * lr, msg=name)
+        torch.testing.assert_close(real.state_dict()[name], value, rtol=2e-3, atol=close, msg=name)
 
 
 # ------------------------------------------------------------------------------------------------------- precision
