@@ -18,6 +18,7 @@ from pathlib import Path
 
 from figures import plots
 from figures.study import Absent, Study
+from inputs import augment
 from runtime import files, process
 from runtime.command_line import Parser, add_option
 from runtime.errors import InputError
@@ -74,7 +75,7 @@ def draw(name: str, study: Study, file: Path) -> None:
     """One figure to its PNG, and its numbers to the JSON beside it."""
     import matplotlib
 
-    with matplotlib.rc_context(plots.STYLE):
+    with matplotlib.rc_context(plots.STYLE), augment.views_for(study.runs[0].settings):
         study.shown.clear()
         figure, numbers = FIGURES[name](study)
         files.write_whole(file, lambda out: figure.savefig(out, format="png"), "; give another --to")

@@ -24,7 +24,7 @@ from runtime.fast import Linear, attend, linear, take, upload, written
 from runtime.randomness import StepRandom
 from runtime.ranks import gather_over_ranks, rank, sum_over_ranks, world_size
 
-# Every image set is normalised with ImageNet's channel statistics, so that an encoder fits any of them.
+# ImageNet's channel statistics, by which images are normalised unless an encoder has its own.
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 # (width D, blocks, heads); tiny to large are the ViT and DeiT papers' sizes, nano is ours, for two CPU cores.
@@ -306,22 +306,24 @@ class ViT(nn.Module):
     `stem` is "linear" (a ViT) or "conv" (CMAE*). `drop_path` grows linearly over the blocks from 0 to its value.
     `positions` are "sincos", or "relative": tokens get none, and a learned table that all blocks share adds to the
     attention of each head a number for every offset between two patches (BEiT's, as in ConMIM's code).
+    `mean` and `std` (3,) are those by which its images are normalised; None: ImageNet's.
     """
 
     def __init__(
         self, image_size: int | tuple[int, int] = 64, patch_size: int = 8, width: int = 128, depth: int = 4,
         heads: int = 4, layer_scale: float = 0.0, drop_path: float = 0.0, stem: str = "linear",
-        positions: str = "sincos",
+        positions: str = "sincos", mean=None, std=None,
     ):  # fmt: skip
         super().__init__()
         self.settings = dict(
             image_size=image_size, patch_size=patch_size, width=width, depth=depth, heads=heads,
-            layer_scale=layer_scale, drop_path=drop_path, stem=stem, positions=positions,
+            layer_scale=layer_scale, drop_path=drop_path, stem=stem, positions=positions, mean=mean, std=std,
         )  # fmt: skip
         H, W = pair(image_size)
         if H % patch_size or W % patch_size:
             raise InputError(f"image size {H}x{W} is not divisible by patch size {patch_size}")
         self.width, self.image_size, self.patch_size = width, image_size, patch_size
+        self.mean, self.std = mean or MEAN, std or STD
         self.grid = H // patch_size, W // patch_size
         self.patches = self.grid[0] * self.grid[1]
         self.patch_embed = {"linear": PatchEmbed, "conv": ConvEmbed}[stem](patch_size, width)

@@ -128,6 +128,8 @@ def main() -> None:
         if rank() == 0:
             to = vars(args).get("to") or directory / TARGETS[args.export]
             print(write_export(encoder, args.export, to), flush=True)
+            if encoder.settings["mean"] or encoder.settings["std"]:
+                print(f"# images: those in [0, 1], minus {encoder.mean}, divided by {encoder.std}", flush=True)
         return process.stop()
     images = ("data", "data_root", "classes", "download", "skip_bad_images")
     kept = ("class_level", "range") if "data" in args else ("class_level", "range", "split", "columns")

@@ -29,7 +29,7 @@ from torch.nn.parallel import DistributedDataParallel
 from common import StepRandom, ViT
 from downstream.protocols import evaluate
 from downstream.watch import Watch
-from inputs import image_sets
+from inputs import augment, image_sets
 from methods import METHODS
 from runtime import fast, files, process
 from runtime.command_line import build_encoder, goes_on, pretraining_options, settle
@@ -60,6 +60,9 @@ def train(args, config, Method, device: torch.device) -> nn.Module:
     divide(args.batch_size, args.accumulate)  # before the images are read, which may take long
     images = image_sets.open_for(args, "train")
     images = (images.first(args.images) if args.images else images).to(device)  # --images limits pretraining alone
+    if args.mean == "auto":
+        args.mean, std = augment.channel_statistics(images, device)
+        args.std = args.std or std
     plan = Plan(args, len(images))
     method, optimizer, scaler = build(args, config, Method, device)
     if args.init and not goes_on(args):  # before anything is written
@@ -72,7 +75,8 @@ def train(args, config, Method, device: torch.device) -> nn.Module:
     learned = sum(p.numel() for p in method.parameters() if p.requires_grad)
     say(f"{args.method} on {args.data}: {len(images):,} images, {learned:,} parameters, {plan.steps} steps of "
         f"{args.batch_size} on {world_size()} x {device.type} in {args.precision}, into {args.out}")  # fmt: skip
-    loop(args, plan, run, images, watch, device)
+    with augment.views_for(args):
+        loop(args, plan, run, images, watch, device)
     if run.stopped_by:
         say(f"stopped at step {run.step} of {plan.steps}; the same command continues from there")
         process.stop()

@@ -104,13 +104,14 @@ def main() -> None:
             raise InputError(f"{root}: categories to learn and to test differ; give both files of one set")
         model = Detector(encoder, sets[0].classes, recipe.pyramid, args.precision, sets[0].masks)
     model = model.to(device)
-    views = dict(jitter=recipe.jitter, distort=recipe.distort, windows=recipe.windows)
-    train = Reader(sets[0], recipe.image_size, args.seed, **views)
+    views = argparse.Namespace(mean=encoder.mean, std=encoder.std)
+    how = dict(jitter=recipe.jitter, distort=recipe.distort, windows=recipe.windows)
+    train = Reader(sets[0], recipe.image_size, args.seed, views, **how)
     fine_tune(
         model, train, recipe, device, args.seed, args.workers, args.precision, args.accumulate,
         directory=directory / name, resume=args.resume == "auto",
     )  # fmt: skip
-    val = Reader(sets[1], recipe.image_size, windows=recipe.windows)
+    val = Reader(sets[1], recipe.image_size, views=views, windows=recipe.windows)
     result = measure(model, val, recipe.batch_size, args.workers, device)
     if rank() == 0:
         del args.make_scenes, args.n

@@ -126,7 +126,8 @@ def measure(task: Task, protocol: str) -> dict:
 def evaluate(encoder: ViT, train_set, val_set, protocols, device, **options) -> dict[str, dict]:
     """{protocol: {"top1", "top5" in per cent, "n" validation images, …}}; `options` are the other fields of Task."""
     task = Task(encoder, train_set, val_set, torch.device(device), **options)
-    return {name: measure(task, name) for name in protocols}
+    with augment.views_for(encoder):
+        return {name: measure(task, name) for name in protocols}
 
 
 def extract(

@@ -137,9 +137,9 @@ def kind_of(protocol: str, blocks: int) -> str:
     return protocol if frozen else "linear" if protocol == "partial" and blocks == 0 else "finetune"
 
 
-def single_boxes(rng: StepRandom, sizes, scale, ratio=(3 / 4, 4 / 3)) -> Tensor:
+def single_boxes(rng: StepRandom, sizes, scale) -> Tensor:
     """`augment.crop_boxes` as MAE's code draws them for probes: one try, cut down to the image."""
-    draw = augment.on_host(rng).uniform(4).double()
+    draw, ratio = augment.on_host(rng).uniform(4).double(), augment.aspects()
     sides = torch.as_tensor(sizes).double().expand(len(draw), 2)
     area = sides.prod(dim=1) * (scale[0] + (scale[1] - scale[0]) * draw[:, 0])
     aspect = (math.log(ratio[0]) + (math.log(ratio[1]) - math.log(ratio[0])) * draw[:, 1]).exp()
@@ -148,7 +148,7 @@ def single_boxes(rng: StepRandom, sizes, scale, ratio=(3 / 4, 4 / 3)) -> Tensor:
 
 
 def moved(images: Tensor, matrix: list[list]) -> Tensor:
-    """(n, 3, H, W), where pixel (x, y) comes from `matrix` · (x, y, 1); outside the image lies ImageNet's mean.
+    """(n, 3, H, W), where pixel (x, y) comes from `matrix` · (x, y, 1); outside the image lies the mean.
 
     Coordinates run from -1 to 1. Entries are numbers or (n, 1, 1, 1). Bicubic: torch's cubic has a = -3/4, PIL's -1.
     """
@@ -157,7 +157,7 @@ def moved(images: Tensor, matrix: list[list]) -> Tensor:
     grid = torch.cat([(a * x + b * y + c).expand(len(images), *images.shape[2:], 1) for a, b, c in matrix], dim=3)
     inside = ((grid >= -1) & (grid < 1)).all(dim=3)[:, None]
     found = F.grid_sample(images, grid, mode="bicubic", padding_mode="border", align_corners=False).clamp_(0, 1)
-    return torch.where(inside, found, upload(torch.tensor(augment.MEAN), images.device)[:, None, None])
+    return torch.where(inside, found, augment.statistics(images)[0])
 
 
 def by_torchvision(name: str):

@@ -24,15 +24,16 @@ from inputs import augment
 from runtime.errors import InputError
 
 
-def centred(images, size) -> Tensor:
-    """uint8 images → what evaluation sees of them, normalised: (B, 3, *size)."""
-    return augment.normalize(augment.center_crop_resize(images, size))
+def centred(images, encoder: ViT) -> Tensor:
+    """uint8 images → what an encoder sees of them in evaluation, normalised: (B, 3, *its image size)."""
+    with augment.views_for(encoder):
+        return augment.normalize(augment.center_crop_resize(images, encoder.image_size))
 
 
 @torch.no_grad()
 def features(encoder: ViT, batches: Iterable, of: str = "images") -> Tensor:
     """uint8 images → the mean of each one's patch tokens (n, D), as in evaluate.py, or of="patches": (n, N, D)."""
-    parts = (encoder(centred(images, encoder.image_size))[:, 1:].float() for images in batches)
+    parts = (encoder(centred(images, encoder))[:, 1:].float() for images in batches)
     return torch.cat([tokens if of == "patches" else tokens.mean(dim=1) for tokens in parts])
 
 
@@ -62,7 +63,7 @@ def attention_maps(parts, work: Callable) -> list[Tensor]:
 
 def encoder_maps(encoder: ViT, images, blocks) -> list[Tensor]:
     """Attention of these blocks of the encoder on whole images: (B, heads, 1 + N, 1 + N) each."""
-    return attention_maps([block.attn for block in blocks], lambda: encoder(centred(images, encoder.image_size)))
+    return attention_maps([block.attn for block in blocks], lambda: encoder(centred(images, encoder)))
 
 
 def decoding(run, images, mask: Mask) -> tuple[Callable, Tensor]:
@@ -70,7 +71,7 @@ def decoding(run, images, mask: Mask) -> tuple[Callable, Tensor]:
 
     MAE's has the visible patches first; one with a `features` of its own works in raster order (cmae_loc.py).
     """
-    decoder, x = run.decoder, centred(images, run.encoder.image_size)
+    decoder, x = run.decoder, centred(images, run.encoder)
     first = type(decoder).features is mae.Decoder.features
     places = mask.order().argsort(dim=1) if first else mask.order().sort(dim=1).values
     return lambda: decoder.features(run.encoder(x, mask.visible), mask), F.pad(places + 1, (1, 0))

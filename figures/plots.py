@@ -77,7 +77,7 @@ def reconstruction(study: Study):
     run, images = study.only(), study.pictures(study.args.images or 8)
     batch = run.draw(images)
     if isinstance(getattr(run.method, "decoder", None), mae.Decoder):
-        batch = batch._replace(images=centred(images, run.encoder.image_size))
+        batch = batch._replace(images=centred(images, run.encoder))
     picture = run.method.picture(batch)
     if picture is None:
         raise Absent(f"{run.label} was taught nothing that can be seen; give a run that predicts pixels or tokens")
@@ -146,7 +146,7 @@ def latent_reconstruction(study: Study):
     for run in study.runs:
         if not hasattr(run.method, "reconstruct"):
             raise Absent(f"{run.label} has no regressor to leave out; give a run of CAE's kind")
-        encoder, tokenizer, x = run.encoder, run.method.tokenizer, centred(images, run.encoder.image_size)
+        encoder, tokenizer, x = run.encoder, run.method.tokenizer, centred(images, run.encoder)
         original = rows.setdefault("original", augment.denormalize(x))
         with torch.no_grad():
             made = run.method.reconstruct(x).float()  # (B, N, codes or P)
@@ -154,7 +154,8 @@ def latent_reconstruction(study: Study):
             if run.method.config.norm_pixels:  # nothing is hidden: each patch may have its own statistics back
                 variance, mean = torch.var_mean(patchify(x, encoder.patch_size), dim=2, keepdim=True)
                 made = made * (variance + 1e-6).sqrt() + mean
-            made = augment.denormalize(unpatchify(made, encoder.patch_size, encoder.grid)).clamp(0, 1)
+            with augment.views_for(encoder):
+                made = augment.denormalize(unpatchify(made, encoder.patch_size, encoder.grid)).clamp(0, 1)
         elif tokenizer.decoder is None:
             raise Absent(f"{run.label} predicts tokens that nothing here can draw; give a run with pixels or a dvae")
         else:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import mae
 from common import Attention, Mask, StepRandom, ViT
-from inputs import image_sets
+from inputs import augment, image_sets
 from inputs.dense_sets import Segments
 from methods import METHODS
 from runtime import encoders, files
@@ -78,7 +78,8 @@ class Run:
         """What a training step would make of these images; always the same. Index -1: none of the training set."""
         index = torch.full((len(images),), -1) if index is None else index
         rng = StepRandom(self.settings.seed, 2**40 + step, len(images), None, self.device)
-        return self.method.draw(images, index, rng)
+        with augment.views_for(self.settings):
+            return self.method.draw(images, index, rng)
 
     def masks(self, images, alike: bool = False, step: int = 0) -> Mask:
         """Masks as in training, or the first of them for all images."""

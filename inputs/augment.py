@@ -7,11 +7,14 @@ are (B,), and `where` (B,) bool says which images an augmentation touches (None:
 A `where` on the CPU picks the images there and only those are computed, on a GPU too. One on a GPU computes all of
 them and keeps the chosen, since counting those would make the CPU wait for the GPU; as drawn, nothing here waits.
 No matrix product is involved, so neither autocast nor TF32 changes a result.
+
+For whom views are made, `views_for` says: by default for squares that are normalised as ImageNet's.
 """
 
 import copy
 import math
 from collections.abc import Callable
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -19,8 +22,32 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from common import MEAN, STD, StepRandom, pair, upload
+from runtime.errors import InputError
+from runtime.ranks import say
 
 GRAY = (0.2989, 0.587, 0.114)  # ITU-R 601 luma as torchvision rounds it
+
+
+LEAST_STD = 1e-4  # of a channel; a fortieth of a grey level
+STATISTICS_OF = 4096  # images of a set that streams: what `channel_statistics` looks at
+VIEWS = [None]  # for whom views are made, the innermost last
+
+
+@contextmanager
+def views_for(encoder):
+    """Within this block views are for an encoder, or the settings of a run: crops have the aspect of its `image_size`,
+    and `normalize` takes its `mean` and `std`."""
+    VIEWS.append(encoder)
+    try:
+        yield
+    finally:
+        VIEWS.pop()
+
+
+def aspects() -> tuple[float, float]:
+    """The least and the largest aspect, width by height, of a crop: RandomResizedCrop's times that of the view."""
+    H, W = pair(getattr(VIEWS[-1], "image_size", 1))
+    return 3 / 4 * (W / H), 4 / 3 * (W / H)
 
 
 def on_host(rng: StepRandom) -> StepRandom:
@@ -45,14 +72,14 @@ def sizes(images: Tensor | list[Tensor]) -> tuple[int, int] | Tensor:
     return torch.tensor([i.shape[1:] for i in images]) if isinstance(images, list) else tuple(images.shape[2:])
 
 
-def crop_boxes(rng: StepRandom, sizes, scale=(0.2, 1.0), ratio=(3 / 4, 4 / 3)) -> Tensor:
+def crop_boxes(rng: StepRandom, sizes, scale=(0.2, 1.0), ratio: tuple[float, float] | None = None) -> Tensor:
     """int64 (B, 4) on the CPU: top, left, height, width of torchvision's RandomResizedCrop in images of `sizes`.
 
-    Ten tries at an area uniform in `scale` and an aspect ratio log-uniform in `ratio`; the first that fits is placed
-    uniformly. If none does: the largest central box whose aspect is allowed. `sizes` is (H, W), or int64 (B, 2). The
-    draws are unit numbers, so that they do not depend on the sizes of images that other ranks hold.
+    Ten tries at an area uniform in `scale` and an aspect ratio log-uniform in `ratio`, by default `aspects`; the first
+    that fits is placed uniformly. If none does: the largest central box whose aspect is allowed. `sizes` is (H, W), or
+    int64 (B, 2). The draws are unit numbers, so that they do not depend on the sizes of images that other ranks hold.
     """
-    rng = on_host(rng)
+    rng, ratio = on_host(rng), ratio or aspects()
     tries, place = rng.uniform(2, 10).double(), rng.uniform(2).double()
     sides = torch.as_tensor(sizes).double().expand(len(place), 2)  # (B, 2)
     H, W = sides[:, :1], sides[:, 1:]
@@ -348,8 +375,33 @@ def gaussian_blur(images: Tensor, sigma: Tensor, where: Tensor | None = None) ->
 
 
 def statistics(images: Tensor) -> tuple[Tensor, Tensor]:
-    constants = torch.tensor([MEAN, STD], dtype=images.dtype)[:, :, None, None]
+    """Mean and deviation (3, 1, 1) by which views are normalised."""
+    own = getattr(VIEWS[-1], "mean", None) or MEAN, getattr(VIEWS[-1], "std", None) or STD
+    constants = torch.tensor(own, dtype=images.dtype)[:, :, None, None]
     return upload(constants, images.device).unbind(0)
+
+
+def channel_statistics(image_set, device) -> tuple[list[float], list[float]]:
+    """Mean and deviation of each channel over the images of a set, as shares of white, to six digits.
+
+    Each image counts alike. Of a set that streams, 4096 images are looked at, evenly spaced. The sums are of whole
+    numbers, so that every machine finds the same.
+    """
+    n = len(image_set) if image_set.resident else min(STATISTICS_OF, len(image_set))
+    at = torch.linspace(0, len(image_set) - 1, n, dtype=torch.float64).round().long()
+    sums = torch.zeros(2, 3, dtype=torch.float64)  # of values and of their squares
+    for images, _ in image_set.batches(at.split(256), device):
+        for x in images if isinstance(images, list) else [images]:
+            x = x.reshape(-1, 3, x.shape[-2] * x.shape[-1]).int()
+            sums += torch.stack([x.sum((0, 2)), x.square().sum((0, 2))]).cpu() / x.shape[2]
+    mean, square = sums / n
+    mean, std = (
+        [round(v, 6) for v in (x / 255).tolist()] for x in (mean, (square - mean.square()).clamp(min=0).sqrt())
+    )
+    if min(std) < LEAST_STD:
+        raise InputError(f"{image_set.name}: a channel of its images is the same everywhere; give --mean and --std")
+    say(f"{image_set.name}: mean {' '.join(map(str, mean))}, deviation {' '.join(map(str, std))}")
+    return mean, std
 
 
 def normalize(images: Tensor) -> Tensor:

@@ -70,11 +70,12 @@ def fit(
 class Reader(torch.utils.data.Dataset):
     """(epoch, i) → the Sample of image i, its augmentation a function of (seed, epoch, i); without a seed, none.
 
-    `how` are the other parameters of `fit`.
+    `views` is for `augment.views_for`, which a process that reads may not inherit; `how` are the other parameters of
+    `fit`.
     """
 
-    def __init__(self, images, size: int, seed: int | None = None, **how):
-        self.images, self.size, self.seed, self.how = images, size, seed, how
+    def __init__(self, images, size: int, seed: int | None = None, views=None, **how):
+        self.images, self.size, self.seed, self.views, self.how = images, size, seed, views, how
 
     def __getitem__(self, key: tuple[int, int]) -> Sample | InputError:
         epoch, i = key
@@ -83,7 +84,8 @@ class Reader(torch.utils.data.Dataset):
         except InputError as error:  # handed over, as a DataLoader would wrap it in a traceback
             return error
         rng = None if self.seed is None else np.random.default_rng((self.seed, epoch, i))
-        square, planes, fitted = fit(image, planes, self.images.fill, self.size, rng, **self.how)
+        with augment.views_for(self.views):
+            square, planes, fitted = fit(image, planes, self.images.fill, self.size, rng, **self.how)
         seed = 0 if rng is None else int(rng.integers(2**63))
         return Sample(i, square, planes, kinds, tuple(image.shape[1:]), fitted, seed)
 

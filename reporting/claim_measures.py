@@ -38,7 +38,7 @@ def positions(study) -> dict:
 def latents(study) -> dict:
     """Squared error of whole images that are encoded and, the regressor skipped, decoded (CAE, Figure 4)."""
     run = study.runs[0]
-    x = measures.centred(study.pictures(64), run.encoder.image_size)
+    x = measures.centred(study.pictures(64), run.encoder)
     made = run.method.reconstruct(x).float()
     return {"error": (made - patchify(x, run.encoder.patch_size)).square().mean().item()}
 
@@ -54,7 +54,7 @@ def classes(study) -> dict:
 def spread(study) -> dict:
     """Deviation of v·√d over images at one place, v of length 1: 0 where v has collapsed (LC-MAE, §3.3)."""
     run, images = study.runs[0], study.pictures(64)
-    x, mask = measures.centred(images, run.encoder.image_size), run.masks(images, alike=True)
+    x, mask = measures.centred(images, run.encoder), run.masks(images, alike=True)
     tokens, h = run.method.decode(x, mask)
     v = run.method.projector(h if run.method.config.project == "pixels" else tokens)  # (B, M, d)
     v = F.normalize(v.float(), dim=2) * v.shape[2] ** 0.5

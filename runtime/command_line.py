@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 
 from common import SIZES, ViT
+from inputs.augment import LEAST_STD
 from runtime import fast, process
 from runtime.errors import InputError
 from runtime.ranks import rank, world_size
@@ -41,6 +42,19 @@ class Sides(argparse.Action):
         setattr(args, self.dest, sides[0] if sides[0] == sides[-1] else sides)
 
 
+class Channels(argparse.Action):
+    """Reads a mean or deviation for each channel, as shares of white; of a mean also the word auto."""
+
+    def __call__(self, parser, args, words, option=None):
+        auto, least = ("auto, or ", 0) if self.dest == "mean" else ("", LEAST_STD)
+        with suppress(ValueError):
+            numbers = None if auto and words == ["auto"] else [float(word) for word in words]
+            if numbers is None or (len(numbers) == 3 and all(least <= x <= 1 for x in numbers)):
+                return setattr(args, self.dest, numbers or "auto")
+        right = f"give {auto}three numbers from {least:g} to 1, for red, green and blue, where 1 is white"
+        parser.error(f"argument {option}: {' '.join(words)}: {right}")
+
+
 # Group → its options: name, default, kind, metavar, help. A kind is a type, or the list of words to choose from. Of
 # bool, the metavar "switch" means a flag that can only be given, else there is a --no- form beside it. An action reads
 # its words itself.
@@ -55,6 +69,8 @@ OPTIONS = {
         ("range", None, float, "LOW HIGH", "black and white of 16-bit greys; if not given, the set's own extremes"),
         ("split", None, str, "NAME...", "of an hf: set, to train on and to validate on [train validation]"),
         ("columns", None, str, "NAME...", "of an hf: set, of images and of labels; if not given, found by type"),
+        ("mean", None, Channels, "R G B", "normalise images by this mean, or auto: by their own; default: ImageNet's"),
+        ("std", None, Channels, "R G B", "and by this deviation; default: as the mean, ImageNet's or their own"),
         ("images", None, int, "K", "pretrain on the first K images only; evaluation still has all"),
         ("repeat", 1, int, "N", "each image N times an epoch, as one image needs (LC-MAE, Table A.1)"),
         ("skip-bad-images", None, bool, "switch", "leave out images that do not decode"),
@@ -274,4 +290,14 @@ def field_comments(Config) -> dict[str, str]:
 
 def build_encoder(args) -> ViT:
     size = [given or own for given, own in zip((args.width, args.depth, args.heads), SIZES[args.model], strict=True)]
-    return ViT(args.image_size, args.patch_size, *size, args.layer_scale, args.drop_path, args.stem, args.positions)
+    return ViT(
+        args.image_size,
+        args.patch_size,
+        *size,
+        args.layer_scale,
+        args.drop_path,
+        args.stem,
+        args.positions,
+        vars(args).get("mean"),
+        vars(args).get("std"),
+    )

@@ -21,6 +21,7 @@ from runtime.encoders import (
     with_qkv,
 )
 from runtime.errors import InputError
+from runtime.ranks import say
 
 # Parts of mae.py's decoder by their names in MAE's official weights, and in Hugging Face's; "decoder_encoder" is what
 # transformers 5 writes.
@@ -42,6 +43,9 @@ def fill(encoder: ViT, path, heads: int | None = None) -> Found:
                     for e in (found.encoder, encoder))  # fmt: skip
     if differs := files.differences(theirs, ours):
         raise InputError(f"{path}: does not fit this encoder ({differs}); give the options that make it so")
+    if [*found.encoder.mean, *found.encoder.std] != [*encoder.mean, *encoder.std]:
+        words = " ".join(map(str, ["--mean", *found.encoder.mean, "--std", *found.encoder.std]))
+        say(f"{path}: knows images normalised otherwise; {words} would go on with that")
     with torch.random.fork_rng(devices=[]):  # the rest of a method draws what it would draw without these weights
         encoder.load_state_dict(resize(found.encoder, encoder.image_size).state_dict())
     file = Path(path, "checkpoint.pt") if Path(path).is_dir() else Path(path)

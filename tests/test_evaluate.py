@@ -176,6 +176,20 @@ def test_every_protocol_sees_images_of_another_size_if_told_so(run, monkeypatch,
     assert results[""] == results["-16x16"]
 
 
+@pytest.mark.parametrize("words", ["knn", "linear", "finetune --recipe demo --batch-size 4 --epochs 1"])
+def test_images_are_normalised_by_the_mean_and_deviation_of_the_encoder(run, monkeypatch, words):
+    encoder = small_vit(mean=[0.1, 0.2, 0.3], std=[0.5, 0.6, 0.7])
+    torch.save({"settings": encoder.settings, "state_dict": encoder.state_dict()}, run / "encoder.pt")
+    mean, std = (torch.tensor(values)[:, None, None] for values in (encoder.mean, encoder.std))
+    seen, embed = [], ViT.embed
+    monkeypatch.setattr(ViT, "embed", lambda self, x, *visible: seen.append(x) or embed(self, x, *visible))
+    call(monkeypatch, "--run", run, "--protocol", *words.split(), "--precision", "fp32")
+    pixels = torch.cat([x for x in seen if x.any()]) * std + mean  # a first pass, for shapes, is of zeros
+    whole = pixels if words in ("knn", "linear") else pixels[-7:]  # what trains is cropped
+    assert len(whole) >= 7 and whole.min() >= -1e-6 and whole.max() > 0.9
+    torch.testing.assert_close(255 * whole, (255 * whole).round(), atol=1e-3, rtol=0)
+
+
 def test_positions_of_another_size_are_interpolated_and_the_rest_is_the_runs(run, monkeypatch):
     used, encoder = [], load_encoder(run)
     monkeypatch.setattr(evaluate, "evaluate", lambda encoder, *_, **__: used.append(encoder) or {"knn": {}})

@@ -23,13 +23,15 @@ from PIL import Image
 from test_mae import hugging_face
 
 from common import ViT
-from inputs import image_cache, image_sets
+from inputs import augment, image_cache, image_sets
 from methods import METHODS
 from runtime import files, process, run
 from runtime.command_line import build_parser, field_comments, settle
+from runtime.encoders import load_encoder
 from runtime.errors import InputError
 from runtime.randomness import StepRandom
 from train import Plan, begin, build, options
+from train import train as loop
 
 SMALL = (
     "--image-size 32 --patch-size 8 --width 16 --depth 2 --heads 2 --batch-size 16 --epochs 5 --warmup-epochs 1 "
@@ -387,6 +389,11 @@ def test_wrong_options_get_one_line_and_status_2(train, tmp_path):
     (["--seed", "4294967296"], ["--seed: 4294967296: must be from 0 to 4294967295"]),  # would begin as seed 0
     (["--seed", "-1"], ["--seed: -1: must be from 0 to 4294967295"]),
     (["--resume", "nowhere.pt"], ["nowhere.pt", "no such"]),
+    (["--mean", "0.5", "0.5"], ["--mean: 0.5 0.5: give auto, or three numbers from 0 to 1"]),
+    (["--mean", "123.7", "116.3", "103.5"], ["--mean: 123.7 116.3 103.5: give auto, or three", "where 1 is white"]),
+    (["--mean", "0.5", "nan", "0.5"], ["--mean: 0.5 nan 0.5: give auto"]),
+    (["--std", "0.2", "0", "0.2"], ["--std: 0.2 0 0.2: give three numbers from 0.0001 to 1"]),
+    (["--std", "auto"], ["--std: auto: give three numbers"]),
     (["--image-size", "32", "44"], ["image size 32x44 is not divisible by patch size 8"]),
     (["--image-size", "0"], ["--image-size: 0: give one number of pixels, or height and width"]),
     (["--image-size", "32", "32", "32"], ["--image-size: 32 32 32: give one number"]),
@@ -608,6 +615,41 @@ def test_the_papers_recipe_is_the_papers():
         assert args.betas == [0.9, 0.95] and args.weight_decay == 0.05 and config.mask_ratio == 0.75
         assert (config.decoder_width, config.decoder_depth, config.decoder_heads) == (512, 8, 16)
     assert (config.tau, config.lambda_c, config.momentum, config.feature_decoder_depth) == (0.07, 1.0, 0.996, 2)
+
+
+def test_the_images_own_mean_and_deviation_are_found_kept_and_used(train, photos, tmp_path):
+    """They are those of the files, also for the encoder; a run goes on with them and with no others."""
+    assert_fine(train("--max-steps", 2, out="plain"))
+    assert_fine(train("--max-steps", 2, "--mean", "auto"))
+    pixels = np.stack([np.asarray(Image.open(file)) for file in photos.glob("train/*/*.png")]) / 255
+    settings, encoder = log(tmp_path / "run")[0]["settings"], load_encoder(tmp_path / "run")
+    for name, wanted in (("mean", pixels.mean((0, 1, 2))), ("std", pixels.std((0, 1, 2)))):
+        np.testing.assert_allclose(settings[name], wanted, atol=1e-6, rtol=0)
+        assert [*getattr(encoder, name)] == [*encoder.settings[name]] == settings[name]
+    assert log(tmp_path / "plain")[0]["settings"]["mean"] is None
+    assert log(tmp_path / "plain")[1]["loss"] != log(tmp_path / "run")[1]["loss"]
+    again = train("--max-steps", 2, "--mean", "auto")
+    assert again.returncode == 0 and "continuing" in again.stderr
+    assert_refused(train("--max-steps", 2), "of another run (mean [0.", "std [0.")
+    done = train("--max-steps", 2, "--init", tmp_path / "run", out="next")
+    assert done.returncode == 0 and "normalised otherwise; --mean 0." in done.stderr
+
+
+def test_views_are_normalised_by_the_settings_of_their_run(photos, environment, tmp_path, monkeypatch):
+    """A batch of the loop, pictures and what is measured now and then: all by the same mean and deviation."""
+    monkeypatch.setenv("MINMIM_CACHE", environment["MINMIM_CACHE"])
+    seen, normalize = set(), augment.normalize
+    monkeypatch.setattr(augment, "normalize", lambda x: seen.add(tuple(map(tuple, found(x)))) or normalize(x))
+
+    def found(x):
+        return [part.flatten().tolist() for part in augment.statistics(x.double())]
+
+    words = ["--method", "cmae", "--data", photos, "--out", tmp_path / "run", *SMALL, *OWN["cmae"], "--max-steps", 2]
+    words += ["--mean", 0.1, 0.2, 0.3, "--std", 0.5, 0.6, 0.7, "--evaluate"]
+    args, config, Method = options([*map(str, words)])
+    settle(args, torch.device("cpu"))
+    loop(args, config, Method, torch.device("cpu"))
+    assert seen == {((0.1, 0.2, 0.3), (0.5, 0.6, 0.7))}
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -13,7 +13,7 @@ from PIL import Image
 
 from common import ViT
 from downstream import dense_prediction
-from inputs import builtin_scenes, dense_sets
+from inputs import augment, builtin_scenes, dense_sets
 from runtime.errors import InputError
 
 rle = pytest.importorskip("pycocotools.mask")
@@ -29,6 +29,19 @@ def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("data") / "scenes"
     builtin_scenes.write(folder, 24, seed=1)
     return folder
+
+
+def test_what_is_read_is_normalised_for_its_encoder_in_whatever_process(folder):
+    images = dense_sets.Segments(folder, "val")
+    views = argparse.Namespace(mean=[0.1, 0.2, 0.3], std=[0.5, 0.6, 0.7])
+    (plain,), (own,) = (
+        next(dense_sets.Reader(images, 64, views=v).batches([[(0, 0)]], workers))
+        for v, workers in ((None, 0), (views, 1))
+    )
+    h, w = own.fitted
+    pixels = augment.denormalize(plain.image)[:, :h, :w]
+    with augment.views_for(views):
+        torch.testing.assert_close(own.image[:, :h, :w], augment.normalize(pixels), atol=1e-5, rtol=0)
 
 
 @given(st.integers(2, 5), st.integers(1, 40), st.integers(0, 2**32 - 1))

@@ -3,6 +3,7 @@
 import math
 import statistics
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -224,6 +225,13 @@ def test_a_probes_crop_is_drawn_once_and_cut_down_to_the_image():
         assert (h, w) == (min(height, H), min(width, W))
         assert (top, left) == (int(down * (H - h + 1)), int(right * (W - w + 1)))
     assert cut > 50  # torchvision's would have drawn these again
+
+
+def test_a_probes_crop_for_a_rectangle_has_its_aspect():
+    with augment.views_for(SimpleNamespace(image_size=(20, 50))):
+        boxes = recipes.single_boxes(StepRandom(5, 1, 500), (200, 500), (0.2, 1.0)).double()
+    aspects, areas = boxes[:, 3] / boxes[:, 2], boxes[:, 2:].prod(dim=1) / 1e5
+    assert 1.8 < aspects.min() < 2 < 3 < aspects.max() < 3.4 and areas.max() > 0.95
 
 
 def test_probes_crop_by_one_draw_tuning_by_ten_and_half_of_the_views_are_mirrored(monkeypatch):

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common import Attention
+from common import Attention, ViT
 from figures import measures
 from runtime.errors import InputError
 
@@ -69,6 +69,13 @@ def test_attention_distance_is_a_weighted_mean_in_pixels(seed, h, w, p):
                 over_queries += far / mass
             assert found[b, head].item() == pytest.approx(over_queries / (h * w), rel=1e-5)
     assert (found >= 0).all() and (found <= p * math.hypot(h - 1, w - 1) + 1e-4).all()
+
+
+def test_what_an_encoder_is_shown_is_normalised_by_its_own_mean_and_deviation():
+    pixels = (torch.arange(3 * 8 * 16) % 256).to(torch.uint8).view(1, 3, 8, 16)
+    encoder = ViT((8, 16), 8, 8, 1, 2, mean=[0.1, 0.2, 0.3], std=[0.5, 0.6, 0.7])
+    mean, std = (torch.tensor(values)[:, None, None] for values in (encoder.mean, encoder.std))
+    torch.testing.assert_close(measures.centred(pixels, encoder), (pixels / 255 - mean) / std)
 
 
 def test_attention_distance_of_oneself_is_zero_and_the_class_token_does_not_count():

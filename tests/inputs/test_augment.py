@@ -17,13 +17,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.transforms import InterpolationMode, v2
 
 from common import MEAN, STD, StepRandom, pair
-from inputs import augment
+from inputs import augment, image_cache, image_sets
+from runtime.errors import InputError
 
 seeds = st.integers(0, 2**32)
 SMALL = settings(max_examples=25)
-sizes = st.integers(2, 64).map(pair) | st.tuples(
-    *[st.integers(2, 64)] * 2
-)  # torch 2.14 resizes to a width of 1 wrongly
+sizes = st.integers(2, 64).map(pair) | st.tuples(*[st.integers(2, 64)] * 2)  # torch 2.14 errs at a width of 1
 
 
 def pixels(seed: int, B: int, H: int, W: int) -> torch.Tensor:
@@ -445,6 +444,76 @@ def test_normalize_matches_torchvision_and_denormalize_is_its_inverse():
     assert_close(augment.denormalize(augment.normalize(images)), images, atol=1e-6, rtol=0)
     double = torch.stack([(x - m) / s for x, m, s in zip(images.double().unbind(1), MEAN, STD, strict=True)], dim=1)
     assert_close(augment.normalize(images.double()), double, atol=1e-12, rtol=0)
+
+
+def test_views_are_normalised_as_those_want_for_whom_they_are_made():
+    images, grey = unit(0, 2, 3, 4, 5), SimpleNamespace(mean=[0.2, 0.3, 0.4], std=[0.1, 0.5, 0.9])
+    default = augment.normalize(images)
+    with augment.views_for(grey):
+        found = augment.normalize(images)
+        assert_close(found, v2.functional.normalize(images, grey.mean, grey.std))
+        assert_close(augment.denormalize(found), images)
+        with augment.views_for(SimpleNamespace(mean=None, std=None)):
+            assert torch.equal(augment.normalize(images), default)
+        assert torch.equal(augment.normalize(images), found)
+    with pytest.raises(ValueError), augment.views_for(grey):
+        raise ValueError
+    assert torch.equal(augment.normalize(images), default)
+
+
+@pytest.mark.parametrize("size", [(64, 128), (40, 24), (32, 32), 32])
+def test_crops_for_a_rectangle_have_its_aspect(size):
+    """So that views of whole images of that shape are among them; of squares nothing changes, to the bit."""
+    H, W = pair(size)
+    within, n = (10 * H, 10 * W), 400
+    with augment.views_for(SimpleNamespace(image_size=size)):
+        boxes = augment.crop_boxes(StepRandom(0, 0, n), within)
+    ratio = (3 / 4, 4 / 3) if H == W else (0.75 * W / H, 4 / 3 * W / H)
+    assert torch.equal(boxes, augment.crop_boxes(StepRandom(0, 0, n), within, ratio=ratio))
+    areas = boxes[:, 2:].prod(dim=1) / (100 * H * W)
+    assert 0.9 < areas.max() <= 1 and 0.19 < areas.min() < 0.25
+
+
+class Stream:
+    """Images that are not in memory: number i is all i % 256, in every channel 0, 1, 2 more."""
+
+    name, resident = "stream", False
+
+    def __len__(self):
+        return 10**5
+
+    def batches(self, orders, device):
+        for index in orders:
+            grey = (index % 200).to(torch.uint8)[:, None] + torch.arange(3, dtype=torch.uint8)
+            yield [x[:, None, None].expand(3, 2, 2 + i % 2) for i, x in enumerate(grey)], index
+
+
+def test_statistics_of_the_channels_are_those_of_all_images_or_of_a_fixed_sample(capsys):
+    def found(images):
+        flat = image_cache.Packed(*image_cache.pack(images))
+        named = image_sets.ImageSet("six", ["one"], torch.zeros(len(images), dtype=torch.int64), flat)
+        return augment.channel_statistics(named, torch.device("cpu"))
+
+    alike = pixels(3, 300, 9, 5)
+    x = alike.double().div(255).transpose(0, 1).flatten(1)
+    mean, std = found([*alike])
+    assert_close(
+        torch.tensor([mean, std]).double(), torch.stack([x.mean(1), x.std(1, correction=0)]), atol=1e-6, rtol=0
+    )
+    assert "six: mean" in capsys.readouterr().err
+    some = [pixels(4, 1, 9, 5)[0], pixels(5, 1, 3, 2)[0]]  # each image counts alike, whatever its size
+    first, second = (image.double().div(255).flatten(1) for image in some)
+    mean = (first.mean(1) + second.mean(1)) / 2
+    square = (first.square().mean(1) + second.square().mean(1)) / 2
+    wanted = torch.stack([mean, (square - mean.square()).sqrt()])
+    assert_close(torch.tensor(found(some)).double(), wanted, atol=1e-6, rtol=0)
+    at = torch.linspace(0, 10**5 - 1, 4096).round() % 200
+    mean, std = augment.channel_statistics(Stream(), torch.device("cpu"))
+    for channel in range(3):
+        assert mean[channel] == pytest.approx(((at + channel).mean() / 255).item(), abs=2e-3)
+        assert std[channel] == pytest.approx((at.std() / 255).item(), abs=2e-3)
+    with pytest.raises(InputError, match=r"six: a channel of its images is the same everywhere; give --mean and --std"):
+        found([torch.full((3, 4, 4), 7, dtype=torch.uint8)])
 
 
 def all_kinds(images, boxes, flips, jitter, where, sigma, offsets):

@@ -54,7 +54,7 @@ def test_spread_is_the_deviation_of_unit_vectors_over_images(study):
     run, images = its.runs[0], its.pictures(64)
     mask = run.masks(images, alike=True)
     with torch.no_grad():
-        _, h = run.method.decode(figure_measures.centred(images, 16), mask)
+        _, h = run.method.decode(figure_measures.centred(images, run.encoder), mask)
         v = run.method.projector(h).double()
     total, n = 0.0, len(v)
     for place in range(v.shape[1]):
@@ -73,7 +73,7 @@ def test_latent_error_is_of_all_pixels_decoded_without_the_regressor(study):
     method = its.runs[0].method
     torch.nn.init.zeros_(method.predict.weight)
     torch.nn.init.constant_(method.predict.bias, 0.5)
-    x = figure_measures.centred(its.pictures(64), 16).double()
+    x = figure_measures.centred(its.pictures(64), its.runs[0].encoder).double()
     assert claim_measures.latents(its)["error"] == pytest.approx((x - 0.5).square().mean().item(), rel=1e-5)
     for block in method.regressor:
         block.mlp.fc2.bias.data += 1e3  # what is skipped cannot matter
