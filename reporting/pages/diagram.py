@@ -24,7 +24,7 @@ def draw(lines: list[str]) -> str:
     parts += [box(name, *boxes[name], places[name], depths[name]) for name in boxes]
     return (
         f'<svg class="diagram" viewBox="0 0 {width} {height}" style="max-width:{width}px" role="group" '
-        'aria-label="The branches; each box leads to its lines"><defs><marker id="tip" viewBox="0 0 8 8" refX="7" '
+        'aria-label="The branches; blue boxes lead to lines"><defs><marker id="tip" viewBox="0 0 8 8" refX="7" '
         'refY="4" markerWidth="6" markerHeight="6" orient="auto"><path d="M0 0 8 4 0 8z"/></marker></defs>'
         + "".join(parts) + "</svg>"
     )  # fmt: skip

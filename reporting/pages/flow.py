@@ -231,6 +231,7 @@ def letters(step: Step) -> dict[str, int]:
     found |= {letter: getattr(c, knob) for knob, letter in knobs.items() if getattr(c, knob, 0)}
     found |= dict(H=(vit or method).image_size, h=h)  # W and w are the same
     found |= dict(p=vit.patch_size, heads=vit.blocks[0].attn.heads) if vit else {}
+    found |= dict(p=method.shifts[1]) if hasattr(method, "shifts") else {}  # cmae.py's p is the shift's bound
     base = dict(found)
     found |= {f"1+{x}": 1 + base[x] for x in "VNM" if base.get(x)}
     found |= {f"{k}·{x}": k * base[x] for k, x in product((2, 3, 4), ("B", "D", "width", "h", "d")) if x in base}
@@ -238,7 +239,7 @@ def letters(step: Step) -> dict[str, int]:
     found |= {"D/heads": base["D"] // base["heads"]} if vit else {}
     found |= {"hidden/4": base["hidden"] // 4} if "hidden" in base else {}
     found |= {"3·b·b": 3 * base["b"] ** 2} if "b" in base else {}
-    found |= {"H+p": base["H"] + method.shifts[1]} if hasattr(method, "shifts") else {}
+    found |= {"H+p": base["H"] + base["p"]} if hasattr(method, "shifts") else {}
     return found
 
 
