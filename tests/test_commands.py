@@ -25,6 +25,7 @@ SHORT = {  # what is given beside a command's own words, by program and a word t
     ("bench.py", "bench.py"): [*TINY, "--batch-size", "2", "--repeats", "1", "--no-memory", "--precision", "fp32"],
     ("reproduce.py", "--data-root"): ["--list"],
     ("reproduce.py", "demo"): ["--list"],
+    ("reproduce.py", "--recipes"): ["--list"],
 }
 ELSEWHERE = {  # commands that are not run here, and why
     "cae-ade20k": "the papers' dense recipes are run on folders that test_transfer.py makes",
