@@ -31,6 +31,7 @@ Slips of the paper: §3.2 once calls the online view I_t; Eq. (4) lacks its inde
 The rows of Table 4, from the top. Row 1 of 4b as two equal views is our reading; its 82.9 is also MAE's own result.
     4a: `--method mae`; `pixel_shift=False, feature_decoder_depth=0`; `feature_decoder_depth=0`; the defaults
     4b: `target_color=False` with `shift_range="0"`; with `pixel_shift=False`; alone; the defaults
+The ViT-S of Figure 4b is in the official code `--model base --depth 8 --heads 8 --mlp-ratio 3`.
 `lambda_c=0` is not row 1 of 4a: it sees the corner of a larger master image, where MAE sees a crop of at least 20 %.
 
     python train.py --method cmae            torchrun --nproc_per_node=8 train.py --method cmae --data tiny-imagenet

@@ -312,12 +312,13 @@ class ViT(nn.Module):
     def __init__(
         self, image_size: int | tuple[int, int] = 64, patch_size: int = 8, width: int = 128, depth: int = 4,
         heads: int = 4, layer_scale: float = 0.0, drop_path: float = 0.0, stem: str = "linear",
-        positions: str = "sincos", mean=None, std=None,
+        positions: str = "sincos", mean=None, std=None, mlp_ratio: float = 4,
     ):  # fmt: skip
         super().__init__()
         self.settings = dict(
             image_size=image_size, patch_size=patch_size, width=width, depth=depth, heads=heads,
             layer_scale=layer_scale, drop_path=drop_path, stem=stem, positions=positions, mean=mean, std=std,
+            mlp_ratio=mlp_ratio,
         )  # fmt: skip
         H, W = pair(image_size)
         if H % patch_size or W % patch_size:
@@ -336,7 +337,7 @@ class ViT(nn.Module):
             self.register_buffer("relative_places", relative_places(self.grid), persistent=False)
             self.relative_table = nn.Parameter(torch.zeros(math.prod(2 * side - 1 for side in self.grid) + 3, heads))
         rates = [drop_path * i / max(1, depth - 1) for i in range(depth)]
-        self.blocks = nn.ModuleList(Block(width, heads, 4, layer_scale, rate) for rate in rates)
+        self.blocks = nn.ModuleList(Block(width, heads, mlp_ratio, layer_scale, rate) for rate in rates)
         self.norm = nn.LayerNorm(width, eps=1e-6)
         initialize(self)
 

@@ -83,6 +83,7 @@ OPTIONS = {
         ("width", None, int, "D", "in place of the model's"),
         ("depth", None, int, "BLOCKS", "in place of the model's"),
         ("heads", None, int, "N", "in place of the model's"),
+        ("mlp-ratio", None, int, "N", "width of an MLP by the encoder's, in place of 4 (CMAE's small ViT: 3)"),
         ("layer-scale", 0.0, float, "X", "initial scale of residuals; 0: none"),
         ("drop-path", 0.0, float, "RATE", "of the last block; grows linearly from 0 in the first"),
         ("stem", "linear", ["linear", "conv"], "KIND", "patch embedding: linear, or conv (CMAE*)"),
@@ -123,7 +124,7 @@ OPTIONS = {
 }  # fmt: skip
 # Settings that older runs have and that are gone: the value at which they did nothing, and what to do instead.
 RETIRED = {"block": (0, "the plain autoencoder is a method of its own now: train it with --method autoencoder --block")}
-COUNTS = "epochs max_steps batch_size accumulate classes images repeat".split()  # of at least 1
+COUNTS = "mlp_ratio epochs max_steps batch_size accumulate classes images repeat".split()  # of at least 1
 COUNTS += "save_every log_every probe_every log_gradients".split()
 
 
@@ -290,14 +291,6 @@ def field_comments(Config) -> dict[str, str]:
 
 def build_encoder(args) -> ViT:
     size = [given or own for given, own in zip((args.width, args.depth, args.heads), SIZES[args.model], strict=True)]
-    return ViT(
-        args.image_size,
-        args.patch_size,
-        *size,
-        args.layer_scale,
-        args.drop_path,
-        args.stem,
-        args.positions,
-        vars(args).get("mean"),
-        vars(args).get("std"),
-    )
+    kinds = args.layer_scale, args.drop_path, args.stem, args.positions
+    newer = {k: v for k, v in vars(args).items() if k in ("mean", "std", "mlp_ratio") and v}
+    return ViT(args.image_size, args.patch_size, *size, *kinds, **newer)  # older runs lack these

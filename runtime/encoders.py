@@ -180,7 +180,7 @@ def foreign_encoder(file: Path, saved, heads: int | None) -> Found:
         image_size=original_size(file, state, patch_size, config), patch_size=patch_size, width=width,
         depth=depth_of(state), heads=heads,
         layer_scale=1e-5 * any(name.endswith("ls1.gamma") for name in state),  # the scale is read, its start unknown
-        positions="relative" if relative else "sincos",
+        positions="relative" if relative else "sincos", mlp_ratio=mlp_ratio(state, width),
     )  # fmt: skip
     encoder = outline(file, settings, state)
     if relative:
@@ -218,6 +218,12 @@ def filled(encoder: ViT, state: dict[str, Tensor]) -> ViT:
     if encoder.relative_table is not None:
         encoder.relative_places = relative_places(encoder.grid)
     return encoder
+
+
+def mlp_ratio(state: dict[str, Tensor], width: int) -> float:
+    """By the first block; where that has none, it will be missed by name."""
+    first = state.get("blocks.0.mlp.fc1.bias")
+    return 4 if first is None or first.ndim != 1 else len(first) / width
 
 
 def depth_of(state: dict[str, Tensor]) -> int:
@@ -381,6 +387,7 @@ def write_export(encoder: ViT, kind: str, path) -> str:
     if kind == "timm":
         files.save(path, state)
         more = f", init_values={settings['layer_scale']}" if settings["layer_scale"] else ""
+        more += f", mlp_ratio={settings['mlp_ratio']}" if settings["mlp_ratio"] != 4 else ""
         more += f", norm_layer=partial(torch.nn.LayerNorm, eps={eps})" if eps != 1e-6 else ""
         return (
             ("from functools import partial\n" if "partial" in more else "")
@@ -393,7 +400,7 @@ def write_export(encoder: ViT, kind: str, path) -> str:
     config = dict(
         model_type="vit", architectures=["ViTModel"], image_size=size, patch_size=encoder.patch_size, num_channels=3,
         hidden_size=encoder.width, num_hidden_layers=settings["depth"], num_attention_heads=settings["heads"],
-        intermediate_size=4 * encoder.width, hidden_act="gelu", layer_norm_eps=eps, qkv_bias=True,
+        intermediate_size=encoder.blocks[0].mlp.fc1.out_features, hidden_act="gelu", layer_norm_eps=eps, qkv_bias=True,
         hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
     )  # fmt: skip
     files.save(path / "pytorch_model.bin", state)

@@ -38,7 +38,7 @@ def fill(encoder: ViT, path, heads: int | None = None) -> Found:
     Positions are interpolated where the image size differs. LayerNorm's epsilon stays the encoder's own, 1e-6.
     """
     found = read_encoder(weights_file(Path(path)), heads)
-    names = "patch_size width depth heads stem positions layer_scale".split()
+    names = "patch_size width depth heads mlp_ratio stem positions layer_scale".split()
     theirs, ours = ({n: bool(e.settings[n]) if n == "layer_scale" else e.settings[n] for n in names}
                     for e in (found.encoder, encoder))  # fmt: skip
     if differs := files.differences(theirs, ours):

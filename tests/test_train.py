@@ -26,7 +26,7 @@ from common import ViT
 from inputs import augment, image_cache, image_sets
 from methods import METHODS
 from runtime import files, process, run
-from runtime.command_line import build_parser, field_comments, settle
+from runtime.command_line import build_encoder, build_parser, field_comments, settle
 from runtime.encoders import load_encoder
 from runtime.errors import InputError
 from runtime.randomness import StepRandom
@@ -689,6 +689,17 @@ def test_init_gives_every_method_the_encoder_and_its_teacher_a_copy_and_changes_
         assert torch.equal(x, given[rest] if owned else before[key]), key
         copies += owned and owner not in ("encoder", "student")
     assert copies == (len(given) if name in ("cmae", "cmae_loc", "conmim") else 0)
+
+
+def test_cmaes_small_vit_is_built_by_its_flags():
+    words = "--method cmae --device cpu --model base --patch-size 16 --image-size 224 --depth 8 --heads 8 --mlp-ratio 3"
+    encoder = build_encoder(options(words.split())[0])
+    assert len(encoder.blocks) == 8 and encoder.blocks[7].mlp.fc1.weight.shape == (2304, 768)
+    assert encoder.blocks[0].attn.heads == 8 and encoder.settings["mlp_ratio"] == 3
+    for wrong in ("0", "-1"):
+        with pytest.raises(InputError, match=f"mlp ratio {wrong}: must be at least 1"):
+            options([*words.split()[:-1], wrong])
+    assert ViT().blocks[0].mlp.fc1.out_features == 4 * 128
 
 
 def test_init_is_needed_once_and_recorded(train, tmp_path):

@@ -21,7 +21,9 @@ def run_lines(lines: str, images: Tensor) -> Tensor:
     return place["tokens"]
 
 
-@pytest.mark.parametrize("settings", [{}, dict(image_size=(16, 32), heads=4), dict(layer_scale=0.1)], ids=str)
+@pytest.mark.parametrize(
+    "settings", [{}, dict(image_size=(16, 32), heads=4), dict(layer_scale=0.1), dict(mlp_ratio=3)], ids=str
+)
 def test_timm_takes_our_weights_and_gives_our_features(tmp_path, settings):
     pytest.importorskip("timm")
     encoder = random_vit(**settings, drop_path=0.5)
@@ -32,7 +34,7 @@ def test_timm_takes_our_weights_and_gives_our_features(tmp_path, settings):
         assert torch.equal(features(load_encoder(tmp_path / "timm.pt", heads=2)), features(encoder))
 
 
-@pytest.mark.parametrize("settings", [{}, dict(image_size=(16, 32), heads=4)], ids=str)
+@pytest.mark.parametrize("settings", [{}, dict(image_size=(16, 32), heads=4), dict(mlp_ratio=3)], ids=str)
 def test_transformers_takes_our_weights_and_gives_our_features(tmp_path, settings):
     transformers = pytest.importorskip("transformers")
     encoder = random_vit(**settings)
