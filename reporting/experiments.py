@@ -101,7 +101,8 @@ class Runner:
         self.args, self.out, self.results = args, Path(args.out), Path(args.results)
         self.deadline = time.monotonic() + args.minutes * 60 if args.minutes else float("inf")
         self.threads = max(1, (os.cpu_count() or 1) // args.jobs)
-        self.wish, self.writing = threading.Event(), threading.Lock()
+        # One thread at a time reads sources and writes results: Python 3.11 cannot parse in several.
+        self.wish, self.alone = threading.Event(), threading.Lock()
 
     def over(self) -> bool:
         return self.wish.is_set() or time.monotonic() > self.deadline
@@ -120,12 +121,13 @@ class Runner:
         """What became of it."""
         name, result = f"{work.name}, seed {seed}", self.results / f"{work.name}.json"
         try:
-            if stands(result, work.commands, seed):
-                return "stood already"
-            if self.over():  # before there is a directory
-                return "left for later"
             folder = self.out / f"{work.name}-{seed}"
-            state = self.begin(folder, work)
+            with self.alone:
+                if stands(result, work.commands, seed):
+                    return "stood already"
+                if self.over():  # before there is a directory
+                    return "left for later"
+                state = self.begin(folder, work)
             for key, command in work.commands.items():
                 if key in state["measured"]:
                     continue
@@ -138,7 +140,7 @@ class Runner:
                 finally:
                     state["seconds"] += time.monotonic() - begin
                     files.write_text(folder / "reproduce.json", json.dumps(state))
-            with self.writing:
+            with self.alone:
                 keep(result, work.method, work.commands, about(folder, seed, state, self.threads))
             return "done"
         except InputError as error:
