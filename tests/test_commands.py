@@ -21,7 +21,7 @@ SHORT = {  # what is given beside a command's own words, by program and a word t
     ("evaluate.py", "finetune"): QUICK,
     ("evaluate.py", "supervised"): QUICK,
     ("transfer.py", "--make-scenes"): ["--n", "8"],
-    ("transfer.py", "--task"): ["--epochs", "1", "--batch-size", "4"],
+    ("transfer.py", "--task"): ["--epochs", "1", "--batch-size", "4", "--resume", "never"],
     ("bench.py", "bench.py"): [*TINY, "--batch-size", "2", "--repeats", "1", "--no-memory", "--precision", "fp32"],
     ("reproduce.py", "--data-root"): ["--list"],
     ("reproduce.py", "demo"): ["--list"],

@@ -671,7 +671,7 @@ def test_sizes_and_settings():
     again = ViT(**vit.settings)
     again.load_state_dict(vit.state_dict())
     every = dict(image_size=(16, 24), patch_size=4, width=16, depth=2, heads=2, layer_scale=0.1, drop_path=0.2,
-                 stem="conv", positions="relative", mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6))  # fmt: skip
+                 mlp_ratio=3, stem="conv", positions="relative", mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6))  # fmt: skip
     assert ViT(**every).settings == every
     plain = ViT().settings
     assert (plain["width"], plain["depth"], plain["heads"]) == SIZES["nano"]

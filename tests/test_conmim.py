@@ -452,7 +452,7 @@ def test_strong_augmentation_is_table_10s(monkeypatch, jitter, gray):
     for name in ("color_jitter", "grayscale", "gaussian_blur", "solarize"):
         record(name)
     model = small(64, jitter=jitter, gray=gray)
-    model.strengthen(torch.zeros(n, 3, 1, 1), StepRandom(0, 0, n))
+    model.strengthen(torch.zeros(1, 1, 1, 1).expand(n, 3, 64, 64), StepRandom(0, 0, n))
     assert list(seen) == ["color_jitter", "grayscale", "gaussian_blur", "solarize"]
     parameters = augment.ColorJitter(*seen["color_jitter"])
     for values, middle, strength in ((parameters.brightness, 1, 0.4), (parameters.contrast, 1, 0.4),

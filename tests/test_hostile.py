@@ -257,7 +257,7 @@ def test_a_bad_image_whose_name_has_line_ends_is_one_line(tmp_path):
     path = tmp_path / "two\nlines \u2028\x1b[31m é 犬.png"
     path.write_bytes(b"no image")
     with pytest.raises(InputError) as refused:
-        image_sets.decode(path)
+        images_in_files.decode(path)
     assert str(refused.value).startswith(f"{tmp_path}/two\\nlines \\u2028\\x1b[31m é 犬.png: does not decode")
 
 

@@ -164,7 +164,7 @@ def test_a_run_leaves_its_files_and_says_where(train, tmp_path, method):
     assert {"step", "epoch", "loss", "lr", "images_per_second", "seconds"} <= rows[1].keys()
     assert rows[1]["lr"] == 0 and rows[5]["epoch"] == 1  # five steps an epoch
     encoder = files.load(run / "encoder.safetensors")
-    made_by = rf"minMIM [\d.]+ \((no )?commit.*\): {method} on photos0, 2\.4 epochs, seed 0"
+    made_by = rf"minMIM [\d.]+ \((no )?commit.*\): {method} on photos\d+, 2\.4 epochs, seed 0"
     assert re.fullmatch(made_by, encoder["made_by"])
     if method != "dvae":
         assert encoder["settings"]["width"] == 16 and "blocks.1.attn.qkv.weight" in encoder["state_dict"]
@@ -225,11 +225,11 @@ def test_a_tokenizer_that_is_trained_first_sees_no_other_images(monkeypatch):
 
     seen = []
     monkeypatch.setattr(command, "train", lambda args, *_: seen.append(args))
-    args, _, _ = options(["--method", "cae", "--images", "2", "--repeat", "96", "--device", "cpu"])
+    args, _, _ = options("--method cae --batch-size 192 --images 2 --repeat 96 --device cpu".split())
     command.train_first(args, torch.device("cpu"), "dvae")
     assert (seen[0].method, seen[0].images, seen[0].repeat) == ("dvae", 2, 96)
     whole = seen[0].batch_size
-    args.accumulate, args.batch_size = 3, 192  # in as many parts, which must divide its own batch too
+    args.accumulate = 3  # in as many parts, which must divide its own batch too
     monkeypatch.setattr(command, "world_size", lambda: 2)
     command.train_first(args, torch.device("cpu"), "dvae")
     assert seen[1].accumulate == 3 and seen[1].batch_size == whole // 6 * 6 < whole

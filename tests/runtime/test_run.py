@@ -63,7 +63,7 @@ PLACES = {
     "before the first step": "before(train, 'loop', lambda args, *_: args.method == 'cae')",
     "in the first save": "before(os, 'replace', lambda _, to: str(to).endswith('run/checkpoint.pt'))",
     "before the encoder is saved": "before(os, 'replace', lambda _, to: str(to).endswith('run/encoder.safetensors'))",
-    "before the picture": "before(train.Pictures, 'draw', lambda self, place: place.name == 'run')",
+    "before the picture": "before(train.Pictures, 'draw', lambda self, run: run.directory.name == 'run')",
     "in the final evaluation": "before(train, 'evaluate', lambda *_: True)",
     "before the summary is written": "before(os, 'replace', lambda _, to: str(to).endswith('run/summary.json'))",
 }
