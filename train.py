@@ -67,6 +67,8 @@ def train(args, config, Method, device: torch.device) -> nn.Module:
     method, optimizer, scaler = build(args, config, Method, device)
     if args.init and not goes_on(args):  # before anything is written
         begin(args, config, Method, method)
+    if (args.mean or args.std) and not isinstance(method.encoder, ViT):  # a tokenizer, say
+        raise InputError(f"--mean, --std: {args.method} takes images as they are; leave them out")
     watch = Watch(args, method, device)
     run = Run(args, config, len(images), method=method, optimizer=optimizer, scaler=scaler)
     run.open()

@@ -723,6 +723,8 @@ def test_init_is_needed_once_and_recorded(train, tmp_path):
 def test_init_that_cannot_be_is_one_line(train, tmp_path):
     assert_refused(train("--init", tmp_path / "none.pth"), "none.pth", "no such file")
     assert_refused(train("--init", tmp_path / "none.pth", method="dvae"), "none.pth", "dvae learns no ViT")
+    mean = ("--mean", 0.5, 0.5, 0.5)  # likewise nothing that a tokenizer has
+    assert_refused(train(*mean, method="dvae"), "--mean, --std: dvae takes images as they are")
     wider = ViT(32, 8, 32, 2, 2)
     files.save_weights(tmp_path / "wide.safetensors", wider.settings, wider.state_dict(), "a test")
     assert_refused(train("--init", tmp_path / "wide.safetensors"), "wide.safetensors", "width 32 there, 16 here")
