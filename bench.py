@@ -79,12 +79,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
     return args
 
 
-def about(device: torch.device) -> dict:
-    """Device, threads, versions, commit and command: what a figure needs beside it."""
+def about(device: torch.device, root: str | None) -> dict:
+    """Device, threads, versions, commit and command, with DIR for `root`: what a figure needs beside it."""
     installed = [package for package in PEERS.values() if importlib.util.find_spec(package)]
     found = versions() | {package: importlib.metadata.version(package) for package in installed}
     name = torch.cuda.get_device_name() if device.type == "cuda" else processor()
-    words = " ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
+    words = " ".join(["python", Path(sys.argv[0]).name, *("DIR" if word == root else word for word in sys.argv[1:])])
     return dict(device=name, threads=torch.get_num_threads(), versions=found, git=git_state(), command=words)
 
 
@@ -93,7 +93,7 @@ def main() -> None:
     device = process.start(args.device)
     args.device = device.type
     rows = WHAT[args.what](args, device)
-    facts = about(device)
+    facts = about(device, args.data_root)
     print(f"{facts['device']}, {facts['threads']} threads, torch {torch.__version__}\n{facts['command']}")
     print(columns(rows))
     if args.json is not None:
