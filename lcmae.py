@@ -1,43 +1,44 @@
 """LC-MAE: masked autoencoders from a local contrastive perspective (Yue et al., arXiv 2310.01994v2).
 
-In a sentence: one masked autoencoder sees an image under two masks, and two properties that MAE's loss only implies
-(its derivation in §3.2, which no line computes) become losses of their own: equal outputs for a patch that is hidden in
-both views (L_cross), and outputs as alike as the patches that they stand for (L_in).
+In a sentence: one masked autoencoder sees an image under two masks, and two properties that the paper's §3.2 derives
+from MAE's loss become losses of their own: a patch that is hidden in both views gets outputs of one direction
+(L_cross), and hidden patches get outputs as alike as the patches are (L_in). No line computes the derivation itself.
 
-    x ─┬─ m_1 ─ MAE ─ h ─ projector ─ v ─┬─ L_in       h against the pixels: L_MAE
-       └─ m_2 ─ MAE ─ h ─ projector ─ v ─┴─ L_cross    one MAE, one projector, gradient through both views
+    x ─┬─ m_1 ─ MAE ─ h ─ projector ─ v ─┬─ L_cross    one MAE, one projector, gradient through both views
+       └─ m_2 ─ MAE ─ h ─ projector ─ v ─┘             each view also has L_MAE, of h, and L_in, of v
 
-L_MAE and L_in are taken of each view.
-
-Changes from mae.py: the second mask, the projector, L_cross, L_in, two other decoders (Table 2).
+Changes from mae.py: the second mask, the projector, L_cross, L_in, a decoder of 2 blocks, two other decoders (Table 2).
 
     question           | paper (no code)           | here (flag)
     ------------------ | ------------------------- | ------------------------------------------------------------------
-    h                  | pixels (Eq. 1) or tokens  | the predicted pixels (--project tokens: what they are made of)
-    target of L_MAE    | output l2-normalised      | patches standardised, as in MAE's code
+    h                  | pixels (Eq. 1) or tokens  | the predicted pixels; --project tokens: the decoder's last tokens
+    target of L_MAE    | MAE's (§3.3)              | patches standardised, as in MAE's code (--norm-pixels)
     Eq. (1)            | a sum, "MSE", as in MAE   | mean over patches and values, then over the views
     Eq. (5)            | a sum                     | mean over patches masked in both views (none: 0), then over images
-    Eq. (6)            | a sum, "mean" in the text | mean over ordered pairs i ≠ j, then over the views
-    rows (b), (d), (f) | not said                  | one view, so the model sees half as many masked images
-    x in Eq. (6)       | "original image patches"  | as the encoder gets them: standardised per channel alone
+    Eq. (6)            | a sum, "mean" in the text | mean over pairs i ≠ j, then over the views
+    weights            | 1 (of the sums)           | 1 (of the means, so that the terms' balance is another)
+    L_MAE and L_in     | L_in in a "single" view   | of both views wherever there are two
+    rows (b), (d), (f) | two masks for L_cross     | one view, so (g) has twice the masked images of (d), as (a) of (f)
+    x in Eq. (6)       | "original image patches"  | the encoder's input: a patch keeps its own mean and variance
     6e-4, 2 blocks     | for LC-MAE (§5, §3.3)     | for each row of Table 1, (b) too, which may be MAE's own run (82.9)
-    Gaussian decoder   | 5 x 5, σ = 1, then an MLP | weights add to 1 at the border too; only the MLP has a residual
+    Gaussian decoder   | about 5 x 5, then an MLP  | weights add to 1 at the border too; only the MLP has a residual
     conv decoder       | kernel 5                  | zeros beyond the border; no residual, no MLP
-    these two decoders | not said                  | in place of MAE's blocks, on all patches, without class token
-    Table A.1          | one image ([1], [19])     | the first of --data; an epoch is 1,281,167 crops; 1 of warm-up
+    these two decoders | replace MAE's             | its blocks alone, without the class token; the rest of it stays
+    Table A.1          | one image, 5 epochs       | the first image of --data; an epoch is 1,281,167 crops of it
 
-Rows of Table 1 are weights of 0 and 1; (1, 0, 0), row (b), gives exactly mae.py's losses with the same flags. The
-other tables are of MAE, at 1.5e-4 and batch 1024 (§5), with 8 decoder blocks (Figure 4):
+Rows of Table 1 are weights of 0 and 1. Row (b), `--cross-weight 0 --in-weight 0`, gives mae.py's losses exactly with
+the same flags. The other tables are of MAE, at a base rate of 1.5e-4 and batch 1024 (§5); Figure 4 tells the 8 blocks:
       Table 2      --cross-weight 0 --in-weight 0 --lr 6e-4 --decoder-depth 8 (then --decoder average, --decoder conv)
-      Table 3      --method autoencoder --block 16 (then 48, 80, 112)
+      Table 3      --method autoencoder --block 16 (then 48, 80, 112; MAE itself is --method mae)
       Table A.1    --method mae --batch-size 1024 --images 1 --repeat 1281167 --epochs 5 --warmup-epochs 1
 The analyses of attention and features (Eq. 7 and 8, Figures 2 to 6) are in figures/.
 
     python train.py --method lcmae           torchrun --nproc_per_node=8 train.py --method lcmae --data tiny-imagenet
 
-Measured on the built-in images: L_cross alone (c) collapses, (d) and (g) do not; in (e) the deviation of v over images
-still falls when the run ends: .0010 with (c), .569 with (d), .055 with (e), .284 with (g), .200 untrained (1: random
-directions). L_MAE acts on h, so that in (e) v may lose what h keeps, and the paper's claim of (e) is about more than v.
+Measured on the built-in images, as the deviation of v over images (1: random directions, 0: all
+alike; untrained .200): (c), L_cross alone, .0010, which is the collapse that the paper reports; (d) .569; (g) .284;
+(e) .055, below the untrained one and still falling at the end. In (e) L_MAE acts on h alone, so v may lose what h
+keeps, and the paper does not say what of (e) it finds not to collapse.
 Ten classes of Tiny-ImageNet: in docs/results.md; the paper's settings: not run.
 """
 
@@ -61,7 +62,7 @@ class Config:
     mask_ratio: Share = 0.75  # share of patches hidden in each view (§3.3, §5)
     mask_cell: Size = 1  # hide squares of this many patches a side; 1 as in the paper
     mae_weight: Weight = 1.0  # of L_MAE, Eq. (1); 0 leaves it out (Table 1)
-    cross_weight: Weight = 1.0  # of L_cross, Eq. (5); 0 leaves it and the second view out (Table 1)
+    cross_weight: Weight = 1.0  # of L_cross, Eq. (5) (Table 1); 0 leaves it and the second view out
     in_weight: Weight = 1.0  # of L_in, Eq. (6); 0 leaves it out (Table 1)
     projector_out: Size = 1024  # dimensions of v (§5)
     project: Literal["pixels", "tokens"] = "pixels"  # what the projector reads: h of Eq. (1), or the decoder's tokens
@@ -70,7 +71,7 @@ class Config:
     decoder_depth: Count = 2  # blocks of the transformer decoder: 2 for LC-MAE (§3.3), 8 in MAE
     decoder_heads: Size = 16  # of the transformer decoder, as in MAE
     norm_pixels: bool = True  # predict each patch standardised by its own mean and variance
-    crop_scale: Part = 0.2  # smallest share of the image's area that a crop keeps
+    crop_scale: Part = 0.2  # smallest share of the image's area that a crop keeps, as in MAE
     __post_init__ = check
 
 
@@ -173,7 +174,7 @@ def cross_view_loss(v: Tensor, w: Tensor, mask: Mask, second: Mask) -> Tensor:
 
 
 def in_view_loss(v: Tensor, x: Tensor) -> Tensor:
-    """Eq. (6), as a mean: |cos(v_i, v_j) - cos(x_i, x_j)| over the ordered pairs i ≠ j of an image's masked patches.
+    """Eq. (6), as a mean: |cos(v_i, v_j) - cos(x_i, x_j)| over the pairs i ≠ j of an image's masked patches.
 
     v: (B, M, d), x: the input patches (B, M, P). A patch or vector of zeros has the cosine 0 to every other.
     """
@@ -183,14 +184,14 @@ def in_view_loss(v: Tensor, x: Tensor) -> Tensor:
 
 
 def cosine_matrix(x: Tensor) -> Tensor:
-    """(B, M, d) → (B, M, M), the cosine between each two of an image's vectors."""
+    """(B, M, d) → (B, M, M), the cosine between each two of an image's vectors; in float32, as they are subtracted."""
     with torch.autocast(x.device.type, enabled=False):
         x = F.normalize(x.float(), dim=-1)
         return x @ x.transpose(1, 2)
 
 
 class LocalDecoder(mae.Decoder):
-    """MAE's decoder with its blocks replaced by one operation that reaches 5 x 5 patches (§4.1, Table 2).
+    """MAE's decoder, its blocks replaced by something that reaches 5 x 5 patches (§4.1, Table 2).
 
     "average": a fixed Gaussian mean, then the MLP half of a transformer block. "conv": a convolution.
     """
