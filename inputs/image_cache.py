@@ -9,15 +9,11 @@ import contextlib
 import hashlib
 import json
 import os
-import struct
-import zlib
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
-from itertools import accumulate
+from itertools import chain
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -27,8 +23,7 @@ from runtime import files
 from runtime.errors import InputError
 from runtime.ranks import rank, say, world_size
 
-MAGIC = b"minMIM3\n"  # ends a cache file; the number is the format's version
-TAIL = struct.Struct("<QI8s")  # length and CRC-32 of the index, MAGIC
+FORMAT = b"minMIM4\n"  # of cache files, with its version
 
 
 def pack(images: list[Tensor]) -> tuple[Tensor, Tensor]:
@@ -80,15 +75,14 @@ def cache_folder() -> Path:
 
 def cached(stem: str, made_from: bytes, chunks: Callable[[], Iterable]) -> tuple[Packed, Tensor, list[str]]:
     """Pixels, labels and names of bad images, from the cache file if it is there and sound, else from `chunks()`."""
-    key = hashlib.sha256(MAGIC + made_from).hexdigest()
-    path = cache_folder() / f"{stem}-{key[:16]}.cache"
+    path = cache_folder() / f"{stem}-{hashlib.sha256(FORMAT + made_from).hexdigest()[:16]}.pt"
     if path.exists():
         try:
-            return read_cache(path, key)
-        except ValueError as damage:
-            say(f"{path}: the cache is damaged ({damage}); making it again")
-    write_cache(path, key, chunks())
-    return read_cache(path, key)
+            return read_cache(path)
+        except InputError:
+            say(f"{path}: the cache is damaged; making it again")
+    write_cache(path, chunks())
+    return read_cache(path)
 
 
 def remembered(stem: str, made_from: bytes, compute: Callable[[], list[float]]) -> list[float]:
@@ -102,69 +96,21 @@ def remembered(stem: str, made_from: bytes, compute: Callable[[], list[float]]) 
     return numbers
 
 
-def write_cache(path: Path, key: str, chunks: Iterable[tuple[Tensor, Tensor, Tensor, list[str]]]) -> None:
-    """The pixels of all chunks, then height, width and label of each image, an index in JSON, its length and checksum.
-
-    A chunk is flat pixels, sizes (b, 2), labels (b,), and the names of images left out.
-    """
-
-    def write(file) -> None:
-        numbers, bad, parts = [], [], []
-
-        def append(array: np.ndarray) -> None:
-            content = array.tobytes()
-            file.write(content)
-            parts.append((len(content), zlib.crc32(content)))  # of what was meant, not of what the disk made of it
-
-        for flat, sizes, labels, names in chunks:
-            append(flat.numpy())
-            numbers.append(torch.cat([sizes, labels[:, None]], dim=1))
-            bad += names
-        if not sum(map(len, numbers)):
-            raise InputError(f"{bad[0]}: does not decode, nor does any other image; give a folder of images")
-        append(torch.cat(numbers).numpy())  # int64 (N, 3); as JSON it would take longer to read than all to check
-        index = json.dumps(dict(key=key, parts=parts, bad=bad)).encode()
-        file.write(index + TAIL.pack(len(index), zlib.crc32(index), MAGIC))
-
-    files.write_whole(path, write, "; make room, or set MINMIM_CACHE")
+def write_cache(path: Path, chunks: Iterable[tuple[Tensor, Tensor, Tensor, list[str]]]) -> None:
+    """A chunk is flat pixels, sizes (b, 2), labels (b,), and the names of images left out."""
+    *tensors, names = zip(*chunks, strict=True)
+    flat, sizes, labels = map(torch.cat, tensors)
+    bad = list(chain(*names))
+    if not len(labels):
+        raise InputError(f"{bad[0]}: does not decode, nor does any other image; give a folder of images")
+    advice = "; make room, or set MINMIM_CACHE"
+    files.write_whole(path, lambda file: torch.save((flat, sizes, labels, bad), file), advice)
 
 
-def read_cache(path: Path, key: str) -> tuple[Packed, Tensor, list[str]]:
-    """Map the pixels of a cache file, after checking every byte; raise ValueError if it is not what was written."""
-    content = np.memmap(path, np.uint8, mode="c")  # "c": writable, never written back
-    end = len(content) - TAIL.size
-    if end < 0:
-        raise ValueError("it is too short")
-    length, checksum, magic = TAIL.unpack(content[end:])
-    index = content[max(0, end - length) : end].tobytes()
-    if magic != MAGIC or length > end or zlib.crc32(index) != checksum:
-        raise ValueError("its end is not that of a cache")
-    index = json.loads(index)
-    if index["key"] != key:
-        raise ValueError("it belongs to other images")
-    lengths, sums = zip(*index["parts"], strict=True)
-    if sum(lengths) != end - length or checksums(path, lengths) != list(sums):
-        raise ValueError("its checksum differs")
-    pixels = end - length - lengths[-1]
-    table = torch.from_numpy(np.frombuffer(content[pixels : end - length].tobytes(), np.int64).reshape(-1, 3).copy())
-    sizes, labels = table[:, :2], table[:, 2].clone()
-    if 3 * int(sizes.prod(dim=1).sum()) != pixels:
-        raise ValueError("its sizes are not those of its pixels")
-    return Packed(torch.from_numpy(content[:pixels]), sizes), labels, index["bad"]
-
-
-def checksums(path: Path, lengths: Iterable[int]) -> list[int]:
-    """CRC-32 of each part of a file, given the bytes of the parts, by all cores, though at most eight."""
-
-    def of_part(start: int, end: int) -> int:  # by reading: checking the mapped pages would make them all resident
-        checksum = 0
-        for at in range(start, end, 1 << 20):
-            checksum = zlib.crc32(np.fromfile(path, np.uint8, min(1 << 20, end - at), offset=at), checksum)
-        return checksum
-
-    ends = list(accumulate(lengths, initial=0))
-    with ThreadPoolExecutor(min(8, cores())) as pool:  # reading and zlib leave Python free
-        return list(pool.map(of_part, ends[:-1], ends[1:]))
+def read_cache(path: Path) -> tuple[Packed, Tensor, list[str]]:
+    """What `write_cache` wrote, after checking every byte; the pixels are mapped from the file."""
+    flat, sizes, labels, bad = files.load(path, mmap=True)
+    return Packed(flat, sizes), labels, bad
 
 
 def first_on_node() -> bool:

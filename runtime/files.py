@@ -57,7 +57,7 @@ def save_weights(path, settings: dict, state_dict: dict[str, Tensor], made_by: s
     write_whole(path, lambda file: file.write(safetensors.torch.save(tensors, about)))
 
 
-def load(path, instead: str = "make or fetch it again, or give another"):
+def load(path, instead: str = "make or fetch it again, or give another", mmap: bool = False):
     """What `save` wrote, on the CPU, or `save_weights`. Runs no pickled code, and checks every record's checksum.
 
     torch does not. Nor does it read a record that is marked as a folder: it would hand out memory as it happens to be.
@@ -69,7 +69,7 @@ def load(path, instead: str = "make or fetch it again, or give another"):
         with zipfile.ZipFile(path) as archive:
             if archive.testzip() is not None or any(record.external_attr & 0x10 for record in archive.infolist()):
                 raise InputError(damaged)
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
     except Exception:  # zipfile, zlib, pickle and torch raise every kind there is

@@ -155,31 +155,21 @@ def test_a_plain_pickle_in_place_of_weights_is_one_line(tmp_path):
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory):
-    path = tmp_path_factory.mktemp("cache") / "a.cache"
+    path = tmp_path_factory.mktemp("cache") / "a.pt"
     chunk = (torch.arange(36, dtype=torch.uint8), torch.tensor([[2, 2], [4, 2]]), torch.tensor([0, 1]), ["bad.png"])
-    image_cache.write_cache(path, "key", [chunk])
+    image_cache.write_cache(path, [chunk])
     return path.read_bytes()
 
 
 def damaged_or_same(path, content: bytes) -> bool:
     path.write_bytes(content)
     try:
-        pixels, labels, bad = image_cache.read_cache(path, "key")
-    except ValueError:
+        pixels, labels, bad = image_cache.read_cache(path)
+    except InputError:
         return True
     assert pixels.flat.tolist() == list(range(36)) and pixels.sizes.tolist() == [[2, 2], [4, 2]]
     assert labels.tolist() == [0, 1] and bad == ["bad.png"]
     return False
-
-
-def test_each_part_of_a_cache_has_its_checksum(tmp_path):
-    """Parts longer and shorter than one reading, and what follows the last part left out."""
-    content = np.random.default_rng(0).integers(0, 256, 2_500_000, dtype=np.uint8).tobytes()
-    (tmp_path / "a").write_bytes(content)
-    for lengths in ([1], [700_001, 0, 1 << 20, 3], [2_097_153, 402_847], [2_500_000]):
-        ends = np.cumsum([0, *lengths])
-        expected = [zlib.crc32(content[start:end]) for start, end in itertools.pairwise(ends)]
-        assert image_cache.checksums(tmp_path / "a", lengths) == expected, lengths
 
 
 @pytest.mark.parametrize("cuts", [[], [0], [0, 0], [1], [1, 1], [1, 2], [0, 1, 1, 2]])
@@ -190,42 +180,24 @@ def test_a_cache_of_any_parts_is_read(cuts, tmp_path):
     flat, sizes = torch.arange(36, dtype=torch.uint8), torch.tensor([[2, 2], [4, 2]])
     for start, end in zip([0, *cuts], [*cuts, 2], strict=True):
         chunks.append((flat[ends[start] : ends[end]], sizes[start:end], labels[start:end], []))
-    image_cache.write_cache(tmp_path / "a.cache", "key", chunks)
-    assert not damaged_or_same(tmp_path / "a.cache", (tmp_path / "a.cache").read_bytes())
+    image_cache.write_cache(tmp_path / "a.pt", chunks)
+    assert not damaged_or_same(tmp_path / "a.pt", (tmp_path / "a.pt").read_bytes())
 
 
-def test_what_the_disk_changes_while_a_cache_is_written_is_noticed(tmp_path):
-    def chunks():
-        for i in range(2):
-            yield torch.full((30_000,), i, dtype=torch.uint8), torch.tensor([[100, 100]]), torch.tensor([i]), []
-            (part,) = tmp_path.glob("*.tmp")
-            with open(part, "r+b") as file:
-                file.write(b"\7")
-
-    image_cache.write_cache(tmp_path / "a.cache", "key", chunks())
-    with pytest.raises(ValueError, match="checksum differs"):
-        image_cache.read_cache(tmp_path / "a.cache", "key")
-
-
-def test_a_cache_whose_sizes_do_not_fit_its_pixels_is_refused(tmp_path):
-    chunk = (torch.zeros(24, dtype=torch.uint8), torch.tensor([[2, 2]]), torch.tensor([0]), [])
-    image_cache.write_cache(tmp_path / "a.cache", "key", [chunk])
-    with pytest.raises(ValueError, match="sizes are not those of its pixels"):
-        image_cache.read_cache(tmp_path / "a.cache", "key")
-
-
-def test_every_flipped_bit_of_a_cache_is_noticed(cache, tmp_path):
-    for at in range(8 * len(cache)):
+def test_no_flipped_bit_of_a_cache_is_read_as_something_else(cache, tmp_path):
+    noticed = 0
+    for at in range(0, 8 * len(cache), 5):
         content = bytearray(cache)
         content[at // 8] ^= 1 << at % 8
-        assert damaged_or_same(tmp_path / "a.cache", bytes(content)), at
+        noticed += damaged_or_same(tmp_path / "a.pt", bytes(content))
+    assert noticed > len(cache) / 2  # the others are of padding, of times, and of what stands twice
 
 
 @settings(max_examples=200)
 @given(damages)
 @example(("cut", 0.0, b""))
 def test_a_cache_that_is_cut_or_spliced_is_noticed(cache, tmp_path_factory, damage):
-    damaged_or_same(tmp_path_factory.getbasetemp() / "a.cache", damaged(cache, *damage))
+    damaged_or_same(tmp_path_factory.getbasetemp() / "a.pt", damaged(cache, *damage))
 
 
 # ------------------------------------------------------------------------------------------------------------- images

@@ -74,12 +74,8 @@ DAMAGES = {
     "empty": lambda content: b"",
     "truncated": lambda content: content[: len(content) // 2],
     "last byte gone": lambda content: content[:-1],
-    "flipped in the pixels": lambda content: flip(content, 100),
-    "flipped in the index": lambda content: flip(content, len(content) - 100),
-    "flipped in the tail": lambda content: flip(content, len(content) - 20),
+    "flipped in the pixels": lambda content: flip(content, content.index(pixels(0).transpose(2, 0, 1).tobytes())),
     "grown at the front": lambda content: b"\0" + content,
-    "of another set": lambda content: content.replace(b'"key": "', b'"key": "0'),
-    "another format": lambda content: content[:-2] + b"0\n",
 }
 
 
@@ -92,19 +88,9 @@ def test_a_damaged_cache_is_said_and_made_again(tmp_path, cache, capsys, monkeyp
     path.write_bytes(DAMAGES[damage](sound))
     capsys.readouterr()
     assert torch.equal(image_sets.open_set(str(tmp_path / "set")).images(torch.arange(4)), expected)
-    assert capsys.readouterr().err.startswith(f"{path}: the cache is damaged (")
+    assert capsys.readouterr().err.startswith(f"{path}: the cache is damaged; making it again")
     assert path.read_bytes() == sound
     opened_without_decoding(monkeypatch, str(tmp_path / "set"))
-
-
-def test_a_sound_cache_of_another_set_is_refused(tmp_path, cache):
-    """Index and checksums agree, but the key is not the one asked for."""
-    chunk = (torch.zeros(12, dtype=torch.uint8), torch.tensor([[2, 2]]), torch.tensor([0]), [])
-    cache.mkdir()
-    image_cache.write_cache(cache / "a.cache", "this key", [chunk])
-    assert len(image_cache.read_cache(cache / "a.cache", "this key")[0]) == 1
-    with pytest.raises(ValueError, match="belongs to other images"):
-        image_cache.read_cache(cache / "a.cache", "that key")
 
 
 def test_failed_writing_leaves_nothing(tmp_path, cache, monkeypatch):
