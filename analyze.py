@@ -20,7 +20,7 @@ from figures import plots
 from figures.study import Absent, Study
 from inputs import augment
 from runtime import files, process
-from runtime.command_line import Parser, add_option
+from runtime.command_line import Parser, add_option, count
 from runtime.errors import InputError
 
 FIGURES = {function.__name__.replace("_", "-"): function for function in (
@@ -33,10 +33,10 @@ WITH_REFERENCE = {"attention-map", "attention-distance", "semantic-similarity", 
 WITH_REFERENCE |= {"token-variance"}
 # Options of some figures: name, the value if none is given, type or choices, metavar, the figures, help.
 OPTIONS = [
-    ("images", None, int, "N", set(FIGURES) - {"curves", "fine-tuning"},
+    ("images", None, count, "N", set(FIGURES) - {"curves", "fine-tuning"},
      "how many images to use; each figure has its own default"),
     ("reference", [], str, "PATH...", WITH_REFERENCE, "encoders to compare with: runs, or files of weights"),
-    ("classes", 50, int, "K", {"class-distances"}, "how many classes to use [50]"),
+    ("classes", 50, count, "K", {"class-distances"}, "how many classes to use [50]"),
     ("projection", "pca", ["pca", "tsne"], None, {"features"}, "principal components or t-SNE [pca]"),
     ("label-maps", None, str, "DIR", {"features"},
      "colour patches by the label maps of a folder in VOC's or ADE20K's format, as transfer.py reads them"),
@@ -63,9 +63,6 @@ def options(argv: list[str] | None = None) -> argparse.Namespace:
         elif args.figure not in figures | {"all"}:
             good = ", ".join(sorted(figures))
             raise InputError(f"--{name}: does nothing to {args.figure}; leave it out, or draw {good}")
-    for name, least in (("images", 1), ("classes", 2)):
-        if (given := getattr(args, name)) is not None and given < least:
-            raise InputError(f"{name} {given}: must be at least {least}")
     if args.to and (args.figure == "all" or Path(args.to).suffix != ".png"):
         raise InputError(f"to {args.to}: must end in .png, and take one figure, not all")
     return args

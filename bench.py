@@ -10,11 +10,7 @@
 Contenders take turns within each repeat, and the medians of the repeats are compared, so that what else the machine
 does meets all alike; `--cpu-time` counts the seconds that this process computes, for a machine that others share (give
 OMP_NUM_THREADS=1). A step is forward, backward, AdamW and the teacher, as in train.py; what `draw` draws is drawn
-before. FLOPs are what torch's FlopCounterMode counts in that step without compiling. `share` is that over time and over
-the rate of a 2048 x 2048 torch.matmul of the same precision (8192 on a GPU) in the same repeats, in percent; above 100
-where our float32 is oneDNN's and torch.matmul MKL's (see runtime/fast.py). `MB` is what a process of its own holds at
-its peak beyond what a tiny model takes: model, optimizer, activations; on a CPU the median of three such processes.
-`cost` is a method's time over MAE's, divided by its FLOPs over MAE's.
+before. docs/speed.md says what each column is.
 """
 
 import argparse
@@ -33,7 +29,7 @@ from reporting.step_speed import PEERS, bench_scale, bench_step
 from reporting.timing import columns, folder, processor
 from reporting.whole_run_speed import bench_epoch, bench_input, bench_start
 from runtime import files, process
-from runtime.command_line import Parser
+from runtime.command_line import Parser, count
 from runtime.errors import InputError
 from runtime.run import git_state, versions
 
@@ -54,23 +50,20 @@ def parse(argv: list[str]) -> argparse.Namespace:
         add(f"--{name}", type=int, metavar="N", help=f"{text} of the encoder, in place of the model's")
     for name, usual in (("width", 96), ("depth", 4), ("heads", 3)):
         add(f"--decoder-{name}", type=int, default=usual, metavar="N", help="of MAE's kind of decoder")
-    add("--image-size", type=int, default=64, metavar="PIXELS", help="side of a view")
-    add("--patch-size", type=int, default=8, metavar="PIXELS", help="side of a patch")
+    add("--image-size", type=count, default=64, metavar="PIXELS", help="side of a view")
+    add("--patch-size", type=count, default=8, metavar="PIXELS", help="side of a patch")
     add("--batch-size", type=int, nargs="+", default=[64, 256], metavar="B", help="images of a step")
     add("--precision", nargs="+", default=["fp32", "bf16"], choices=["fp32", "bf16"], help="of products")
     add("--compile", action=yes_no, default=False, help="torch.compile; of a step beside the plain one")
     add("--memory", action=yes_no, default=True, help="measure peaks of steps too")
     add("--cpu-time", action=yes_no, default=False, help="processor time in place of the clock's")
-    add("--repeats", type=int, default=9, metavar="N", help="rounds; medians are reported")
+    add("--repeats", type=count, default=9, metavar="N", help="rounds; medians are reported")
     add("--device", default="auto", choices=["auto", "cpu", "cuda"], help="where")
     add("--data", default="shapes", metavar="SET", help="of --what epoch and start")
     add("--data-root", metavar="DIR", help="where it lies")
     add("--classes", type=int, metavar="K", help="its first K classes")
     add("--json", nargs="?", const="", metavar="FILE", help="write every figure [into results/bench]")
     args = parser.parse_args(argv)
-    for name in ("repeats", "image_size", "patch_size"):
-        if vars(args)[name] < 1:
-            raise InputError(f"{name.replace('_', ' ')} {vars(args)[name]}: must be at least 1")
     if min(args.batch_size) < 2:
         raise InputError(f"batch size {min(args.batch_size)}: must be at least 2")
     for peer in args.peer:

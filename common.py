@@ -26,7 +26,6 @@ from runtime.ranks import gather_over_ranks, rank, sum_over_ranks, world_size
 
 # ImageNet's channel statistics, by which images are normalised unless an encoder has its own.
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-
 # (width D, blocks, heads); tiny to large are the ViT and DeiT papers' sizes, nano is ours, for two CPU cores.
 SIZES = dict(nano=(128, 4, 4), tiny=(192, 12, 3), small=(384, 12, 6), base=(768, 12, 12), large=(1024, 24, 16))
 
@@ -64,7 +63,6 @@ def normalize_patches(patches: Tensor, eps: float = 1e-6) -> Tensor:
 
 def reconstruction_loss(predicted: Tensor, target: Tensor) -> Tensor:
     """Mean squared error over the masked patches, both (B, M, P): MAE's loss, Eq. (5) of CMAE, Eq. (1) of LC-MAE."""
-    # CMAE divides by the number of masked patches and leaves the mean over a patch's values unsaid.
     return F.mse_loss(predicted.float(), target.float())
 
 
@@ -389,10 +387,7 @@ def initialize(module: nn.Module) -> None:
 
 
 class BatchNorm(nn.Module):
-    """Batch norm over the rows of all ranks, with the statistics of the batch at hand, always; keeps no running ones.
-
-    `nn.SyncBatchNorm` refuses CPU tensors, and heads that are thrown away after pretraining need no running statistics.
-    """
+    """Batch norm over the rows of all ranks, which `nn.SyncBatchNorm` refuses on CPUs; keeps no running statistics."""
 
     def __init__(self, width: int, affine: bool = True, eps: float = 1e-6):
         super().__init__()

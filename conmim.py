@@ -261,8 +261,6 @@ class ConMIM(nn.Module):
         return torch.stack([augment.denormalize(x.float()) for x in rows]).clamp(0, 1)
 
 
-# ---------------------------------------------------------------------------------------------------------- Eq. (3)
-
 SCORES = 2**28  # similarities at a time, 1 GiB; the 196 patches of 512 images have 28 times as many among them
 
 

@@ -24,6 +24,7 @@ from reporting.claim_measures import MEASURES
 from reporting.documents import generated, problems
 from reporting.experiments import EPOCHS, TUNE_EPOCHS, Runner, plan
 from runtime import files, process
+from runtime.command_line import Parser, count
 from runtime.errors import InputError
 from runtime.ranks import say
 
@@ -39,13 +40,11 @@ def choose_data(root: str | None) -> str:
 
 
 def options(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Make the results and the tables of them.", allow_abbrev=False)
+    parser = Parser(description="Make the results and the tables of them.", allow_abbrev=False)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--budget", choices=["demo", *EPOCHS], help="a results table: of minutes, of an hour, of a GPU")
     what.add_argument("--claims", action="store_true", help="the runs that the claims compare")
-    what.add_argument(
-        "--recipes", action="store_true", help="variants of the demo's recipes, compared in docs/results.md"
-    )
+    what.add_argument("--recipes", action="store_true", help="variants of the demo's recipes, for docs/results.md")
     what.add_argument("--readme", action="store_true", help="write the generated parts of the documents")
     what.add_argument("--check", action="store_true", help="say what in the documents and results no longer holds")
     what.add_argument("--measure", choices=MEASURES, metavar="NAME", help=f"one of {', '.join(MEASURES)}, of --run")
@@ -53,16 +52,16 @@ def options(argv: list[str] | None = None) -> argparse.Namespace:
     add("--run", metavar="DIR", help="the run to measure; prints a line of JSON")
     add("--list", action="store_true", help="print the commands, run none")
     add("--methods", metavar="A,B", help="only these runs")
-    add("--seeds", type=int, metavar="N", help="seeds 0 to N-1 [a budget 1, others 3]")
-    add("--jobs", type=int, default=1, metavar="N", help="pieces at a time; they share the cores [1]")
+    add("--seeds", type=count, metavar="N", help="seeds 0 to N-1 [a budget 1, others 3]")
+    add("--jobs", type=count, default=1, metavar="N", help="pieces at a time; they share the cores [1]")
     add("--minutes", type=float, metavar="M", help="stop after so many; the same command goes on")
     add("--data-root", metavar="DIR", help="where Tiny-ImageNet is")
     add("--out", default="runs/reproduce", metavar="DIR", help="where the runs go [runs/reproduce]")
     add("--results", metavar="DIR", help="where the result files are [results; of the built-in images OUT/results]")
     add("--model", choices=["small", "base"], help="of the gpu budget [small]")
-    add("--epochs", type=int, metavar="N", help=f"of pretraining {EPOCHS}")
-    add("--tune-epochs", type=int, metavar="N", help=f"of fine-tuning and supervised training {TUNE_EPOCHS}")
-    add("--images", type=int, metavar="K", help="a rehearsal: pretrain on the first K; needs --results of its own")
+    add("--epochs", type=count, metavar="N", help=f"of pretraining {EPOCHS}")
+    add("--tune-epochs", type=count, metavar="N", help=f"of fine-tuning and supervised training {TUNE_EPOCHS}")
+    add("--images", type=count, metavar="K", help="a rehearsal: pretrain on the first K; needs --results of its own")
     args = parser.parse_args(argv)
     if args.images and not args.results:
         raise InputError("images: makes a rehearsal, which must not lie among the results; give --results")
@@ -73,9 +72,6 @@ def options(argv: list[str] | None = None) -> argparse.Namespace:
         raise InputError(f"{idle[0].replace('_', ' ')}: does nothing here; leave it out")
     if bool(args.measure) != bool(args.run):
         raise InputError("measure: needs a run, and a run a measure; give both")
-    for name in ("seeds", "jobs", "minutes", "epochs", "tune_epochs"):
-        if getattr(args, name) is not None and getattr(args, name) <= 0:
-            raise InputError(f"{name.replace('_', ' ')} {getattr(args, name):g}: must be above 0")
     args.seeds = args.seeds or (3 if args.claims or args.recipes else 1)
     args.results = args.results or HERE / "results"
     return args

@@ -38,7 +38,7 @@ from runtime.errors import InputError
 from runtime.initial import fill, fill_decoder
 from runtime.log import Meter, Pictures
 from runtime.optimization import learning_rate, parameter_groups
-from runtime.randomness import epoch_order
+from runtime.randomness import orders, rows_of_rank
 from runtime.ranks import rank, say, world_size
 from runtime.run import Run
 
@@ -57,7 +57,7 @@ options = partial(pretraining_options, methods=METHODS)
 
 def train(args, config, Method, device: torch.device) -> nn.Module:
     """Train a method from its first or next step to its last, or until somebody asks to stop; returns the method."""
-    divide(args.batch_size, args.accumulate)  # before the images are read, which may take long
+    rows_of_rank(args.batch_size, args.accumulate)  # refused before the images are read, which may take long
     images = image_sets.open_for(args, "train")
     images = (images.first(args.images) if args.images else images).to(device)  # --images limits pretraining alone
     if args.mean == "auto":
@@ -65,10 +65,6 @@ def train(args, config, Method, device: torch.device) -> nn.Module:
         args.std = args.std or std
     plan = Plan(args, len(images))
     method, optimizer, scaler = build(args, config, Method, device)
-    if args.init and not goes_on(args):  # before anything is written
-        begin(args, config, Method, method)
-    if (args.mean or args.std) and not isinstance(method.encoder, ViT):  # a tokenizer, say
-        raise InputError(f"--mean, --std: {args.method} takes images as they are; leave them out")
     watch = Watch(args, method, device)
     run = Run(args, config, len(images), method=method, optimizer=optimizer, scaler=scaler)
     run.open()
@@ -103,7 +99,7 @@ def loop(args, plan: "Plan", run: Run, images: image_sets.ImageSet, watch: Watch
         # After its first backward pass DDP regroups its gradients, which changes the order in which three or more
         # processes are added up. The interrupted run had done so; for the same bits, one discarded pass does it here.
         index = next(plan.indices(run.step))
-        rng = StepRandom(args.seed, run.step, args.batch_size, plan.rows(0), device)
+        rng = StepRandom(args.seed, run.step, args.batch_size, plan.rows[0], device)
         losses_of(method.draw(images.images(index, device), index, rng))["loss"].backward()
         optimizer.zero_grad(set_to_none=True)
     batches = images.batches(plan.indices(run.step), device, workers=args.workers)
@@ -120,7 +116,7 @@ def loop(args, plan: "Plan", run: Run, images: image_sets.ImageSet, watch: Watch
             for part in range(args.accumulate):
                 if world_size() > 1:  # gradients are averaged over the processes once a step, in its last part
                     network.require_backward_grad_sync = part == args.accumulate - 1
-                batch = method.draw(*next(batches), rng.of(plan.rows(part)))
+                batch = method.draw(*next(batches), rng.of(plan.rows[part]))
                 watch.see(step + 1, batch)
                 parts = losses_of(batch)
                 scaler.scale(parts["loss"] / args.accumulate).backward()
@@ -154,7 +150,7 @@ class Plan:
 
     def __init__(self, args, images: int):
         self.args, self.images, self.n = args, images, images * args.repeat  # n images an epoch
-        self.share = divide(args.batch_size, args.accumulate)
+        self.rows = rows_of_rank(args.batch_size, args.accumulate)  # of the global batch, in each part of a step
         self.steps_per_epoch = self.n // args.batch_size
         if self.steps_per_epoch == 0:
             epoch = f"an epoch, {self.n} images of {args.data}; see --repeat"
@@ -169,51 +165,30 @@ class Plan:
         epochs, rest = divmod(step, self.steps_per_epoch)
         return every is not None and (step == self.steps or (rest == 0 and epochs % every == 0))
 
-    def rows(self, part: int) -> slice:
-        """The rows of the global batch that this process takes in a part of a step."""
-        begin = (part * world_size() + rank()) * self.share
-        return slice(begin, begin + self.share)
-
     def indices(self, first: int) -> Iterator[Tensor]:
         """Positions in the image set, those of one part after another, from step `first` on."""
-        for step in range(first, self.steps):
-            epoch, place = divmod(step, self.steps_per_epoch)
-            if step == first or place == 0:  # once an epoch: a million images take a tenth of a second
-                order = epoch_order(self.args.seed, epoch, self.n) % self.images
-            batch = order[place * self.args.batch_size :][: self.args.batch_size]
-            yield from (batch[self.rows(part)] for part in range(self.args.accumulate))
-
-
-def divide(batch_size: int, accumulate: int) -> int:
-    """Images of the global batch that one process takes at a time."""
-    n = world_size()
-    if batch_size < 1 or batch_size % (n * accumulate):
-        raise InputError(f"batch size {batch_size}: not divisible by {n} processes x {accumulate} accumulated parts")
-    return batch_size // (n * accumulate)
+        args, todo = self.args, range(first, self.steps)
+        for _, places in orders(args.seed, self.n, args.batch_size, args.accumulate, todo):
+            yield places % self.images
 
 
 def build(args, config, Method, device: torch.device):
-    """The method at its first weights, which depend on the seed alone, its optimizer, and fp16's scale of the loss."""
+    """The method at its first weights, of the seed and of `--init`, its optimizer, and fp16's scale of the loss."""
     torch.manual_seed(args.seed)
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-    method = Method(build_encoder(args), config).to(device).train()
+    encoder = build_encoder(args)
+    found = fill(encoder, args.init, args.heads) if args.init and not goes_on(args) else None
+    method = Method(encoder, config)
+    if not isinstance(method.encoder, ViT) and (args.init or args.mean or args.std):  # a tokenizer, say
+        raise InputError(f"--init, --mean, --std: {args.method} learns no ViT, which they are for; leave them out")
+    if found:  # a teacher is a copy of the encoder; all that is not found is the seed's
+        say(*fill_decoder(method, encoder, found, args.init))
+    method.to(device).train()
     groups = parameter_groups(method, args.weight_decay, tuple(args.no_decay))
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=tuple(args.betas), fused=device.type in ("cpu", "cuda"))
     return method, optimizer, torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
-
-
-def begin(args, config, Method, method: nn.Module) -> None:
-    """Give a new method the encoder of `--init` and a decoder that fits, its teacher a copy; all else is the seed's."""
-    if not isinstance(method.encoder, ViT):  # a tokenizer, say
-        raise InputError(f"--init {args.init}: {args.method} learns no ViT; leave out --init")
-    torch.manual_seed(args.seed)
-    encoder = build_encoder(args)
-    found = fill(encoder, args.init, args.heads)
-    given = Method(encoder, config)
-    say(*fill_decoder(given, encoder, found, args.init))
-    method.load_state_dict(given.state_dict())
 
 
 def distribute(method: nn.Module) -> nn.Module:

@@ -160,15 +160,11 @@ def moved(images: Tensor, matrix: list[list]) -> Tensor:
     return torch.where(inside, found, augment.statistics(images)[0])
 
 
-def by_torchvision(name: str):
+def by_torchvision(name: str, images: Tensor, *parameters) -> Tensor:
     """An operation of torchvision, which is imported late: it brings the compiler along, two seconds at the start."""
+    from torchvision.transforms.v2 import functional
 
-    def change(images: Tensor, *parameters) -> Tensor:
-        from torchvision.transforms.v2 import functional
-
-        return getattr(functional, name)(images, *parameters)
-
-    return change
+    return getattr(functional, name)(images, *parameters)
 
 
 def grey(images: Tensor) -> Tensor:
@@ -197,8 +193,8 @@ def shear(x: Tensor, amount: Tensor, axis: int) -> Tensor:
 
 # timm's operations whose strength increases with m in [0, 1], for images (n, 3, H, W); m and sign are (n, 1, 1, 1).
 OPERATIONS = dict(
-    AutoContrast=lambda x, m, sign: by_torchvision("autocontrast")(x),
-    Equalize=lambda x, m, sign: by_torchvision("equalize")(x),
+    AutoContrast=lambda x, m, sign: by_torchvision("autocontrast", x),
+    Equalize=lambda x, m, sign: by_torchvision("equalize", x),
     Invert=lambda x, m, sign: 1 - x,
     Rotate=rotate,
     PosterizeIncreasing=posterize,
@@ -207,7 +203,7 @@ OPERATIONS = dict(
     ColorIncreasing=lambda x, m, sign: augment.ADJUST[2](x, factor(m, sign)),
     ContrastIncreasing=lambda x, m, sign: augment.ADJUST[1](x, factor(m, sign)),
     BrightnessIncreasing=lambda x, m, sign: augment.ADJUST[0](x, factor(m, sign)),
-    SharpnessIncreasing=lambda x, m, sign: augment.blend(x, by_torchvision("adjust_sharpness")(x, 0), factor(m, sign)),
+    SharpnessIncreasing=lambda x, m, sign: augment.blend(x, by_torchvision("adjust_sharpness", x, 0), factor(m, sign)),
     ShearX=lambda x, m, sign: shear(x, 0.3 * sign * m, axis=3),
     ShearY=lambda x, m, sign: shear(x, 0.3 * sign * m, axis=2),
     TranslateXRel=lambda x, m, sign: moved(x, [[1, 0, 0.9 * sign * m], [0, 1, 0]]),  # .45 of the side, which is 2

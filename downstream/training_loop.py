@@ -25,7 +25,7 @@ from runtime import fast, files
 from runtime.errors import InputError
 from runtime.fast import upload
 from runtime.optimization import learning_rate
-from runtime.randomness import StepRandom, epoch_order
+from runtime.randomness import StepRandom, orders, rows_of_rank
 from runtime.ranks import rank, sum_over_ranks, world_size
 
 SAVE_EVERY = 30.0  # seconds between checkpoints, which are written at the ends of epochs
@@ -121,28 +121,9 @@ class Kept:
 
 
 def check_batch(batch_size: int, images: int, accumulate: int, mixes: bool = False) -> None:
-    share, rest = divmod(batch_size, world_size() * accumulate)
-    if rest or not share or (mixes and share % 2):
-        parts = f"{world_size()} processes x {accumulate} parts" + ", each an even number of images to mix" * mixes
-        raise InputError(f"batch size {batch_size}: cannot be shared by {parts}")
+    rows_of_rank(batch_size, accumulate, mixes)
     if images < batch_size:
         raise InputError(f"batch size {batch_size}: larger than the {images} images; give --batch-size")
-
-
-def rows_of_rank(batch_size: int, accumulate: int) -> list[slice]:
-    """The rows of the global batch that this rank computes, a slice for each part of the step."""
-    ranks = world_size()
-    share = batch_size // (ranks * accumulate)
-    return [slice(k * share, (k + 1) * share) for k in range(rank(), ranks * accumulate, ranks)]
-
-
-def orders(seed: int, images: int, batch_size: int, accumulate: int, steps) -> Iterator[tuple[int, Tensor]]:
-    """For each part of each of `steps`: the epoch, and the positions of the images that this rank takes."""
-    rows, per_epoch = rows_of_rank(batch_size, accumulate), images // batch_size
-    for step in steps:
-        epoch, place = divmod(step, per_epoch)
-        order = epoch_order(seed, epoch, images)[place * batch_size :]
-        yield from ((epoch, order[part]) for part in rows)
 
 
 def prepared_steps(

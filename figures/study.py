@@ -18,7 +18,6 @@ from methods import METHODS
 from runtime import encoders, files
 from runtime.command_line import build_encoder
 from runtime.errors import InputError
-from runtime.run import without_retired
 
 BATCH = 32  # images at a time
 
@@ -50,7 +49,8 @@ class Run:
             raise Absent(f"{self.label} holds the weights of an encoder alone; give a run")
         file = self.directory / "checkpoint.pt"
         try:
-            config = without_retired(self.config, inspect.signature(self.Method.Config).parameters, file)
+            known = inspect.signature(self.Method.Config).parameters
+            config = {name: x for name, x in self.config.items() if x or name in known}  # what is off may be gone
             method = self.Method(build_encoder(self.settings), self.Method.Config(**config))
             method.load_state_dict(files.load(file)["method"])
         except (LookupError, TypeError, AttributeError, RuntimeError):

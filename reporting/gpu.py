@@ -19,7 +19,6 @@ import shlex
 import signal
 import subprocess
 import sys
-import tarfile
 import time
 from contextlib import suppress
 from importlib.util import find_spec
@@ -101,17 +100,6 @@ def share_out(found: dict, left: float) -> None:
         found["epochs"] = {m: max(1, int(0.9 * each * EPOCH / images / seconds)) for m, seconds in speeds.items()}
 
 
-def fits(steps: list[Step], found: dict, left: float) -> list[tuple[Step, bool]]:
-    """Every step that is not done, and whether there is time for it after those before it that fit."""
-    answer = []
-    for step in steps:
-        if found["steps"].get(step.name, {}).get("state") != "ok":
-            fit = step.seconds <= left
-            left -= step.seconds * fit
-            answer.append((step, fit))
-    return answer
-
-
 def call(command: str, limit: float, log: Path, work: Path) -> str:
     """Run python with this command, and all that it starts, for so many seconds at most: "ok", "failed" or "cut"."""
     environment = os.environ | {"MINMIM_CACHE": str(work / "cache"), "TORCHINDUCTOR_CACHE_DIR": str(work / "inductor")}
@@ -159,26 +147,23 @@ class Session:
 
     def run(self) -> None:
         self.work.mkdir(parents=True, exist_ok=True)
-        if self.args.data_root and (part := Path(self.args.data_root, "part-0.tar.xz")).exists():
-            self.args.data_root = self.args.work
-            if not (self.work / "tiny-imagenet-200").exists():
-                with tarfile.open(part) as archive:
-                    archive.extractall(self.work / "part", filter="data")
-                (self.work / "part/tiny-imagenet-200").rename(self.work / "tiny-imagenet-200")
         name = torch.cuda.get_device_name() if self.args.device == "cuda" else processor()
         self.found |= dict(device=name, versions=versions(), data=self.args.data, git=git_state())
-        steps = [step for step in plan(self.args, self.found) if step.name in (self.args.only or step.name)]
-        for step, fit in fits(steps, self.found, self.end - time.monotonic()):
-            print(f"{step.name:14} {step.seconds:4.0f} s{'' if fit else ': no room for it'}", flush=True)
-        for name in [step.name for step in steps]:
+        for name in STEPS:
             if name.startswith("learn"):
                 share_out(self.found, self.end - time.monotonic())
             step = next(step for step in plan(self.args, self.found) if step.name == name)  # by now it may know more
-            if self.ready(name) and (step, True) in fits([step], self.found, self.end - time.monotonic()):
+            if not self.ready(name):
+                continue
+            if step.seconds <= self.end - time.monotonic():
                 self.do(step)
+            else:
+                print(f"{step.name:14} {step.seconds:4.0f} s: no room for it", flush=True)
 
     def ready(self, name: str) -> bool:
-        """Whether what a step builds on is there."""
+        """Whether a step is wanted and not done yet, and what it builds on is there."""
+        if name not in (self.args.only or STEPS) or self.found["steps"].get(name, {}).get("state") == "ok":
+            return False
         what, _, method = name.partition("-")
         needs = {"epochs": "data", "learn": f"epochs-{method}"}.get(what, f"learn-{method}")
         return not method or (bool(result(self.found, needs)) and (what != "learn" or "epochs" in self.found))
@@ -223,7 +208,7 @@ def options(argv: list[str]) -> argparse.Namespace:
     add = parser.add_argument
     add("--out", required=True, metavar="DIR", help="where results.json and log.txt go")
     add("--minutes", type=float, default=8, metavar="M", help="begin nothing that ends later [8]")
-    add("--data-root", metavar="DIR", help="where Tiny-ImageNet is, or its part-0.tar.xz [built-in images serve]")
+    add("--data-root", metavar="DIR", help="where Tiny-ImageNet is [built-in images serve]")
     add("--work", metavar="DIR", help="where checkpoints and caches go [OUT/work]")
     add("--device", default="cuda", choices=["cuda", "cpu"], help="a CPU only for --rehearse [cuda]")
     add("--only", nargs="+", choices=STEPS, metavar="STEP", help=f"of {', '.join(STEPS)} these alone")

@@ -32,6 +32,12 @@ def seed(word: str) -> int:
     return int(word)
 
 
+def count(word: str) -> int:
+    if int(word) < 1:
+        raise argparse.ArgumentTypeError(f"{word}: must be at least 1")
+    return int(word)
+
+
 class Sides(argparse.Action):
     """Reads one number for a square, or height and width. Two equal ones are kept as one: it is the same run."""
 
@@ -64,15 +70,15 @@ OPTIONS = {
          "shapes, tiny-imagenet, cifar10, cifar100, imagenet, inaturalist, a folder of images, or hf:NAME"),
         ("data-root", None, str, "DIR", "where the images of a named set are or shall be"),
         ("download", None, bool, "switch", "fetch the set if it is not there"),
-        ("classes", None, int, "K", "only the first K classes of the set"),
+        ("classes", None, count, "K", "only the first K classes of the set"),
         ("class-level", None, int, "N", "where folders lie in folders, the level that the classes are; 1: at the top"),
         ("range", None, float, "LOW HIGH", "black and white of 16-bit greys; if not given, the set's own extremes"),
         ("split", None, str, "NAME...", "of an hf: set, to train on and to validate on [train validation]"),
         ("columns", None, str, "NAME...", "of an hf: set, of images and of labels; if not given, found by type"),
         ("mean", None, Channels, "R G B", "normalise images by this mean, or auto: by their own; default: ImageNet's"),
         ("std", None, Channels, "R G B", "and by this deviation; default: as the mean, ImageNet's or their own"),
-        ("images", None, int, "K", "pretrain on the first K images only; evaluation still has all"),
-        ("repeat", 1, int, "N", "each image N times an epoch, as one image needs (LC-MAE, Table A.1)"),
+        ("images", None, count, "K", "pretrain on the first K images only; evaluation still has all"),
+        ("repeat", 1, count, "N", "each image N times an epoch, as one image needs (LC-MAE, Table A.1)"),
         ("skip-bad-images", None, bool, "switch", "leave out images that do not decode"),
         ("recipe", None, str, "NAME", "demo (minutes on two cores), tiny (64 pixels), paper"),
     ],
@@ -83,7 +89,7 @@ OPTIONS = {
         ("width", None, int, "D", "in place of the model's"),
         ("depth", None, int, "BLOCKS", "in place of the model's"),
         ("heads", None, int, "N", "in place of the model's"),
-        ("mlp-ratio", None, int, "N", "width of an MLP by the encoder's, in place of 4 (CMAE's small ViT: 3)"),
+        ("mlp-ratio", None, count, "N", "width of an MLP by the encoder's, in place of 4 (CMAE's small ViT: 3)"),
         ("layer-scale", 0.0, float, "X", "initial scale of residuals; 0: none"),
         ("drop-path", 0.0, float, "RATE", "of the last block; grows linearly from 0 in the first"),
         ("stem", "linear", ["linear", "conv"], "KIND", "patch embedding: linear, or conv (CMAE*)"),
@@ -91,10 +97,10 @@ OPTIONS = {
         ("init", None, str, "FILE", "go on from this encoder: a run, or MAE's, timm's, Hugging Face's weights"),
     ],
     "optimisation": [
-        ("epochs", 20, int, "N", "passes over the images"),
-        ("max-steps", None, int, "N", "a shorter run of the same shape"),
-        ("batch-size", 128, int, "B", "images per step, over all processes"),
-        ("accumulate", 1, int, "N", "parts that a step is done in; contrast sees one part's images at a time"),
+        ("epochs", 20, count, "N", "passes over the images"),
+        ("max-steps", None, count, "N", "a shorter run of the same shape"),
+        ("batch-size", 128, count, "B", "images per step, over all processes"),
+        ("accumulate", 1, count, "N", "parts that a step is done in; contrast sees one part's images at a time"),
         ("lr", None, float, "RATE", "peak learning rate; if no default is shown, the recipe's base rate times B/256"),
         ("min-lr", 0.0, float, "RATE", "learning rate at the end of the cosine"),
         ("warmup-epochs", 2, float, "N", "in which the rate grows from 0; by default fewer if --epochs are no more"),
@@ -114,18 +120,14 @@ OPTIONS = {
     "run directory": [
         ("out", None, str, "DIR", "runs/METHOD-DATA if not given"),
         ("resume", "auto", str, "HOW", "auto: continue what --out holds; never; or a file"),
-        ("save-every", 1, int, "EPOCHS", "epochs between checkpoints and pictures"),
-        ("log-every", 10, int, "STEPS", "steps between lines of log.jsonl"),
-        ("probe-every", None, int, "EPOCHS", "epochs between measures of the encoder's kNN on a fixed few images"),
-        ("log-gradients", None, int, "STEPS", "steps between norms of each loss's gradient on the encoder"),
+        ("save-every", 1, count, "EPOCHS", "epochs between checkpoints and pictures"),
+        ("log-every", 10, count, "STEPS", "steps between lines of log.jsonl"),
+        ("probe-every", None, count, "EPOCHS", "epochs between measures of the encoder's kNN on a fixed few images"),
+        ("log-gradients", None, count, "STEPS", "steps between norms of each loss's gradient on the encoder"),
         ("tensorboard", None, bool, "switch", "write the log and the pictures for TensorBoard, too"),
         ("evaluate", False, bool, None, "kNN and linear accuracy at the end, beside an untrained encoder's"),
     ],
 }  # fmt: skip
-# Settings that older runs have and that are gone: the value at which they did nothing, and what to do instead.
-RETIRED = {"block": (0, "the plain autoencoder is a method of its own now: train it with --method autoencoder --block")}
-COUNTS = "mlp_ratio epochs max_steps batch_size accumulate classes images repeat".split()  # of at least 1
-COUNTS += "save_every log_every probe_every log_gradients".split()
 
 
 def pretraining_options(argv: list[str], methods: dict[str, type]):
@@ -157,9 +159,6 @@ def pretraining_options(argv: list[str], methods: dict[str, type]):
     args.betas = list(args.betas)
     if args.tensorboard and importlib.util.find_spec("tensorboard") is None:
         raise InputError('--tensorboard: not installed; pip install ".[tensorboard]"')
-    for name in COUNTS:
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise InputError(f"{name.replace('_', ' ')} {getattr(args, name)}: must be at least 1")
     config = Method.Config(**{field.name: vars(args).pop(field.name) for field in dataclasses.fields(Method.Config)})
     return args, config, Method
 
@@ -238,8 +237,7 @@ class Help(argparse.HelpFormatter):
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):
-        gone = [advice for name, (_, advice) in RETIRED.items() if f"unrecognized arguments: --{name}" in message]
-        raise InputError(f"{message}; {gone[0] if gone else 'see --help'}")
+        raise InputError(f"{message}; see --help")
 
 
 def build_parser(name: str | None, methods: dict[str, type]) -> "Parser":

@@ -7,29 +7,18 @@ import torch
 from torch import Tensor, nn
 
 from common import ViT, sincos_positions
-from runtime import files
-from runtime.encoders import (
-    HF_BLOCK,
-    Found,
-    depth_of,
-    parts,
-    plain,
-    read_encoder,
-    renamed,
-    resize,
-    weights_file,
-    with_qkv,
-)
+from runtime import encoders, files
+from runtime.encoders import Found, parts
 from runtime.errors import InputError
 from runtime.ranks import say
 
 # Parts of mae.py's decoder by their names in MAE's official weights, and in Hugging Face's; "decoder_encoder" is what
 # transformers 5 writes.
 DECODER = {f"decoder_{part}": part for part in ("embed", "norm", "pos_embed")} | {"decoder_pred": "predict"}
-for ours, names in HF_BLOCK.items():
+for ours, names in encoders.HF_BLOCK.items():
     for name in names:
         DECODER |= {f"{layer}.#.{name}": f"blocks.#.{ours}" for layer in ("decoder_layers", "decoder_encoder.layer")}
-DECODER |= {f"decoder_blocks.#.{part}": f"blocks.#.{part}" for part in [*HF_BLOCK, "attn.qkv"]}
+DECODER |= {f"decoder_blocks.#.{part}": f"blocks.#.{part}" for part in [*encoders.HF_BLOCK, "attn.qkv"]}
 
 
 def fill(encoder: ViT, path, heads: int | None = None) -> Found:
@@ -37,7 +26,7 @@ def fill(encoder: ViT, path, heads: int | None = None) -> Found:
 
     Positions are interpolated where the image size differs. LayerNorm's epsilon stays the encoder's own, 1e-6.
     """
-    found = read_encoder(weights_file(Path(path)), heads)
+    found = encoders.read_encoder(encoders.weights_file(Path(path)), heads)
     names = "patch_size width depth heads mlp_ratio stem positions layer_scale".split()
     theirs, ours = ({n: bool(e.settings[n]) if n == "layer_scale" else e.settings[n] for n in names}
                     for e in (found.encoder, encoder))  # fmt: skip
@@ -47,7 +36,7 @@ def fill(encoder: ViT, path, heads: int | None = None) -> Found:
         words = " ".join(map(str, ["--mean", *found.encoder.mean, "--std", *found.encoder.std]))
         say(f"{path}: knows images normalised otherwise; {words} would go on with that")
     with torch.random.fork_rng(devices=[]):  # the rest of a method draws what it would draw without these weights
-        encoder.load_state_dict(resize(found.encoder, encoder.image_size).state_dict())
+        encoder.load_state_dict(encoders.resize(found.encoder, encoder.image_size).state_dict())
     file = Path(path, "checkpoint.pt") if Path(path).is_dir() else Path(path)
     return from_checkpoint(found.encoder, file) if file.name == "checkpoint.pt" and file.exists() else found
 
@@ -56,7 +45,7 @@ def from_checkpoint(encoder: ViT, file: Path) -> Found:
     """The encoder of a run, and beside it what the run's checkpoint holds of its method."""
     saved = files.load(file, "give the encoder.safetensors beside it, for the encoder alone")
     try:
-        state, heads = plain(file, saved["method"]), saved["settings"].get("decoder_heads")
+        state, heads = encoders.plain(file, saved["method"]), saved["settings"].get("decoder_heads")
     except (LookupError, TypeError, AttributeError):
         raise InputError(f"{file}: not a checkpoint of train.py; give another --init") from None
     return Found(encoder, {n: x for n, x in state.items() if not re.match(r"(\w*encoder|student)\.", n)}, heads)
@@ -65,7 +54,7 @@ def from_checkpoint(encoder: ViT, file: Path) -> Found:
 def fill_decoder(method: nn.Module, encoder: ViT, found: Found, name: str) -> list[str]:
     """Copy MAE's decoder into a method that has it; a line each on what was taken, what was left, what begins anew."""
     state = {n: x for n, x in found.beside.items() if n.startswith("decoder") or n == "mask_token"}
-    theirs = with_qkv({renamed(n.removeprefix("decoder."), DECODER): x for n, x in state.items()})
+    theirs = encoders.with_qkv({encoders.renamed(n.removeprefix("decoder."), DECODER): x for n, x in state.items()})
     why, taken, left = "", [encoder], parts(found.beside)
     if "embed.weight" in theirs:
         left = parts(found.beside.keys() - state.keys())
@@ -76,7 +65,11 @@ def fill_decoder(method: nn.Module, encoder: ViT, found: Found, name: str) -> li
             taken.append(method.decoder)
     known = {id(p) for part in taken for p in part.parameters()}
     anew = [n for n, p in method.named_parameters() if p.requires_grad and id(p) not in known]
-    said = {"taken": ["encoder", "decoder"][: len(taken)], "left aside": left, "not there, begins anew": parts(anew)}
+    said = {
+        "taken": ["encoder", "decoder"][: len(taken)],
+        "left aside": left,
+        "not there, begins anew": parts(anew),
+    }
     return [f"{name}: {what}: {', '.join(names)}" for what, names in said.items() if names]
 
 
@@ -88,7 +81,7 @@ def misfit(method: nn.Module, theirs: dict[str, Tensor], found: Found) -> str:
 
     def kind(state: dict[str, Tensor], heads) -> dict:
         width, values = (state[n].shape[:1].numel() if n in state else 0 for n in ("embed.weight", "predict.weight"))
-        return dict(decoder_width=width, decoder_depth=depth_of(state), decoder_heads=heads, values=values)
+        return dict(decoder_width=width, decoder_depth=encoders.depth_of(state), decoder_heads=heads, values=values)
 
     if differs := files.differences(
         kind(theirs, found.decoder_heads or ours.decoder_heads), kind(mine, ours.decoder_heads)

@@ -85,8 +85,6 @@ def command(main) -> None:
         status = 130
     else:
         return
-    finally:
-        gc.unfreeze()
     if dist.is_initialized():
         os._exit(status)  # the others may wait in a collective: leave without taking part, and without an abort
     sys.exit(status)

@@ -2,13 +2,15 @@
 
 import copy
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from runtime.errors import InputError
 from runtime.fast import upload
+from runtime.ranks import rank, world_size
 
 
 class StepRandom:
@@ -70,3 +72,23 @@ class StepRandom:
 def epoch_order(seed: int, epoch: int, n: int) -> Tensor:
     """int64 (n,): the order in which epoch `epoch` visits the n images, a function of (seed, epoch) alone."""
     return torch.from_numpy(np.random.default_rng((seed, epoch, 1)).permutation(n))
+
+
+def rows_of_rank(batch_size: int, accumulate: int, even: bool = False) -> list[slice]:
+    """The rows of the global batch that this rank computes, a slice for each part of the step."""
+    ranks = world_size()
+    share, rest = divmod(batch_size, ranks * accumulate)
+    if rest or not share or (even and share % 2):
+        parts = f"{ranks} processes x {accumulate} parts" + ", each an even number of images to mix" * even
+        raise InputError(f"batch size {batch_size}: cannot be shared by {parts}")
+    return [slice(k * share, (k + 1) * share) for k in range(rank(), ranks * accumulate, ranks)]
+
+
+def orders(seed: int, images: int, batch_size: int, accumulate: int, steps) -> Iterator[tuple[int, Tensor]]:
+    """For each part of each of `steps`: the epoch, and the positions of the images that this rank takes."""
+    rows, per_epoch, drawn = rows_of_rank(batch_size, accumulate), images // batch_size, None
+    for step in steps:
+        epoch, place = divmod(step, per_epoch)
+        if epoch != drawn:  # once an epoch: a million images take a tenth of a second
+            drawn, order = epoch, epoch_order(seed, epoch, images)
+        yield from ((epoch, order[place * batch_size :][part]) for part in rows)

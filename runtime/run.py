@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from runtime import files
-from runtime.command_line import RETIRED, checkpoint_of
+from runtime.command_line import checkpoint_of
 from runtime.errors import InputError
 from runtime.log import Log
 from runtime.ranks import rank, say, world_size
@@ -107,8 +107,7 @@ class Run:
         checkpoint = files.load(path, "give --resume never to start over")
         if not isinstance(checkpoint, dict) or "settings" not in checkpoint:
             raise InputError(f"{path}: not a checkpoint of train.py; give another --resume")
-        theirs = without_retired(checkpoint["settings"], self.settings, path)
-        if differs := files.differences(theirs, self.settings, FREE):
+        if differs := files.differences(checkpoint["settings"], self.settings, FREE):
             raise InputError(f"{path}: of another run ({differs}); give the same, another --out or --resume never")
         return checkpoint
 
@@ -135,15 +134,6 @@ class Run:
         if self.control is not None:
             # The others wait here, up to half an hour. In the next step NCCL would end the run after ten minutes.
             dist.barrier(self.control)
-
-
-def without_retired(theirs: dict, known, path: Path) -> dict:
-    """The settings of a run without the retired ones that are not `known`; refuses a run that made use of one."""
-    for name in (RETIRED.keys() & theirs.keys()) - set(known):
-        idle, advice = RETIRED[name]
-        if theirs[name] != idle:
-            raise InputError(f"{path}: made with --{name} {theirs[name]}, which is gone; {advice} {theirs[name]}")
-    return {name: value for name, value in theirs.items() if name in known or name not in RETIRED}
 
 
 def lay_out(directory: Path):

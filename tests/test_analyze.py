@@ -157,8 +157,8 @@ def test_several_runs_share_the_axes(runs, monkeypatch, tmp_path, capsys):
         ("cross", "reconstruction", "cross was taught nothing that can be seen"),
         ("mae", "semantic-similarity", "give --reference PATH"),
         ("mae", "curves --images 3", "--images: does nothing to curves; leave it out, or draw attention-"),
-        ("mae", "features --images 0", "images 0: must be at least 1"),
-        ("mae", "class-distances --classes 1", "classes 1: must be at least 2"),
+        ("mae", "features --images 0", "--images: 0: must be at least 1"),
+        ("mae", "class-distances --classes 1", "need two classes"),
         ("mae", "features --classes 9", "--classes: does nothing to features; leave it out, or draw class-distances"),
         ("mae", "decoder-similarity --images 1", "images 1: cannot be compared"),
         ("mae", "all --to x.png", "to x.png: must end in .png, and take one figure"),
@@ -223,7 +223,7 @@ def test_the_json_says_which_images_and_references(runs, monkeypatch, tmp_path):
 def test_a_run_with_a_setting_that_is_gone_is_drawn_if_it_did_nothing(runs, tmp_path, monkeypatch):
     for name in ("log.jsonl", "checkpoint.pt"):
         (tmp_path / name).write_bytes((runs / "lcmae" / name).read_bytes())
-    for block, what in ((0, None), (8, "made with --block 8, which is gone")):
+    for block, what in ((0, None), (8, "does not fit its config.json")):
         about = json.loads((runs / "lcmae" / "config.json").read_text())
         about["config"]["block"] = block
         (tmp_path / "config.json").write_text(json.dumps(about))

@@ -285,7 +285,7 @@ def test_a_probe_that_cannot_be_is_one_line_before_anything_is_done(photos, tmp_
             ["--probe-every", 1, "--batch-size", 4],
             "red: its images have no labels",
         ),
-        ("mae", photos, ["--probe-every", 0], "probe every 0: must be at least 1"),
+        ("mae", photos, ["--probe-every", 0], "--probe-every: 0: must be at least 1"),
     ):
         with pytest.raises(InputError, match=said) as error:
             train_here(method, data, tmp_path / "run", *more)

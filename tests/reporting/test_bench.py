@@ -251,5 +251,5 @@ def test_start_and_epoch_run_train_py(tmp_path, monkeypatch):
     assert start["first_step_seconds"] > 0.5 and start["first_run_seconds"] > 0.5  # torch alone takes as long
     assert start["checkpoint_megabytes"] > 0 and start["resident_gib"] > 0.1
     args.batch_size = [-1]
-    with pytest.raises(InputError, match=r"train\.py: failed \(batch size -1"):
+    with pytest.raises(InputError, match=r"train\.py: failed \(argument --batch-size: -1"):
         whole_run_speed.bench_epoch(args, CPU)

@@ -21,15 +21,16 @@ def done(**results):
     return dict(steps={name.replace("_", "-"): dict(state="ok", result=r) for name, r in results.items()})
 
 
-def test_a_step_is_begun_where_there_is_time_for_it_and_what_is_done_takes_none():
-    steps = [gpu.Step(name, seconds, 99, "") for name, seconds in dict(a=50, b=40, c=30, d=10).items()]
-    fit = lambda found, left: {step.name: fit for step, fit in gpu.fits(steps, found, left)}  # noqa: E731
-    assert fit(done(), 80) == dict(a=True, b=False, c=True, d=False)
-    assert fit(done(), 90) == dict(a=True, b=True, c=False, d=False)
-    assert fit(done(a={}), 80) == dict(b=True, c=True, d=True)
-    assert fit(dict(steps=dict(a=dict(state="cut"), b=dict(state="failed"))), 40) == dict(
-        a=False, b=True, c=False, d=False
-    )
+def test_a_step_is_begun_where_there_is_time_for_it_and_what_is_done_takes_none(tmp_path, monkeypatch, capsys):
+    found = dict(knn_mae={}, data={}, learn_cmae={})
+    session = gpu.Session(options(tmp_path, "--minutes 1 --only others data knn-mae knn-cmae linear-mae"))
+    session.found |= done(**found)
+    monkeypatch.setattr(gpu.Session, "do", lambda self, step: begun.append(step.name))
+    monkeypatch.setattr(gpu, "result", lambda found, name: found["steps"].get(name))
+    begun = []
+    session.run()
+    assert begun == ["knn-cmae"]  # no room for `others`, no encoder for linear-mae
+    assert capsys.readouterr().out == "others          140 s: no room for it\n"
 
 
 def test_two_trainings_share_what_is_left_and_keep_their_lengths(tmp_path):

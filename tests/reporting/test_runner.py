@@ -107,7 +107,7 @@ def test_rehearsals_need_a_place_of_their_own_and_names_must_be_known():
         reproduce.options(["--budget", "cpu", "--images", "64"])
     with pytest.raises(InputError, match=r"'simclr': not among these runs; choose of scratch,mae,cmae,"):
         planned("--budget", "cpu", "--methods", "mae,simclr")
-    with pytest.raises(InputError, match="jobs 0: must be above 0"):
+    with pytest.raises(InputError, match="--jobs: 0: must be at least 1"):
         reproduce.options(["--budget", "cpu", "--jobs", "0"])
     for words in (
         "--budget cpu --model base", "--claims --model small", "--readme --epochs 3", "--check --list",

@@ -26,9 +26,8 @@ from test_train import (  # noqa: F401  (`environment` is a fixture)
     wait_for_lines,
 )
 
-import train
 from methods import METHODS
-from runtime import files
+from runtime import files, randomness
 from runtime.errors import InputError
 
 
@@ -130,12 +129,16 @@ def test_compiled_processes_end_as_plain_ones(ranks, tmp_path, method):
 @given(st.integers(1, 4096), st.integers(1, 64), st.integers(1, 9))
 def test_the_rows_of_ranks_and_parts_make_up_the_batch(batch_size, ranks, accumulate):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "world_size", lambda: ranks)
+        patch.setattr(randomness, "world_size", lambda: ranks)
         if batch_size % (ranks * accumulate):
-            with pytest.raises(InputError, match=f"batch size {batch_size}: not divisible by {ranks} processes"):
-                train.divide(batch_size, accumulate)
-        else:
-            assert train.divide(batch_size, accumulate) * ranks * accumulate == batch_size
+            with pytest.raises(InputError, match=f"batch size {batch_size}: cannot be shared by {ranks} processes"):
+                randomness.rows_of_rank(batch_size, accumulate)
+            return
+        rows = []
+        for rank in range(ranks):
+            patch.setattr(randomness, "rank", lambda rank=rank: rank)
+            rows += [i for part in randomness.rows_of_rank(batch_size, accumulate) for i in range(batch_size)[part]]
+        assert sorted(rows) == list(range(batch_size))
 
 
 # -------------------------------------------------------------------------------------------------- processes that die
