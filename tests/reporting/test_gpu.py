@@ -22,12 +22,9 @@ def done(**results):
 
 
 def test_a_step_is_begun_where_there_is_time_for_it_and_what_is_done_takes_none(tmp_path, monkeypatch, capsys):
-    found = dict(knn_mae={}, data={}, learn_cmae={})
-    session = gpu.Session(options(tmp_path, "--minutes 1 --only others data knn-mae knn-cmae linear-mae"))
-    session.found |= done(**found)
+    begun, session = [], gpu.Session(options(tmp_path, "--minutes 1 --only others data knn-mae knn-cmae linear-mae"))
+    session.found |= done(knn_mae={}, data=dict(train=9), learn_cmae=dict(said="done"))
     monkeypatch.setattr(gpu.Session, "do", lambda self, step: begun.append(step.name))
-    monkeypatch.setattr(gpu, "result", lambda found, name: found["steps"].get(name))
-    begun = []
     session.run()
     assert begun == ["knn-cmae"]  # no room for `others`, no encoder for linear-mae
     assert capsys.readouterr().out == "others          140 s: no room for it\n"
