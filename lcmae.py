@@ -12,7 +12,7 @@ Changes from mae.py: the second mask, the projector, L_cross, L_in, a decoder of
     question           | paper (no code)           | here (flag)
     ------------------ | ------------------------- | ------------------------------------------------------------------
     h                  | pixels (Eq. 1) or tokens  | the predicted pixels; --project tokens: the decoder's last tokens
-    target of L_MAE    | MAE's (§3.3)              | patches standardised, as in MAE's code (--norm-pixels)
+    target of L_MAE    | §3.3: MAE's               | patches standardised, as in MAE's code (--norm-pixels)
     Eq. (1)            | a sum, "MSE", as in MAE   | mean over patches and values, then over the views
     Eq. (5)            | a sum                     | mean over patches masked in both views (none: 0), then over images
     Eq. (6)            | a sum, "mean" in the text | mean over pairs i ≠ j, then over the views
