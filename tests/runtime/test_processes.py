@@ -80,7 +80,7 @@ def assert_alike(one: Path, other: Path, loss: float, weights: float):
 
 # Three steps an epoch, of 24 images; ten images of each epoch are left over. At this rate rounding is not blown up.
 # Drop path is the one stated exception.
-TWENTY = ["--max-steps", 20, "--epochs", 20, "--batch-size", 24, "--lr", 1e-4, "--drop-path", 0]
+TWENTY = ["--max-steps", 20, "--epochs", 20, "--batch-size", 24, "--lr", 1e-4, "--drop-path", 0, "--save-every", 20]
 
 
 @pytest.mark.training
@@ -110,14 +110,18 @@ def test_one_two_and_four_processes_end_nearly_alike_in_bf16(ranks, tmp_path, me
         assert_alike(tmp_path / "1", tmp_path / n, loss, 2e-3)
 
 
+# Graphs are cut and gradients exchanged alike whoever writes the code of a graph: Inductor does it once, for CMAE.
+NO_CODE = "import torch, functools; torch.compile = functools.partial(torch.compile, backend='aot_eager')"
+
+
 @pytest.mark.slow
 @needs_compiler
-@pytest.mark.parametrize("method", ["cmae", "conmim"])
-def test_compiled_processes_end_as_plain_ones(ranks, tmp_path, method):
+@pytest.mark.parametrize("method, before", [("cmae", ""), ("conmim", NO_CODE)], ids=["cmae", "conmim"])
+def test_compiled_processes_end_as_plain_ones(ranks, tmp_path, method, before):
     """GPUs compile unless told not to: two processes, in two parts, with keys and batch norm gathered over both."""
     flags = ["--max-steps", 5, "--batch-size", 24, "--accumulate", 2, "--lr", 1e-4, "--drop-path", 0, "--depth", 1]
     for how in ("compile", "no-compile"):
-        run = ranks(*flags, f"--{how}", method=method, n=2, out=how)
+        run = ranks(*flags, f"--{how}", method=method, n=2, out=how, before=before)
         assert run.wait(600) == [0, 0], run.stderr  # compiling takes a minute, and more on a busy machine
     ours, theirs = ([row["loss"] for row in log(tmp_path / how)[1:]] for how in ("compile", "no-compile"))
     assert len(ours) == 5 and ours == pytest.approx(theirs, rel=3e-5)
@@ -148,7 +152,7 @@ def test_the_rows_of_ranks_and_parts_make_up_the_batch(batch_size, ranks, accumu
 @pytest.mark.parametrize("method", METHODS)
 def test_killed_at_random_moments_and_resumed_ends_with_the_same_bits(ranks, tmp_path, method):
     """Ten moments (three for the others) of loading, training and saving; the run gets on each time."""
-    kills, flags = 10 if method in ("mae", "cmae") else 3, ["--epochs", 40, "--drop-path", 0.2, "--clip-grad", 1]
+    kills, flags = 10 if method in ("mae", "cmae") else 3, ["--epochs", 20, "--drop-path", 0.2, "--clip-grad", 1]
     assert_fine(ranks(*flags, method=method, out="whole"))
     draw, place, first = random.Random(0), tmp_path / "run", 0.0
 
@@ -156,7 +160,7 @@ def test_killed_at_random_moments_and_resumed_ends_with_the_same_bits(ranks, tmp
         return (place / "log.jsonl").read_bytes().count(b"\n") if (place / "log.jsonl").exists() else 0
 
     for _ in range(kills):
-        begin, enough = time.time(), logged() + 200 // (kills + 3)  # lest it be done before
+        begin, enough = time.time(), logged() + 100 // (kills + 3)  # lest it be done before
         run = ranks(*flags, method=method)
         while not (place / "checkpoint.pt").exists():  # the first time
             assert run.processes[0].is_alive(), run.stderr
@@ -168,7 +172,7 @@ def test_killed_at_random_moments_and_resumed_ends_with_the_same_bits(ranks, tmp
         run.processes[0].kill()
         run.processes[0].join()
         assert run.processes[0].exitcode == -signal.SIGKILL  # it was on its way
-    assert 0 < state(place)["step"] < 200
+    assert 0 < state(place)["step"] < 100
     assert_fine(ranks(*flags, method=method))
     assert_same_bits(state(place), state(tmp_path / "whole"))
     ours, theirs = ([(row["step"], row["loss"]) for row in log(each)[1:]] for each in (place, tmp_path / "whole"))
@@ -231,16 +235,16 @@ def test_killed_while_a_checkpoint_is_written_the_one_before_is_whole(ranks, tmp
 
 def test_sigterm_to_one_of_four_processes_saves_and_ends_all(ranks, tmp_path):
     """A cluster may tell only one of them. All finish the same step; the same command then ends with the same bits."""
-    assert_fine(ranks("--epochs", 40, n=4, out="whole"))
-    run = ranks("--epochs", 40, n=4)
+    flags = ["--epochs", 20, "--save-every", 20]
+    assert_fine(ranks(*flags, n=4, out="whole"))
+    run = ranks(*flags, n=4)
     wait_for_lines(run, tmp_path / "run", 7)
     os.kill(run.processes[2].pid, signal.SIGTERM)
     assert run.wait() == [128 + signal.SIGTERM] * 4, run.stderr
     step = state(tmp_path / "run")["step"]
-    assert (
-        step in range(10, 200, 10) and f"stopped at step {step} of 200" in run.stderr and "Traceback" not in run.stderr
-    )
-    assert_fine(ranks("--epochs", 40, n=4))
+    assert step in range(10, 100, 10) and f"stopped at step {step} of 100" in run.stderr, run.stderr
+    assert "Traceback" not in run.stderr
+    assert_fine(ranks(*flags, n=4))
     assert_same_bits(state(tmp_path / "run"), state(tmp_path / "whole"))
 
 
@@ -317,13 +321,14 @@ def test_a_run_goes_on_in_the_precision_that_the_machine_it_began_on_chose(ranks
     """Under auto rank 0 chooses for all; the run that is continued decides, whatever the next machine would choose."""
     other = "fp32" if precision == "bf16" else "bf16"
     here, there = FINDS.format(precision, "convolution"), FINDS.format(other, "product")
-    flags, trains = ["--precision", "auto", "--epochs", 40], f"trains in {precision} convolution True"
+    length = ["--epochs", 40, "--save-every", 40]
+    flags, trains = ["--precision", "auto", *length], f"trains in {precision} convolution True"
     assert_fine(ranks(*flags, n=n, out="whole", before=here))
     run = ranks(*flags, n=n, before=here)
     wait_for_lines(run, tmp_path / "run", 7)
     run.send_signal(signal.SIGTERM)
     assert run.wait() == [128 + signal.SIGTERM] * n and run.stderr.count(trains) == n, run.stderr
-    refused = ranks("--epochs", 40, "--precision", other, n=n, before=there)
+    refused = ranks(*length, "--precision", other, n=n, before=there)
     assert refused.wait()[0] == 2 and f"precision '{precision}' there, '{other}' here" in refused.stderr
     again = ranks(*flags, n=n, before=there)
     assert_fine(again)
