@@ -155,6 +155,9 @@ def test_images_are_read_as_the_run_has_read_them_unless_a_flag_says_otherwise(r
         asked[::2], (own | theirs, own | theirs | dict(range=[0.0, 500.0], classes=1)), strict=True
     ):
         assert found | wanted == found
+    theirs = dict(split=["train", "test"], columns=["image"])  # of another set than the one that is given, so not read
+    (run / "config.json").write_text(json.dumps({"settings": config["settings"] | theirs}))
+    call(monkeypatch, "--run", run, "--protocol", "knn", "--data", config["settings"]["data"])
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -173,6 +176,7 @@ def test_every_protocol_sees_images_of_another_size_if_told_so(run, monkeypatch,
         assert results[name_of_size] == json.loads((run / f"evaluate-{name}{name_of_size}.json").read_text())
         assert results[name_of_size]["image_size"] == size and seen == {pair(size)}
         assert bool(epochs) == (run / (name + name_of_size)).is_dir()
+        assert bool(epochs) == (results[name_of_size]["precision"] != "auto")  # of a training, what it came to
     assert results[""] == results["-16x16"]
 
 

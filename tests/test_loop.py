@@ -38,11 +38,11 @@ PIXELS = (torch.nn.functional.interpolate(COARSE, 40, mode="bicubic").clamp(0, 1
 
 @pytest.fixture(scope="module")
 def place(environment, tmp_path_factory):  # noqa: F811
-    """A directory with these images in a folder, and a tokenizer for CAE."""
+    """A directory with these images in a folder, of which fewer validate, and a tokenizer for CAE."""
     place = tmp_path_factory.mktemp("loop")
-    for split in ("train", "val"):
+    for split, n in (("train", 26), ("val", 20)):
         (place / "photos" / split / "all").mkdir(parents=True)
-        for i, image in enumerate(PIXELS.permute(0, 2, 3, 1).numpy()):
+        for i, image in enumerate(PIXELS[:n].permute(0, 2, 3, 1).numpy()):
             Image.fromarray(image).save(place / "photos" / split / "all" / f"{i:02}.png")
     torch.manual_seed(3)
     tokenizer = Tokenizer(codes=16, hidden=8, blocks=1, first_stride=4)
@@ -218,7 +218,9 @@ def test_low_precision_is_autocast_to_it_and_a_scaled_loss(precision, dtype, sca
         patch.setattr(mae.MAE, "__init__", watched)
         train_here(words)
     assert set(seen[:9]) == {dtype}
-    assert all(w.dtype == torch.float32 for n, w in files.load(tmp_path / "checkpoint.pt")["method"].items())
+    saved = files.load(tmp_path / "checkpoint.pt")
+    assert all(w.dtype == torch.float32 for n, w in saved["method"].items())
+    assert saved["scaler"].get("scale", 1.0) == scale  # bf16 needs none
     assert_alike(tmp_path, plain, *plain_loop(plain, o, dtype=dtype, loss_scale=scale), 5e-4)
 
 
@@ -237,7 +239,18 @@ def test_epochs_end_and_are_saved_when_they_should(place, tmp_path, monkeypatch,
     assert capsys.readouterr().err.count("told, autocast: True") == 2 and saved == [4, 6]
 
 
-def test_the_summary_is_of_the_run_s_encoder_and_of_one_at_the_first_weights_of_its_seed(place, tmp_path, monkeypatch):
+def test_pictures_are_of_the_validation_images(place, tmp_path, monkeypatch):
+    sets, pictures = [], train.Pictures
+    monkeypatch.setattr(train, "Pictures", lambda images, *more: sets.append(images) or pictures(images, *more))
+    words = f"--method mae --data {place}/photos {TINY} {KNOBS['mae']} --max-steps 1 --batch-size 13 --no-evaluate"
+    train_here([*words.split(), "--precision", "fp32", "--out", str(tmp_path / "run")])
+    (images,) = sets
+    assert len(images) == 20  # of training 26
+
+
+def test_the_summary_is_of_the_run_s_encoder_and_of_one_at_the_first_weights_of_its_seed(
+    place, tmp_path, monkeypatch, capsys
+):
     measured = []
 
     def evaluate(encoder, train_set, val_set, protocols, device):
@@ -246,9 +259,11 @@ def test_the_summary_is_of_the_run_s_encoder_and_of_one_at_the_first_weights_of_
 
     monkeypatch.setattr(train, "evaluate", evaluate)
     words = (
-        f"--method mae --data {place}/photos {TINY} {KNOBS['mae']} --max-steps 1 --batch-size 13 --seed 3 --evaluate"
+        f"--method mae --data {place}/photos {TINY} {KNOBS['mae']} --max-steps 3 --batch-size 13 --seed 3 --evaluate"
     )
-    train_here([*words.split(), "--precision", "fp32", "--out", str(tmp_path / "run")])
+    train_here([*words.split(), *"--precision fp32 --log-every 1 --out".split(), str(tmp_path / "run")])
+    rows = [json.loads(line) for line in open(tmp_path / "run/log.jsonl")]
+    assert f"loss      {rows[1]['loss']:.4f} -> {rows[3]['loss']:.4f}\n" in capsys.readouterr().err
     saved = files.load(tmp_path / "run/encoder.safetensors")
     torch.manual_seed(3)
     expected = ViT(**saved["settings"]).state_dict(), saved["state_dict"]

@@ -25,7 +25,7 @@ from test_mae import hugging_face
 from common import ViT
 from inputs import augment, image_cache, image_sets
 from methods import METHODS
-from runtime import files, process, run
+from runtime import command_line, files, process, run
 from runtime.command_line import build_encoder, build_parser, field_comments, settle
 from runtime.encoders import load_encoder
 from runtime.errors import InputError
@@ -174,7 +174,7 @@ def test_a_run_leaves_its_files_and_says_where(train, tmp_path, method):
 
 
 def test_weights_move_and_the_loss_falls(train, tmp_path):
-    assert_fine(train("--epochs", 20, "--lr", 3e-3))
+    assert_fine(train("--epochs", 20, "--lr", 3e-3, "--save-every", 20))
     losses = [r["loss"] for r in log(tmp_path / "run")[1:]]
     assert sum(losses[-10:]) / 10 < 0.95 * sum(losses[:5]) / 5
 
@@ -215,6 +215,7 @@ def test_epochs_of_a_few_repeated_images_show_each_as_often(photos, environment,
     main()
     epochs = torch.cat(seen).reshape(2, 48)
     assert (torch.stack([epoch.bincount(minlength=3) for epoch in epochs]) == 16).all()
+    assert not (epochs[0].view(16, 3) == epochs[0][:3]).all()  # it is not one order of the three again and again
     assert not torch.equal(*epochs) and [r["epoch"] for r in log(tmp_path / "run")[1:]][2::3] == [1, 2]
     assert state(tmp_path / "run")["settings"]["images"] == 3
     assert evaluated == [[80, 20]] * 2  # all images: of the untrained encoder and of the trained one
@@ -236,6 +237,14 @@ def test_a_tokenizer_that_is_trained_first_sees_no_other_images(monkeypatch):
     args, _, _ = options(["--method", "cae", "--recipe", "paper", "--device", "cpu"])
     command.train_first(args, torch.device("cpu"), "dvae")
     assert (args.accumulate, seen[2].accumulate, seen[2].batch_size) == (1, 4, 512)  # the d-VAE's own recipe has four
+    shared = dict(
+        data_root="here", download=True, classes=2, class_level=3, range=[0.0, 9.0], split=["a", "b"], columns=["x"],
+        skip_bad_images=True, workers=3, max_steps=7, precision="bf16", compile=False, seed=5, deterministic=True,
+        log_every=4,
+    )  # fmt: skip
+    vars(args).update(shared, batch_size=8)
+    command.train_first(args, torch.device("cpu"), "dvae")
+    assert vars(seen[3]).items() >= shared.items() and seen[3].batch_size == 8  # no more than the method's
 
 
 @pytest.mark.slow
@@ -244,7 +253,7 @@ def test_a_tokenizer_that_is_trained_first_sees_no_other_images(monkeypatch):
     (("--image-size", 16, 40, "--epochs", 12), ("--image-size", 40), "image_size [16, 40] there, 40 here"),
 ], ids=["one image", "rectangles"])  # fmt: skip
 def test_a_run_resumes_with_the_same_bits_and_processes_share_it(train, tmp_path, flags, other, differs):
-    flags = (*flags, "--drop-path", 0)
+    flags = (*flags, "--drop-path", 0, "--save-every", 20)
     assert_fine(train(*flags, out="whole"))
     process = train.start(*flags)
     wait_for_lines(process, tmp_path / "run", 14)
@@ -265,9 +274,9 @@ def test_a_run_resumes_with_the_same_bits_and_processes_share_it(train, tmp_path
 
 @pytest.mark.parametrize("by", ["", TORCHRUN], ids=["python", "torchrun"])
 def test_sigterm_saves_mid_epoch_and_the_same_command_continues(train, tmp_path, by):
-    processes = 2 if by else 1
-    assert_fine(train("--epochs", 30, processes=processes, out="whole"))
-    process = train.start("--epochs", 30, by=by)
+    processes, flags = 2 if by else 1, ["--epochs", 30, "--save-every", 30]
+    assert_fine(train(*flags, processes=processes, out="whole"))
+    process = train.start(*flags, by=by)
     wait_for_lines(process, tmp_path / "run", 8)
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=60)
@@ -276,7 +285,7 @@ def test_sigterm_saves_mid_epoch_and_the_same_command_continues(train, tmp_path,
     assert 7 <= stopped < 150
     if not by:
         assert f"stopped at step {stopped} of 150" in err
-    done = train("--epochs", 30, processes=processes)
+    done = train(*flags, processes=processes)
     assert_fine(done)
     assert f"from step {stopped}" in done.stderr
     assert_same_bits(state(tmp_path / "run"), state(tmp_path / "whole"))
@@ -296,7 +305,8 @@ def test_a_finished_run_says_so_again_and_changes_nothing(train, tmp_path):
     done = train("--max-steps", 5)
     assert_fine(done)
     assert_same_bits(state(tmp_path / "run"), before)
-    assert "loss" in done.stderr and len(log(tmp_path / "run")) == 6
+    rows = log(tmp_path / "run")
+    assert len(rows) == 6 and f"loss      {rows[1]['loss']:.4f} -> {rows[5]['loss']:.4f}\n" in done.stderr
 
 
 def test_resume_never_starts_over(train, tmp_path):
@@ -323,7 +333,7 @@ def test_the_tokenizer_that_is_trained_first_is_kept_and_starts_over_with_its_ru
 @pytest.mark.parametrize("method", METHODS)
 def test_one_process_and_two_end_alike(train, tmp_path, method):
     """Twenty steps; batch 64 in one process against 32 in each of two, and against two accumulated parts for MAE."""
-    flags = ["--max-steps", 20, "--epochs", 20, "--batch-size", 64, "--drop-path", 0]  # the one stated exception
+    flags = "--max-steps 20 --epochs 20 --save-every 20 --batch-size 64 --drop-path 0".split()  # the last: as stated
     if method == "cae":  # tokens are argmaxes, some of which flip between two d-VAEs that are equal to 1e-5
         assert_fine(train("--max-steps", 20, method="dvae", out="tokenizer"))
         flags += ["--tokenizer", tmp_path / "tokenizer"]
@@ -496,6 +506,14 @@ def test_only_rank_0_looks_for_files(tmp_path, monkeypatch):
     assert ours.step == 0 and ours.log is None and not (tmp_path / "run").exists()
 
 
+def test_whether_a_run_goes_on_is_what_rank_0_sees(tmp_path, monkeypatch):
+    args = types.SimpleNamespace(out=str(tmp_path), resume="auto")
+    assert not command_line.goes_on(args)
+    monkeypatch.setattr(command_line, "world_size", lambda: 2)
+    monkeypatch.setattr(command_line.dist, "broadcast_object_list", lambda found: found.__setitem__(0, True))
+    assert command_line.goes_on(args)
+
+
 def test_a_place_that_cannot_be_written_is_refused(train, tmp_path):
     (tmp_path / "run").write_text("a file where the directory should be")
     assert_refused(train("--max-steps", 5), str(tmp_path / "run"))
@@ -515,6 +533,12 @@ def test_files_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
     with pytest.raises(InputError, match=r"x\.pt: cannot be written .*No space left"):
         files.write_whole(path, full)
     assert torch.equal(files.load(path)["a"], torch.ones(3)) and [p.name for p in tmp_path.iterdir()] == ["x.pt"]
+    did = []
+    for name in ("fsync", "replace"):
+        plain = getattr(os, name)
+        monkeypatch.setattr(os, name, lambda *words, name=name, plain=plain: did.append(name) or plain(*words))
+    files.save(path, dict(a=1))
+    assert did == ["fsync", "replace", "fsync"]  # the file is on the disk before it has its name; then the name is
     with pytest.raises(InputError, match="no such file"):
         files.load(tmp_path / "y.pt")
 
@@ -578,6 +602,22 @@ def test_a_gpu_is_asked_what_it_can_do(monkeypatch, capability, triton, precisio
     assert (args.device, args.precision, args.compile) == ("cuda", precision, compiles)
 
 
+def test_gpus_are_counted_on_each_machine_and_each_process_takes_its_own(monkeypatch):
+    """The twelfth of sixteen processes on two machines with eight GPUs each, which this one has not."""
+    taken, begun = [], []
+    for name, value in dict(WORLD_SIZE=16, RANK=11, LOCAL_WORLD_SIZE=8, LOCAL_RANK=3).items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    monkeypatch.setattr(process.dist, "rendezvous", lambda _: iter([("store", 11, 16)]))
+    monkeypatch.setattr(process.dist, "PrefixStore", lambda *words: words)
+    monkeypatch.setattr(process.dist, "init_process_group", lambda *words, **more: begun.append((words, more)))
+    gpu = torch.device("cuda", 3)
+    assert process.start("cuda") == gpu and taken == [3]
+    store = ("attempt 0", "store")
+    assert begun == [(("nccl",), dict(store=store, rank=11, world_size=16, device_id=gpu))]
+
+
 def test_float32_is_float32_on_a_gpu_too():
     """torch's default is TF32 in convolutions, and not in products."""
     torch.set_float32_matmul_precision("high")
@@ -601,6 +641,9 @@ def test_settings_come_from_defaults_then_recipe_then_flags():
     args, config, Method = options(["--method", "mae", "--recipe", "tiny", "--decoder-depth", "3", "--device", "cpu"])
     assert (args.model, args.batch_size, config.decoder_depth, config.decoder_width) == ("tiny", 512, 3, 128)
     assert args.lr == pytest.approx(Method.RECIPES["tiny"]["base_lr"] * 2)  # times B / 256
+    larger = options("--method mae --recipe tiny --batch-size 1024 --device cpu".split())[0]
+    assert larger.lr == pytest.approx(2 * args.lr)
+    assert options("--method mae --data photos --device cpu".split())[0].recipe == "tiny"
     args, _, _ = options(["--method", "mae", "--data", "imagenet", "--device", "cpu", "--lr", "0.5"])
     assert (args.recipe, args.model, args.lr, args.batch_size) == ("paper", "base", 0.5, 4096)
     assert options(["--method", "mae", "--device", "cpu"])[0].recipe == "demo"
@@ -650,6 +693,30 @@ def test_views_are_normalised_by_the_settings_of_their_run(photos, environment, 
     settle(args, torch.device("cpu"))
     loop(args, config, Method, torch.device("cpu"))
     assert seen == {((0.1, 0.2, 0.3), (0.5, 0.6, 0.7))}
+
+
+def test_auto_is_of_the_images_that_are_trained_on_and_leaves_a_given_deviation(
+    photos, environment, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("MINMIM_CACHE", environment["MINMIM_CACHE"])
+    words = ["--method", "mae", "--data", photos, "--out", tmp_path / "run", *SMALL, *OWN["mae"], "--max-steps", 1]
+    words += ["--images", 16, "--mean", "auto", "--std", 0.5, 0.6, 0.7]
+    args, config, Method = options([*map(str, words)])
+    settle(args, torch.device("cpu"))
+    method = loop(args, config, Method, torch.device("cpu"))
+    first = image_sets.open_set(str(photos)).images(torch.arange(16)).double().mean((0, 2, 3)) / 255
+    torch.testing.assert_close(torch.tensor(method.encoder.mean).double(), first, atol=1e-6, rtol=0)
+    assert [*method.encoder.std] == args.std == [0.5, 0.6, 0.7]
+
+
+@pytest.mark.parametrize(
+    "name",
+    "mlp-ratio epochs max-steps batch-size accumulate classes images repeat save-every log-every probe-every "
+    "log-gradients".split(),
+)
+def test_counts_are_at_least_one(name):
+    with pytest.raises(InputError, match=f"^{name.replace('-', ' ')} 0: must be at least 1$"):
+        options(["--method", "mae", "--device", "cpu", f"--{name}", "0"])
 
 
 @pytest.mark.parametrize("name", METHODS)

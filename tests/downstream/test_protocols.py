@@ -79,7 +79,7 @@ def test_a_training_goes_on_in_the_precision_and_with_the_products_that_it_began
     for there, here in ((("fp32", "convolution"), ("bf16", "product")), (("bf16", "product"), ("fp32", "convolution"))):
         for precision, linear in (there, here):
             monkeypatch.setattr(fast, "measured", lambda p=precision, way=linear: dict(precision=p, linear=way))
-            found = evaluated("finetune", directory=tmp_path / there[0])
+            found = evaluated("finetune", directory=tmp_path / there[0], seed=4)
             assert (found["precision"], fast.as_convolution) == (there[0], there[1] == "convolution")
 
 
@@ -99,10 +99,10 @@ def test_supervised_starts_from_random_weights_of_its_seed(monkeypatch):
     starts = []
     monkeypatch.setattr(protocols, "train", lambda classifier, *_: starts.append(classifier.encoder))
     encoder = small_vit()
-    for protocol, seed in (("supervised", 1), ("supervised", 2), ("finetune", 1)):
-        evaluated(protocol, seed=seed, encoder=encoder)
+    for protocol, seeds in (("supervised", 2), ("finetune", 1)):
+        evaluated(protocol, seed=1, seeds=seeds, encoder=encoder)
     one, two, three = starts
-    assert same(one, untrained(encoder, 1)) and not same(one, two)
+    assert same(one, untrained(encoder, 1)) and same(two, untrained(encoder, 2)) and not same(one, two)
     assert same(three, encoder) and three is not encoder
 
 
@@ -128,6 +128,14 @@ def test_each_protocol_is_measured_as_it_says_and_trains_by_the_demo_s_recipe_wh
     assert (found["knn"], found["linear"]) == ("knn", "linear_probe")
     assert recipes == [recipe_for("demo", "partial"), recipe_for("demo", "finetune")]
     assert found["finetune"]["n"] == 20
+
+
+def test_both_halves_are_encoded_as_asked_for(monkeypatch):
+    sets, asked, encoder = (Images(), Images(20, seed=9)), [], small_vit()
+    monkeypatch.setattr(protocols, "extract", lambda *words: asked.append(words) or (None, None))
+    monkeypatch.setattr(protocols, "knn", lambda *_: {})
+    protocols.evaluate(encoder, *sets, ["knn"], CPU, features="cls", batch_size=7, precision="bf16")
+    assert asked == [(encoder, half, CPU, 7, "bf16", "cls") for half in sets]
 
 
 def test_every_field_has_its_words_and_arrives_by_its_option(monkeypatch):

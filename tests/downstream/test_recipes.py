@@ -60,6 +60,7 @@ def test_partial_of_no_block_follows_the_linear_recipe_and_supervised_learns_ali
     assert recipe_for("mae", "partial", 0) == recipe_for("mae", "linear")
     assert recipe_for("mae", "partial", 1) == recipe_for("mae", "finetune")
     assert recipe_for("mae", "supervised") == replace(recipe_for("mae", "finetune"), layer_decay=1.0)
+    assert recipe_for("mae", "supervised", given=dict(layer_decay=0.5)).layer_decay == 0.5
 
 
 WRONG = {
@@ -161,6 +162,9 @@ def test_an_erased_box_has_its_shape_and_share_and_noise_of_one_sheet():
         sheet[:, where] = image[:, where]
     assert 70 < boxes < 130
     assert abs(sheet.mean()) < 0.1 and abs(sheet.std() - 1) < 0.1 and not torch.equal(sheet[0], sheet[1])
+    next_step = recipes.erase(images, StepRandom(0, 1, 400), 0.25)
+    both = (found != 7) & (next_step != 7)
+    assert both.any() and not torch.equal(found[both], next_step[both])
 
 
 def _smooth(n=4, size=(32, 32)):
@@ -274,3 +278,10 @@ def test_an_image_is_erased_with_the_chance_of_its_recipe():
         for chance in (0.0, 0.6, 1.0)
     )
     assert 26 < (often != plain).flatten(1).any(dim=1).sum() < 51 and (always != plain).flatten(1).any(dim=1).all()
+    assert torch.equal(always, recipes.erase(plain, StepRandom(1, 2, 64), 1.0))  # after normalisation
+
+
+def test_whatever_changes_images_or_mixes_them_augments():
+    assert not CALM.augments  # and what a frozen encoder makes of them may be kept
+    for change in (dict(crop_scale=0.5), dict(randaugment=1), dict(erase=0.5), dict(mixup=0.5), dict(cutmix=0.5)):
+        assert replace(CALM, **change).augments, change

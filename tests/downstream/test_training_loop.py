@@ -2,8 +2,10 @@
 
 import json
 import math
+import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -68,7 +70,10 @@ def test_a_checkpoint_of_other_settings_or_of_another_encoder_is_refused(tmp_pat
     other = small_vit()
     other.cls_token.data += 1
     longer = dict(recipe=replace(CALM, epochs=3))
-    for changed, said in ((longer, "epochs 2 there, 3 here"), (dict(encoder=other), "encoder ")):
+    more = dict(source=Images(25))
+    for changed, said in (
+        (longer, "epochs 2 there, 3 here"), (dict(encoder=other), "encoder "), (more, "images 24 there, 25 here")
+    ):  # fmt: skip
         with pytest.raises(InputError, match=said) as error:
             trained("linear", directory=tmp_path, **changed)
         assert "\n" not in str(error.value) and "--resume never" in str(error.value)
@@ -77,6 +82,31 @@ def test_a_checkpoint_of_other_settings_or_of_another_encoder_is_refused(tmp_pat
     (tmp_path / "checkpoint.pt").write_bytes(b"no")
     with pytest.raises(InputError, match="damaged"):
         trained("linear", directory=tmp_path)
+
+
+def test_a_checkpoint_is_written_where_an_epoch_ends_half_a_minute_after_the_last(tmp_path, monkeypatch):
+    now, saved = [0.0], []
+    clock = SimpleNamespace(monotonic=lambda: now[0], perf_counter=time.perf_counter)
+    monkeypatch.setattr(training_loop, "time", clock)
+    monkeypatch.setattr(training_loop.files, "save", lambda path, tree: saved.append(tree["step"]))
+
+    def twenty_seconds(epoch):
+        now[0] += 20
+        return {}
+
+    trained("linear", replace(CALM, epochs=7), directory=tmp_path, measure=twenty_seconds)
+    assert saved == [6, 12, 18, 21]  # three steps an epoch; the last one saves in any case
+
+
+def test_each_of_several_ranks_drops_paths_of_its_own(monkeypatch):
+    """The second of two, whose other one is not there."""
+    seeds = []
+    monkeypatch.setattr(torch, "manual_seed", seeds.append)
+    monkeypatch.setattr(training_loop, "world_size", lambda: 2)
+    monkeypatch.setattr(training_loop, "rank", lambda: 1)
+    monkeypatch.setattr(training_loop.dist, "all_reduce", lambda gradients: None)
+    trained("finetune", replace(CALM, drop_path=0.5), seed=3)
+    assert seeds[-6:] == [3 + (2 * step + 1) * 1_000_003 for step in range(6)]
 
 
 @pytest.mark.training
@@ -131,6 +161,7 @@ def test_what_cannot_be_shared_or_filled_is_refused():
         (replace(CALM, batch_size=25), {}, "batch size 25: larger than the 24 images"),
         (replace(CALM, batch_size=9), dict(accumulate=2), "batch size 9: cannot be shared by 1 processes x 2 parts$"),
         (replace(CALM, batch_size=9, mixup=0.8), {}, "an even number of images"),
+        (replace(CALM, batch_size=6, mixup=0.8), dict(accumulate=2), "2 parts, each an even number of images"),
         (replace(CALM, lr=1e38, warmup_epochs=0.0, optimizer="sgd"), {}, "loss: not finite in epoch 1"),
     ):
         with pytest.raises(InputError, match=said):
@@ -168,7 +199,7 @@ def test_layer_decay_scales_each_layer_by_its_distance_from_the_head():
         assert found[id(p)] == (scale, 0.0 if vector else 0.05), name
 
 
-def test_the_learning_rate_of_a_step_reaches_every_layer_by_its_scale(monkeypatch):
+def test_the_learning_rate_of_a_step_reaches_every_layer_by_its_scale(monkeypatch, tmp_path):
     seen = []
 
     class Spy(torch.optim.SGD):
@@ -179,11 +210,13 @@ def test_the_learning_rate_of_a_step_reaches_every_layer_by_its_scale(monkeypatc
     groups = training_loop.layer_decay_groups
     monkeypatch.setattr(training_loop, "optimizer_for", lambda c, r, _: Spy(groups(c, 0, r.layer_decay), lr=9))
     recipe = replace(CALM, layer_decay=0.5, lr=0.4, min_lr=0.1)
-    trained("finetune", recipe)
+    trained("finetune", recipe, directory=tmp_path)
     rates = [0, 0.4 / 3, 0.8 / 3, 0.4]  # three steps of warm-up, then half a cosine over the other three
     rates += [0.1 + 0.3 * (1 + math.cos(math.pi * t / 3)) / 2 for t in (1, 2)]
     for step, rate in zip(seen, rates, strict=True):
         assert step == pytest.approx({scale: rate * scale for scale in (1, 0.5, 0.25, 0.125)})
+    logged = [json.loads(line)["lr"] for line in (tmp_path / "log.jsonl").read_text().splitlines()[1:]]
+    assert logged == pytest.approx([rates[2], rates[5]])  # of the last step of an epoch
 
 
 def test_lars_is_the_plain_rule():

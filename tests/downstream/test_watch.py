@@ -100,12 +100,15 @@ def test_training_does_not_notice_a_probe(method, photos, tmp_path, fewer):
     again = train_here(method, photos, tmp_path / "parts", "--probe-every", 3)
     assert_same_bits(weights(tmp_path / "parts"), weights(tmp_path / "plain"))
     assert [(row["step"], row.get("knn")) for row in again] == [(row["step"], row.get("knn")) for row in log]
+    images = again[-1]["images_per_second"] * again[-1]["seconds"]
+    assert images == pytest.approx(3 * 8, rel=0.2)  # of the three steps since it went on
 
 
 def test_a_probe_is_knn_of_the_encoder_on_images_of_all_classes(photos, tmp_path, fewer, monkeypatch, capsys):
     seen = []
 
     def spy(encoder, *sets, **how):
+        assert how["precision"] == "fp32"  # the run's
         seen.append([s.images(torch.arange(len(s))) for s in sets] + [s.labels.tolist() for s in sets])
         return evaluate(encoder, *sets, **how)
 

@@ -80,5 +80,5 @@ def make_tiny(root):
         rows.append(f"val_{i}.JPEG\t{wnid}\t0\t32\t44\t62\n")
     (root / "val" / "val_annotations.txt").write_text("".join(rows))
     (root / "wnids.txt").write_text("\n".join(WNIDS) + "\n")
-    (root / "words.txt").write_text("n00\tentity\nn01\tgoldfish, Carassius auratus\nn02\tcat\nn03\treel\n")
+    (root / "words.txt").write_text("n00\tentity\nn01\tgoldfish, Carassius auratus\nn02\ttabby\nn03\treel\n")
     return root

@@ -131,6 +131,14 @@ def test_bad_image_is_named_or_skipped_and_counted(tmp_path, cache, capsys):
     assert the_error(str(tmp_path / "set")).startswith(bad)  # though a cache without them is there
 
 
+def test_bad_images_of_all_chunks_are_counted(tmp_path, capsys):
+    make_folder(tmp_path / "set", n=40)  # 72 in train, of which a worker hands over 32 at once
+    spoil(tmp_path / "set" / "cat" / "002.png")
+    spoil(tmp_path / "set" / "dog" / "039.png")
+    assert len(image_sets.open_set(str(tmp_path / "set"), skip_bad_images=True)) == 70
+    assert "set: 2 images that do not decode are left out, cat/002.png the first" in capsys.readouterr().err
+
+
 def test_the_name_of_a_skipped_image_is_printed_on_one_line(tmp_path, capsys):
     make_folder(tmp_path / "set")
     spoil(save(tmp_path / "set" / "cat" / "00\n\x1b[31m.png"))

@@ -111,6 +111,8 @@ def test_streaming_replaces_bad_images_or_names_them(tmp_path, monkeypatch, caps
         seeds = [0, 4, 4, 4, 5, 100, 102, 103, 104, 0]
         assert all(torch.equal(a, as_tensor(pixels(b))) for a, b in zip(images, seeds, strict=True))
         assert capsys.readouterr().err == said  # once, not again in the next epoch
+    for fewer in (opened.first(9), opened.spaced(9)):  # which skip as the whole does
+        assert len(fewer.images(torch.arange(9))) == 9
 
 
 def test_streaming_nothing_but_bad_images(tmp_path, monkeypatch):
@@ -215,6 +217,15 @@ def test_a_given_range_is_taken_and_makes_a_cache_of_its_own(tmp_path, monkeypat
         assert not torch.equal(given.images(torch.tensor([0])), own.images(torch.tensor([0])))
     for wrong in ((5, 5), (6, 5), (0, float("nan")), (float("-inf"), 0)):
         assert "the first must be below the second" in the_error(str(tmp_path / "set"), value_range=wrong)
+
+
+def test_the_range_is_looked_for_anew_where_an_image_has_changed(tmp_path):
+    scans = make_scan(tmp_path / "set")
+    image_sets.open_set(str(tmp_path / "set"))
+    scans[3][0, 0] = 10
+    deep(tmp_path / "set" / "03.tif", scans[3])
+    changed = image_sets.open_set(str(tmp_path / "set"))
+    assert torch.equal(changed.images(torch.tensor([0]))[0], scaled(scans[0], 10, 4090))
 
 
 def test_a_damaged_memory_of_the_range_is_found_again(tmp_path, cache):

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import subprocess
 from types import SimpleNamespace
 
 import pytest
@@ -18,6 +19,7 @@ from test_train import (  # noqa: F401  (`photos` and `environment` are fixtures
 )
 
 from runtime import files, run
+from train import build, options
 
 
 @pytest.fixture
@@ -189,6 +191,58 @@ def test_a_refusal_by_rank_0_is_every_rank_s(start, tmp_path):
     refused = start("--max-steps", 1, "--seed", 5, n=2)
     assert refused.wait() == [2, 2] and "Traceback" not in refused.stderr, refused.stderr
     assert refused.lines()[-1].endswith("(seed 0 there, 5 here); give the same, another --out or --resume never")
+
+
+def test_weights_optimizer_and_scale_of_the_loss_are_all_restored(tmp_path):
+    """And the encoder says how many epochs it has seen, of which each shows its images twice."""
+    words = ["--method", "mae", "--out", str(tmp_path), *SMALL, *OWN["mae"], "--precision", "fp16", "--repeat", "2"]
+    args, config, Method = options(words)
+    for step in (3, 0):
+        args.seed = step  # other weights at the start
+        method, optimizer, scaler = build(args, config, Method, torch.device("cpu"))
+        args.seed = 0
+        ours = run.Run(args, config, 32, method=method, optimizer=optimizer, scaler=scaler)
+        ours.open()
+        if step:
+            sum(p.sum() for p in method.parameters() if p.requires_grad).backward()
+            optimizer.step()
+            scaler.load_state_dict(scaler.state_dict() | dict(scale=8.0))
+            ours.save(step)
+            expected = [part.state_dict() for part in (method, optimizer, scaler)]
+            ours.lock_file.close()
+    assert ours.step == 3 and scaler.get_scale() == 8
+    assert_same_bits([part.state_dict() for part in (method, optimizer, scaler)], expected)
+    assert "mae on shapes, 0.75 epochs, seed 0" in files.load(tmp_path / "encoder.safetensors")["made_by"]
+
+
+def test_only_where_and_how_a_run_goes_on_may_differ_from_how_it_began():
+    """Nothing that its images, their order, its weights or its steps depend on."""
+    where = {"out", "resume", "data_root", "download", "workers", "device", "compile", "linear"}
+    told = {"save_every", "log_every", "probe_every", "log_gradients", "tensorboard", "evaluate"}
+    assert where | told == run.FREE
+
+
+def test_the_commit_is_that_of_the_program_and_only_code_makes_it_dirty(tmp_path, monkeypatch):
+    place = tmp_path / "program"
+    (place / "runtime").mkdir(parents=True)
+    monkeypatch.setattr(run, "__file__", str(place / "runtime/run.py"))
+    assert run.git_state() == {}
+
+    def git(*words):
+        me = ["-c", "user.name=me", "-c", "user.email=me@here"]
+        return subprocess.run(["git", "-C", place, *me, *words], check=True, capture_output=True, text=True).stdout
+
+    git("init")
+    for name in ("train.py", "README.md"):
+        (place / name).write_text("one")
+    git("add", "-A"), git("commit", "-m", "first")
+    clean = dict(commit=git("rev-parse", "HEAD").strip(), dirty=False)
+    monkeypatch.chdir(tmp_path)
+    assert run.git_state() == clean
+    (place / "README.md").write_text("two")
+    assert run.git_state() == clean
+    (place / "train.py").write_text("two")
+    assert run.git_state() == clean | dict(dirty=True)
 
 
 def test_a_setting_that_an_older_version_lacks_differs_only_if_it_is_on():
