@@ -5,6 +5,7 @@
     python reproduce.py --budget gpu --data-root DIR --minutes 9   all of Tiny-ImageNet on one GPU, nine minutes of it
     python reproduce.py --claims --data-root DIR --jobs 2          what the claims need beyond the cpu table
     python reproduce.py --recipes --jobs 2                         variants of the demo's recipes, three seeds of each
+    python reproduce.py --transfer --data-root DIR --jobs 2        dense transfers of the demo's encoders, three seeds
     python reproduce.py --readme                                   the tables in docs/, anew
     python reproduce.py --check                                    which tables and results no longer hold
 
@@ -45,6 +46,7 @@ def options(argv: list[str] | None = None) -> argparse.Namespace:
     what.add_argument("--budget", choices=["demo", *EPOCHS], help="a results table: of minutes, of an hour, of a GPU")
     what.add_argument("--claims", action="store_true", help="the runs that the claims compare")
     what.add_argument("--recipes", action="store_true", help="variants of the demo's recipes, for docs/results.md")
+    what.add_argument("--transfer", action="store_true", help="dense transfers of mae's and cmae's demo encoders")
     what.add_argument("--readme", action="store_true", help="write the generated parts of the documents")
     what.add_argument("--check", action="store_true", help="say what in the documents and results no longer holds")
     what.add_argument("--measure", choices=MEASURES, metavar="NAME", help=f"one of {', '.join(MEASURES)}, of --run")
@@ -68,11 +70,12 @@ def options(argv: list[str] | None = None) -> argparse.Namespace:
     runs = "list methods seeds minutes data_root model epochs tune_epochs images".split()
     idle = ["model"] if args.budget == "cpu" or args.claims else [] if args.budget else runs
     idle = "data_root model epochs tune_epochs images".split() if args.recipes or args.budget == "demo" else idle
+    idle = "model epochs tune_epochs images".split() if args.transfer else idle
     if idle := [name for name in idle if getattr(args, name)]:
         raise InputError(f"{idle[0].replace('_', ' ')}: does nothing here; leave it out")
     if bool(args.measure) != bool(args.run):
         raise InputError("measure: needs a run, and a run a measure; give both")
-    args.seeds = args.seeds or (3 if args.claims or args.recipes else 1)
+    args.seeds = args.seeds or (3 if args.claims or args.recipes or args.transfer else 1)
     args.results = args.results or HERE / "results"
     return args
 
@@ -90,7 +93,7 @@ def main() -> None:
         for name, text in generated(HERE, results).items():
             files.write_text(HERE / name, text)
     else:
-        demo = args.recipes or args.budget == "demo"
+        demo = args.recipes or args.transfer or args.budget == "demo"
         args.data = "shapes" if demo else choose_data(args.data_root)
         if not demo and args.data == "shapes" and results == HERE / "results":  # where Tiny-ImageNet's stay
             args.results = Path(args.out) / "results"

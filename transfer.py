@@ -24,14 +24,14 @@ from pathlib import Path
 
 import torch
 
-from common import pair
+from common import ViT, pair
 from downstream.dense_prediction import Detector, Segmenter, draw, fine_tune, measure
 from downstream.dense_recipes import RECIPES, Recipe, recipe_for
 from downstream.recipes import flag
 from inputs import builtin_scenes
 from inputs.dense_sets import Instances, Reader, Segments
 from runtime import encoders, files, process
-from runtime.command_line import Help, Parser, add_option, field_comments, seed, settle
+from runtime.command_line import OPTIONS, Help, Parser, add_option, field_comments, settle
 from runtime.errors import InputError
 from runtime.ranks import rank, world_size
 
@@ -43,39 +43,56 @@ def options() -> tuple[argparse.Namespace, Recipe | None]:
     add("--n", type=int, default=200, metavar="N", help="scenes to learn from; a quarter as many are for tests")
     add("--run", metavar="DIR", help="a run's directory, or file of weights")
     add("--untrained", action="store_true", help="the same encoder at its initial weights")
+    add("--tuned", metavar="DIR", help="the same encoder as evaluate.py has fine-tuned it, in RUN/finetune/seed-0, say")
     add("--task", choices=["segment", "detect"], help="segment: a label for each pixel; detect: boxes and masks")
     add("--data", metavar="DIR", help="a folder in VOC's, ADE20K's, COCO's or Tiny-ImageNet's format")
     add("--format", choices=["voc", "ade", "coco", "tiny-imagenet"], help="if not given, voc to segment, else coco")
+    add("--classes", type=int, metavar="K", help="of Tiny-ImageNet only the first K classes")
     add("--recipe", choices=RECIPES, metavar="NAME", help=", ".join(RECIPES))
     add("--accumulate", type=int, default=1, metavar="N", help="parts of a step, for memory; batch norm sees one")
-    add("--seed", type=seed, default=0, metavar="N", help="of everything random")
     add("--workers", type=int, metavar="N", help="processes that read; if not given, 8 for a GPU, none otherwise")
-    add("--device", default="auto", choices=["auto", "cpu", "cuda"], metavar="NAME", help="auto, cpu, cuda")
-    add("--precision", default="auto", choices=["auto", "fp32", "bf16", "fp16"], metavar="NAME",
-        help="auto, fp32, bf16, fp16")  # fmt: skip
     add("--resume", default="auto", choices=["auto", "never"], help="continue what is in the run's directory")
+    for name, *option in OPTIONS["machine"]:
+        if name in ("device", "precision", "seed"):
+            add_option(parser, name, *option)
     group = parser.add_argument_group("in place of the recipe's", argument_default=argparse.SUPPRESS)
     comments, fields = field_comments(Recipe), ["task", "format"]
     for field in dataclasses.fields(Recipe):
-        fields.append(field.name)
-        if field.name == "decay_at":
-            group.add_argument("--decay-at", type=int, nargs="+", metavar="N", help=comments["decay_at"])
-            continue
-        kind = float if field.name == "jitter" else type(field.default)
-        metavar = {int: "N", float: "LEAST MOST" if field.name == "jitter" else "X", str: "NAME", bool: None}[kind]
+        kind = {"decay_at": int, "jitter": float}.get(field.name, type(field.default))
+        metavar = {"decay_at": "N...", "jitter": "LEAST MOST"}.get(field.name, "N" if kind is int else "X")
         add_option(group, flag(field.name)[2:], argparse.SUPPRESS, kind, metavar, comments[field.name])
+        fields.append(field.name)
     args = parser.parse_args()
-    for name, least in dict(n=1, accumulate=1, workers=0).items():
+    for name, least in dict(n=1, accumulate=1, classes=1, workers=0).items():
         if getattr(args, name) is not None and getattr(args, name) < least:
             raise InputError(f"{name} {getattr(args, name)}: must be at least {least}")
     if args.make_scenes is not None:
         return args, None
     if not args.run or not args.data:
         raise InputError("run, data: none given; give --run, --data and --task or --recipe, or --make-scenes")
+    if args.tuned and args.untrained:
+        raise InputError("--tuned, --untrained: an encoder is one of both; give one")
     given = {name: vars(args).pop(name) for name in fields if vars(args).get(name) is not None}
-    given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
     args.task, args.format, recipe = recipe_for(args.recipe, given)
+    if args.classes and args.format != "tiny-imagenet":
+        raise InputError(f"--classes: does nothing to format {args.format}; leave it out")
     return args, recipe
+
+
+def load(args: argparse.Namespace, recipe: Recipe, device: torch.device) -> ViT:
+    """The encoder that is asked for."""
+    encoder = encoders.load_encoder(args.run, device)
+    if args.untrained:
+        encoder = encoders.untrained(encoder, args.seed)
+    if args.tuned:
+        file, own = Path(args.tuned) / "checkpoint.pt", encoder.state_dict()
+        try:  # in place of its last norm, the head's has learnt
+            saved = files.load(file)["classifier"].items()
+            saved = {name.removeprefix("encoder.").removeprefix("head."): x for name, x in saved}
+            encoder.load_state_dict(own | {name: saved[name] for name in own.keys() & saved.keys()})
+        except (LookupError, TypeError, AttributeError, RuntimeError):
+            raise InputError(f"{file}: no fine-tuning of {args.run}; give a folder that evaluate.py wrote") from None
+    return encoders.resize(encoder, recipe.image_size or pair(encoder.image_size)[0]).to(device)
 
 
 def main() -> None:
@@ -83,35 +100,30 @@ def main() -> None:
     if recipe is None:
         return builtin_scenes.write(Path(args.make_scenes), args.n, args.seed)
     device, root = process.start(args.device), Path(args.data)
-    encoder = encoders.load_encoder(args.run, device)
-    if args.untrained:
-        encoder = encoders.untrained(encoder, args.seed)
-    recipe = dataclasses.replace(recipe, image_size=recipe.image_size or pair(encoder.image_size)[0])
-    encoder = encoders.resize(encoder, recipe.image_size).to(device)
+    encoder = load(args, recipe, device)
+    recipe = dataclasses.replace(recipe, image_size=pair(encoder.image_size)[0])
     args.workers = (8 if device.type == "cuda" else 0) if args.workers is None else args.workers
-    name = f"transfer-{args.task}{'-untrained' if args.untrained else ''}"
+    name = f"transfer-{args.task}{'-untrained' * args.untrained}{'-tuned' * bool(args.tuned)}"
     directory = Path(args.run) if Path(args.run).is_dir() else Path(args.run).parent
-    machine = argparse.Namespace(**vars(args) | dict(compile=False, out=directory / name))
-    settle(machine, device)
-    args.precision = machine.precision
+    args.compile, args.out = False, str(directory / name)
+    settle(args, device)
     torch.manual_seed(args.seed)
     if args.task == "segment":
         sets = [Segments(root, split, args.format) for split in ("train", "val")]
         model = Segmenter(encoder, sets[0].classes, recipe.head, args.precision)
     else:
-        sets = [Instances(root, split, args.format) for split in ("train", "val")]
+        sets = [Instances(root, split, args.format, args.classes) for split in ("train", "val")]
         if sets[0].categories != sets[1].categories:
             raise InputError(f"{root}: categories to learn and to test differ; give both files of one set")
         model = Detector(encoder, sets[0].classes, recipe.pyramid, args.precision, sets[0].masks)
     model = model.to(device)
-    views = argparse.Namespace(mean=encoder.mean, std=encoder.std)
-    how = dict(jitter=recipe.jitter, distort=recipe.distort, windows=recipe.windows)
-    train = Reader(sets[0], recipe.image_size, args.seed, views, **how)
+    how = dict(views=argparse.Namespace(mean=encoder.mean, std=encoder.std), windows=recipe.windows)
+    train = Reader(sets[0], recipe.image_size, args.seed, jitter=recipe.jitter, distort=recipe.distort, **how)
     fine_tune(
         model, train, recipe, device, args.seed, args.workers, args.precision, args.accumulate,
         directory=directory / name, resume=args.resume == "auto",
     )  # fmt: skip
-    val = Reader(sets[1], recipe.image_size, views=views, windows=recipe.windows)
+    val = Reader(sets[1], recipe.image_size, **how)
     result = measure(model, val, recipe.batch_size, args.workers, device)
     if rank() == 0:
         del args.make_scenes, args.n

@@ -19,7 +19,7 @@ from torchvision.models.convnext import LayerNorm2d
 from torchvision.models.detection import MaskRCNN, anchor_utils, faster_rcnn, mask_rcnn
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.segmentation.fcn import FCNHead
-from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign, masks_to_boxes
+from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign, box_convert, masks_to_boxes
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks, save_image
 from tqdm import tqdm
@@ -28,17 +28,11 @@ from common import ViT, cosine, initialize
 from downstream.classifier import batch_norm, embed
 from downstream.dense_recipes import Recipe
 from downstream.training_loop import DTYPES, check_batch, optimize, optimizer_for, orders
-from inputs.dense_sets import IGNORE, Instances, Reader, Sample, Segments, quietly
+from inputs.dense_sets import IGNORE, COCOeval, Instances, Reader, Sample, Segments, quietly, rle
 from runtime import files
 from runtime.errors import InputError
 from runtime.optimization import learning_rate
 from runtime.ranks import rank, sum_over_ranks, world_size
-
-try:
-    from pycocotools import mask as rle
-    from pycocotools.cocoeval import COCOeval
-except ImportError:  # refused where detection is asked for
-    rle = None
 
 SHOWN, SIDE = 6, 256  # images, and pixels of a side, of the pictures
 
@@ -181,12 +175,11 @@ class Segmenter(nn.Module):
             raise InputError("labels: none in the images to test on; give images whose pixels have labels")
         return segmentation_scores(matrix)
 
-    def shown(self, images: Segments, found: Tensor | None, s: Sample) -> tuple[Tensor, Tensor]:
-        """Masks (n, H, W) and kinds (n,) of what was `found` in a sample, or of the truth."""
+    def shown(self, found: Tensor | None, s: Sample) -> dict[str, Tensor]:
+        """Masks (n, H, W) and labels (n,) of what was `found` in a sample, or of the truth."""
         labels = s.planes[0].long() if found is None else found
-        kinds = labels.unique()
-        kinds = kinds[kinds != IGNORE]
-        return labels == kinds[:, None, None], kinds
+        kinds = labels[labels != IGNORE].unique()
+        return dict(labels=kinds, masks=labels == kinds[:, None, None])
 
 
 def starts(length: int, size: int) -> list[int]:
@@ -222,14 +215,11 @@ class Neck(nn.Module):
         self.pyramid, self.out_channels = Pyramid(D, kind), channels
         if kind == "beit":
             self.out = FeaturePyramidNetwork(self.pyramid.widths, channels, LastLevelMaxPool())
-        else:
-            self.out = nn.ModuleList(
-                nn.Sequential(
-                    nn.Conv2d(width, channels, 1, bias=False), LayerNorm2d(channels),
-                    nn.Conv2d(channels, channels, 3, padding=1, bias=False), LayerNorm2d(channels),
-                )
-                for width in self.pyramid.widths
-            )  # fmt: skip
+            return
+        self.out = nn.ModuleList(nn.Sequential(
+            nn.Conv2d(width, channels, 1, bias=False), LayerNorm2d(channels),
+            nn.Conv2d(channels, channels, 3, padding=1, bias=False), LayerNorm2d(channels),
+        ) for width in self.pyramid.widths)  # fmt: skip
 
     def forward(self, maps: list[Tensor]) -> dict[str, Tensor]:
         levels = {str(k): x for k, x in enumerate(self.pyramid(maps))}
@@ -276,47 +266,43 @@ class Detector(nn.Module):
         images = torch.stack([s.image for s in samples]).to(device)
         with torch.autocast(images.device.type, DTYPES[self.precision], enabled=self.precision != "fp32"):
             maps = feature_maps(self.encoder, images, self.taps)
-        return ImageList(images, [tuple(images.shape[2:])] * len(images)), self.rcnn.backbone(maps)
+        return ImageList(images, [s.fitted for s in samples]), self.rcnn.backbone(maps)
 
     def loss(self, samples: list[Sample], device) -> Tensor:
         """The mean over images of the sum of Mask R-CNN's five losses, each computed for one image alone."""
         images, levels = self.levels(samples, device)
-        total, size = 0.0, images.image_sizes[:1]
+        total = 0.0
         for i, s in enumerate(samples):
             torch.manual_seed(s.seed)  # of the anchors and regions to learn from
             one = {name: x[i : i + 1] for name, x in levels.items()}
             truth = [target(s.planes.to(device), s.kinds.to(device))]
-            regions, proposing = self.rcnn.rpn(ImageList(images.tensors[i : i + 1], size), one, truth)
-            _, refining = self.rcnn.roi_heads(one, regions, size, truth)
+            regions, proposing = self.rcnn.rpn(ImageList(images.tensors[i : i + 1], [s.fitted]), one, truth)
+            _, refining = self.rcnn.roi_heads(one, regions, [s.fitted], truth)
             total = total + sum((proposing | refining).values())
         return total / len(samples)
 
     def predict(self, samples: list[Sample], device) -> list[dict[str, Tensor]]:
-        """Boxes (n, 4), labels and scores (n,), masks (n, 1, S, S), of each sample in its square."""
+        """Boxes (n, 4), labels and scores (n,), masks (n, 1, H, W), of each image at its own size."""
         images, levels = self.levels(samples, device)
         regions, _ = self.rcnn.rpn(images, levels)
         found, _ = self.rcnn.roi_heads(levels, regions, images.image_sizes)
-        return self.rcnn.transform.postprocess(found, images.image_sizes, images.image_sizes)
+        return self.rcnn.transform.postprocess(found, images.image_sizes, [s.size for s in samples])
 
     def measure(self, images: Instances, batches: Iterator[list[Sample]], device) -> dict:
         results = []
         for samples in batches:
             for found, s in zip(self.predict(samples, device), samples, strict=True):
-                results += detections(images, found, s)
+                results += detections(images, found, s.index)
         every = [results] * world_size()
         if world_size() > 1:
             dist.all_gather_object(every, results)
         return detection_scores(images.coco, [result for part in every for result in part], images.masks)
 
-    def shown(self, images: Instances, found: dict | None, s: Sample) -> tuple[Tensor, Tensor]:
-        """Masks (n, H, W) and kinds (n,) of what was `found` with a score of a half at least, or of the truth."""
+    def shown(self, found: dict | None, s: Sample) -> dict[str, Tensor]:
+        """What was `found` with a score of a half at least, or the truth."""
         if found is None:
-            return s.planes > 0, s.kinds
-        results = [r for r in detections(images, found, s) if r["score"] >= 0.5]
-        coco = quietly(images.coco.loadRes, results) if results else None  # it makes masks of boxes
-        masks = [torch.from_numpy(coco.annToMask(r)) > 0 for r in results]
-        kinds = [1 + images.categories.index(r["category_id"]) for r in results]
-        return torch.stack(masks) if masks else torch.empty(0, *s.size, dtype=torch.bool), torch.tensor(kinds)
+            return target(s.planes, s.kinds)
+        return {name: x.cpu()[found["scores"].cpu() >= 0.5] for name, x in found.items()}
 
 
 def target(masks: Tensor, kinds: Tensor) -> dict[str, Tensor]:
@@ -328,22 +314,16 @@ def target(masks: Tensor, kinds: Tensor) -> dict[str, Tensor]:
     return {"boxes": boxes, "labels": kinds, "masks": masks}
 
 
-def detections(images: Instances, found: dict[str, Tensor], s: Sample) -> list[dict]:
-    """One image's detections in the square → COCO results at the image's own size."""
-    (H, W), (h, w) = s.size, s.fitted
-    boxes = found["boxes"] * found["boxes"].new_tensor([W / w, H / h, W / w, H / h])
-    boxes = boxes.clamp_min(0).minimum(boxes.new_tensor([W, H, W, H]))
-    boxes[:, 2:] -= boxes[:, :2]  # to x, y, width, height
+def detections(images: Instances, found: dict[str, Tensor], i: int) -> list[dict]:
+    """What was found in image i of a set, as COCO's results."""
+    boxes = box_convert(found["boxes"], "xyxy", "xywh").tolist()
     results = [
-        dict(image_id=images.ids[s.index], category_id=images.categories[kind - 1], bbox=box, score=score)
-        for kind, box, score in zip(found["labels"].tolist(), boxes.tolist(), found["scores"].tolist(), strict=True)
+        dict(image_id=images.ids[i], category_id=images.categories[kind - 1], bbox=box, score=score)
+        for kind, box, score in zip(found["labels"].tolist(), boxes, found["scores"].tolist(), strict=True)
     ]
     if "masks" in found:
-        masks = found["masks"][:, :, :h, :w]
-        if len(masks) and (h, w) != (H, W):
-            masks = F.interpolate(masks, (H, W), mode="bilinear")
-        coded = rle.encode(np.asfortranarray((masks[:, 0] > 0.5).permute(1, 2, 0).to(torch.uint8).cpu().numpy()))
-        results = [r | dict(segmentation=mask) for r, mask in zip(results, coded, strict=True)]
+        masks = (found["masks"][:, 0] > 0.5).permute(1, 2, 0).to(torch.uint8).cpu().numpy()
+        results = [r | dict(segmentation=m) for r, m in zip(results, rle.encode(np.asfortranarray(masks)), strict=True)]
     return results
 
 
@@ -359,23 +339,6 @@ def detection_scores(truth, results: list[dict], masks: bool = True) -> dict[str
             found = 100 * judge.stats[:3]
         scores |= {f"{name}_{score}": float(x) for score, x in zip(("ap", "ap50", "ap75"), found, strict=True)}
     return scores
-
-
-def linear(start: float, end: float, progress: float) -> float:
-    return start + (end - start) * progress
-
-
-def rates(recipe: Recipe, steps: int, per_epoch: int):
-    """The learning rate of each step."""
-    decay = dict(cosine=cosine, linear=linear)[recipe.schedule]
-    if recipe.decay_at:
-        decay = lambda start, end, progress: start  # noqa: E731
-
-    def rate(step: int) -> float:
-        peak = recipe.peak * 0.1 ** sum(step >= epoch * per_epoch for epoch in recipe.decay_at)
-        return learning_rate(step, steps, int(steps * recipe.warmup), peak, 0.0, decay)
-
-    return rate
 
 
 def fine_tune(
@@ -398,8 +361,17 @@ def fine_tune(
         for _ in todo:
             yield (model.loss(next(batches), device) / accumulate for _ in range(accumulate))
 
-    optimizer, rate = optimizer_for(model, recipe, device), rates(recipe, steps, per_epoch)
+    def rate(step: int) -> float:
+        peak = recipe.lr * 0.1 ** sum(step >= epoch * per_epoch for epoch in recipe.decay_at)
+        floor, decay = peak if recipe.decay_at else 0.0, dict(cosine=cosine, linear=linear)[recipe.schedule]
+        return learning_rate(step, steps, int(steps * recipe.warmup), peak, floor, decay)
+
+    optimizer = optimizer_for(model, recipe, device)
     optimize(model, optimizer, rate, losses, steps, per_epoch, settings, device, what, **how)
+
+
+def linear(start: float, end: float, progress: float) -> float:
+    return start + (end - start) * progress
 
 
 @torch.no_grad()
@@ -421,16 +393,14 @@ def draw(model: nn.Module, reader: Reader, path, device: torch.device) -> None:
     rows = []
     for s, found in zip(samples, model.eval().predict(samples, device), strict=True):
         image = reader.images.read(s.index)[0]
-        views = [image, *(marked(image, *model.shown(reader.images, x, s)) for x in (None, found))]
+        views = [image, *(marked(image, **model.shown(x, s)) for x in (None, found))]
         rows.append(torch.cat([F.interpolate(x[None].float() / 255, (SIDE, SIDE))[0] for x in views], dim=2))
     files.write_whole(path, lambda file: save_image(torch.cat(rows, dim=1), file, format="png"))
 
 
-def marked(image: Tensor, masks: Tensor, kinds: Tensor) -> Tensor:
-    """uint8 image (3, H, W) with masks (n, H, W) and their boxes, in a colour for each kind."""
-    there = masks.flatten(1).any(dim=1)
-    masks, kinds = masks[there], kinds[there]
-    if len(masks) == 0:
-        return image
-    colors = [(37 * k % 256, 97 * k % 256, 173 * k % 256) for k in (kinds + 1).tolist()]
-    return draw_bounding_boxes(draw_segmentation_masks(image, masks, 0.6, colors), masks_to_boxes(masks), colors=colors)
+def marked(image: Tensor, labels: Tensor, masks: Tensor | None = None, boxes: Tensor | None = None, **_) -> Tensor:
+    """uint8 image (3, H, W) with masks (n, H, W) or (n, 1, H, W) and boxes (n, 4), in a colour for each label (n,)."""
+    colors = [(37 * k % 256, 97 * k % 256, 173 * k % 256) for k in (labels + 1).tolist()]
+    if masks is not None and colors:
+        image = draw_segmentation_masks(image, masks.flatten(0, -3) > 0.5, 0.6, colors)
+    return draw_bounding_boxes(image, boxes, colors=colors) if boxes is not None and colors else image

@@ -23,9 +23,11 @@ from inputs import augment, images_in_files
 from runtime.errors import InputError
 
 try:
+    from pycocotools import mask as rle
     from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
 except ImportError:  # refused where detection is asked for
-    COCO = None
+    rle = COCO = COCOeval = None
 
 IGNORE = 255  # a pixel of no class
 # mmsegmentation's photometric distortion: factors of brightness, contrast, saturation; the hue in full turns.
@@ -102,13 +104,10 @@ class Reader(torch.utils.data.Dataset):
 
 
 def lines(path: Path) -> list[str]:
-    try:
-        found = path.read_text().split("\n")
-    except (OSError, ValueError):
-        raise InputError(f"{path}: cannot be read; --data must be a folder in the --format that is given") from None
-    if not (found := [line.strip() for line in found if line.strip()]):
-        raise InputError(f"{path}: names nothing; --data must be a folder in the --format that is given")
-    return found
+    with contextlib.suppress(OSError, ValueError):
+        if found := [line.strip() for line in path.read_text().split("\n") if line.strip()]:
+            return found
+    raise InputError(f"{path}: cannot be read, or names nothing; give --data a folder in the --format that is given")
 
 
 class Segments:
@@ -156,18 +155,19 @@ class Instances:
 
     fill = 0
 
-    def __init__(self, root: Path, split: str, kind: str = "coco"):
+    def __init__(self, root: Path, split: str, kind: str = "coco", classes: int | None = None):
         if COCO is None:
             raise InputError('pycocotools: not installed, and detection needs it; pip install ".[coco]"')
         self.masks = kind == "coco"  # else they are the boxes, filled
-        self.file, self.folder, about = (coco_file if self.masks else tiny_imagenet_boxes)(root, split)
+        found = coco_file(root, split) if self.masks else tiny_imagenet_boxes(root, split, classes)
+        self.file, self.folder, boxes = found
         try:
             self.coco = COCO()
-            self.coco.dataset = about
+            self.coco.dataset = boxes or json.loads(self.file.read_text())
             quietly(self.coco.createIndex)
             self.categories = sorted(self.coco.cats)  # COCO's ids have gaps; ours are 1 … K in their order
             objects = {a["image_id"] for a in self.coco.anns.values() if not a.get("iscrowd")}
-        except (ValueError, LookupError, TypeError, AttributeError):
+        except (OSError, ValueError, LookupError, TypeError, AttributeError):
             raise InputError(f"{self.file}: not a COCO annotation file") from None
         for number, annotation in self.coco.anns.items():
             if wrong := flaw(annotation, self.coco):
@@ -201,16 +201,13 @@ def quietly(function, *arguments):
         return function(*arguments)
 
 
-def coco_file(root: Path, split: str) -> tuple[Path, Path, dict]:
-    """The annotation file of a split, the folder that its images lie in, and what it says."""
+def coco_file(root: Path, split: str) -> tuple[Path, Path, None]:
+    """The annotation file of a split, and the folder that its images lie in."""
     files = sorted(root.glob(f"annotations/instances_{split}*.json"))
     if not files:
         raise InputError(f"{root}: has no annotations/instances_{split}*.json; give a folder in COCO's format")
     folder = root / files[0].stem.removeprefix("instances_")
-    try:
-        return files[0], folder if folder.is_dir() else root, json.loads(files[0].read_text())
-    except (OSError, ValueError):
-        raise InputError(f"{files[0]}: not a COCO annotation file") from None
+    return files[0], folder if folder.is_dir() else root, None
 
 
 def flaw(annotation: dict, coco) -> str | None:
@@ -232,35 +229,30 @@ def flaw(annotation: dict, coco) -> str | None:
         return f"is not one of COCO's ({error!r})"
 
 
-def tiny_imagenet_boxes(root: Path, split: str) -> tuple[Path, Path, dict]:
+def tiny_imagenet_boxes(root: Path, split: str, classes: int | None = None) -> tuple[Path, Path, dict]:
     """Tiny-ImageNet's boxes, one for each image, its first and last pixels given, as a COCO annotation file says it.
 
-    Of the training images those that are there, as people train on parts of the set.
+    Of the first `classes` classes, if that is given; of the training images those that are there.
     """
-    lists = sorted(root.glob("train/*/*_boxes.txt"))
-    names = [file.name.removesuffix("_boxes.txt") for file in lists]
+    lists = sorted(root.glob("train/*/*_boxes.txt"))[:classes]
     if not lists:
         raise InputError(f"{root}: has no train/CLASS/CLASS_boxes.txt; give the folder tiny-imagenet-200")
-    rows = [(file, f"train/{name}/images", f"{name} {line}") for file, name in zip(lists, names, strict=True)
-            for line in lines(file)] if split == "train" else []  # fmt: skip
-    if split == "val":
-        file = root / "val/val_annotations.txt"
-        # There the name of the image stands before that of the class.
-        rows = [(file, "val/images", " ".join([*line.split()[1::-1], *line.split()[2:]])) for line in lines(file)]
-    about = dict(images=[], annotations=[], categories=[dict(id=1 + k, name=name) for k, name in enumerate(names)])
-    known = {name: 1 + k for k, name in enumerate(names)}
-    for i, (file, folder, line) in enumerate(rows):
-        try:
-            name, image, *box = line.split()
-            left, top, right, bottom = map(int, box)
-        except ValueError:
+    kinds = {file.name.removesuffix("_boxes.txt"): 1 + k for k, file in enumerate(lists)}
+    about = dict(images=[], annotations=[], categories=[dict(id=k, name=name) for name, k in kinds.items()])
+    lists = lists if split == "train" else [root / "val/val_annotations.txt"]
+    rows = [(file, line) for file in lists for line in lines(file)]
+    for i, (file, line) in enumerate(rows):
+        try:  # only in the list for tests does the class stand after the image
+            name, *kind, left, top, right, bottom = line.split()
+            x, y, w, h = int(left), int(top), int(right) + 1 - int(left), int(bottom) + 1 - int(top)
+            kind = kind[0] if split == "val" else file.name.removesuffix("_boxes.txt")
+        except (ValueError, IndexError):
             raise InputError(f"{file}: holds {line!r}; must be an image, its class and four numbers") from None
-        if split == "train" and not (root / folder / image).exists():
+        image = file.parent / "images" / name
+        if (classes and kind not in kinds) or (split == "train" and not image.exists()):
             continue
-        x, y, w, h = left, top, right + 1 - left, bottom + 1 - top
-        about["images"].append(dict(id=i, file_name=f"{folder}/{image}", width=64, height=64))
-        about["annotations"].append(dict(
-            id=1 + i, image_id=i, category_id=known.get(name, name), bbox=[x, y, w, h], area=w * h, iscrowd=0,
-            segmentation=[[x, y, x + w, y, x + w, y + h, x, y + h]],
-        ))  # fmt: skip
-    return rows[0][0] if split == "val" else root / "train", root, about
+        outline = [[x, y, x + w, y, x + w, y + h, x, y + h]]
+        box = dict(bbox=[x, y, w, h], area=w * h, segmentation=outline, iscrowd=0)
+        about["images"].append(dict(id=i, file_name=str(image.relative_to(root)), width=64, height=64))
+        about["annotations"].append(box | dict(id=1 + i, image_id=i, category_id=kinds.get(kind, kind)))
+    return root / split, root, about

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from methods import METHODS
 from reporting import HERE
-from reporting.experiments import CLAIMS, RECIPES, VARIANTS
+from reporting.experiments import CLAIMS, RECIPES, TRANSFER, VARIANTS
 from reporting.result_files import BASELINES, ROWS, changed, read, result, runs_of, values
 from reporting.timing import columns
 from runtime.errors import InputError
@@ -127,6 +127,20 @@ def recipes_block(results: Path) -> str:
         rows.append([words, *cells])
     head = "`train.py --method` | kNN, % | linear, % | minutes | seeds | commit | place, % | image, %"
     return table(head, rows)
+
+
+def transfer_block(results: Path) -> str:
+    """Dense transfers: each with all encoders that it was made with."""
+    encoders, rows = ["untrained", "supervised", "mae", "cmae"], []
+    for name, row in TRANSFER.items():
+        for score in row["scores"].split():
+            where = {encoder: "cmae" if encoder == "cmae" else "mae" for encoder in encoders}
+            cells = [values(results, f"transfer/{where[e]} {name}-{e}.{score}") for e in encoders]
+            rows.append([f"`{row['words']}`", score.replace("_", " "), *(spell(x, 1) for x in cells)])
+    made = {name: runs_of(results, f"transfer/{name}") for name in ("mae", "cmae")}
+    links = [f"[{name}](../results/transfer/{name}.json), {commits(runs)}" for name, runs in made.items() if runs]
+    head = table(" | ".join(["`transfer.py --run RUN`", "score, %", *encoders]), rows)
+    return f"`python reproduce.py --transfer`: {'; '.join(links)}.\n\n{head}" if links else "Not run yet."
 
 
 def losses_block(results: Path) -> str:
@@ -315,7 +329,12 @@ def index_block(results: Path) -> str:
 
 BLOCKS = {  # document: its generated parts, and the function of the results that writes each
     "docs/results.md": dict(
-        results=results_block, losses=losses_block, first=first_block, demo=demo_block, recipes=recipes_block
+        results=results_block,
+        losses=losses_block,
+        first=first_block,
+        demo=demo_block,
+        recipes=recipes_block,
+        transfer=transfer_block,
     ),
     "docs/claims.md": {"claims": claims_block},
     "docs/speed.md": {"speed": speed_block},

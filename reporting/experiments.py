@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -21,6 +22,7 @@ from runtime.errors import InputError
 from runtime.ranks import say
 
 EPOCHS = {"cpu": 18, "gpu": 40}  # of pretraining, the same for every method
+SCORES = r"top\d|n|miou|pixel_accuracy|(box|mask)_ap\d*"  # of what evaluate.py and transfer.py print
 TUNE_EPOCHS = {"cpu": 15, "gpu": 20}  # of fine-tuning, and of supervised training from scratch
 # What each claim compares is its "sides", from what its paper finds lowest to what it finds highest. "reported" are the
 # paper's own numbers in this order; of CMAE and ConMIM they are ImageNet's, fine-tuned. A variant is a run that claims
@@ -28,6 +30,10 @@ TUNE_EPOCHS = {"cpu": 15, "gpu": 20}  # of fine-tuning, and of supervised traini
 LISTED = json.loads((HERE / "reporting/claims.json").read_text())
 # "recipes" are runs like those of the demo, for three seeds: what they compare is written in docs/results.md.
 CLAIMS, VARIANTS, RECIPES = LISTED["claims"], LISTED["variants"], LISTED["recipes"]
+# "transfer" are dense transfers of the demo's encoders, each with the encoders that it is made with: those of methods,
+# or in their place the one of mae's run as it was before, or as supervised training has left it.
+TRANSFER = LISTED["transfer"]
+IN_PLACE = {"untrained": "--untrained", "supervised": "--tuned RUN/supervised/seed-SEED"}
 
 
 @dataclass(frozen=True)
@@ -39,12 +45,13 @@ class Work:
 
 def plan(args) -> list[Work]:
     """The runs that the command line asks for, in the order of the table."""
-    budget = args.budget or ("demo" if args.recipes else "cpu")
+    budget = args.budget or ("demo" if args.recipes or args.transfer else "cpu")
     names = [f"{budget}/{name}" for name in ROWS if budget != "demo" or name != BASELINES]
     if args.claims:
         needed = {name for claim in CLAIMS for side in claim["sides"] for name in side.split()[:1]}
         names = [name for name in [*names, *(f"claims/{name}" for name in VARIANTS)] if name in needed]
     names = [f"recipes/{name}" for name in RECIPES] if args.recipes else names
+    names = ["transfer/mae", "transfer/cmae"] if args.transfer else names
     if args.methods:
         chosen, known = args.methods.split(","), [name.split("/")[1] for name in names]
         if unknown := set(chosen) - set(known):
@@ -58,6 +65,7 @@ def work_of(folder: str, name: str, budget: str, args) -> Work:
         its = RECIPES[name] if folder == "recipes" else dict(method=name, differs="", measured="")
         train = f"train.py --method {its['method']} {its['differs']} --seed SEED --out RUN"
         more = {key: f"reproduce.py --measure {key} --run RUN" for key in its["measured"].split()}
+        more |= transfers(name) if folder == "transfer" else {}
         return Work(f"{folder}/{name}", its["method"], {"train": " ".join(train.split())} | more)
     epochs, tune = args.epochs or EPOCHS[budget], args.tune_epochs or TUNE_EPOCHS[budget]
     tiny = args.data == "tiny-imagenet"
@@ -92,6 +100,21 @@ def work_of(folder: str, name: str, budget: str, args) -> Work:
             else f"reproduce.py --measure {key} --run RUN"
         )  # fmt: skip
     return Work(f"{folder}/{name}" + "-base" * (args.model == "base"), method, commands)
+
+
+def transfers(method: str) -> dict[str, str]:
+    """What is done with the encoder of a method: "fcn", and of mae "fcn-untrained" too."""
+    commands = {
+        "scenes": "transfer.py --make-scenes RUN/scenes",
+        "supervised": "evaluate.py --run RUN --protocol supervised --seed SEED",
+    }
+    commands = commands if method == "mae" else {}
+    for name, row in TRANSFER.items():
+        for encoder in row["encoders"].split():
+            if encoder == method or (encoder in IN_PLACE and method == "mae"):
+                words = f"transfer.py --run RUN {row['words']} --seed SEED --resume never {IN_PLACE.get(encoder, '')}"
+                commands[f"{name}-{encoder}"] = words.strip()
+    return commands
 
 
 class Runner:
@@ -168,7 +191,8 @@ class Runner:
         """Run it as a user would. The answer is the last line that a measure prints, in JSON."""
         where = self.args.data_root or str(image_cache.cache_folder())
         places = {"RUN": str(folder), "SEED": str(seed), "DIR": where}
-        script, *words = [places.get(word, word) for word in shlex.split(command)]
+        words = [re.sub(r"\b(RUN|SEED|DIR)\b", lambda m: places[m[1]], word) for word in shlex.split(command)]
+        script, *words = words
         environment = os.environ | {"OMP_NUM_THREADS": str(self.threads)}
         with open(folder / "output.txt", "ab") as output:
             process = subprocess.Popen(
@@ -191,5 +215,7 @@ class Runner:
             file = folder / "summary.json"
             found = json.loads(file.read_text()) if file.exists() else {}
             return {probe + "-untrained" * (of == "untrained"): found[of][probe] for of in found for probe in found[of]}
-        answer = json.loads(printed.decode().splitlines()[-1])
-        return {k: answer[k] for k in ("top1", "top5", "n")} if "protocol" in answer else answer
+        answer = json.loads((printed.decode().splitlines() or ["{}"])[-1])
+        if script == "reproduce.py":
+            return answer
+        return {name: x for name, x in answer.items() if re.fullmatch(SCORES, name)}

@@ -66,30 +66,26 @@ def test_segmentation_scores_are_the_definitions(classes, n, seed):
 
 
 def truth_as_found(images: dense_sets.Instances, size: int, move: int = 0):
-    """For each image, what a perfect detector would say in a square of `size`, its masks moved to the right."""
+    """For each image, what a perfect detector would say of it, its masks moved to the right."""
     reader = dense_sets.Reader(images, size)
     for i in range(len(images)):
         sample = reader[0, i]
-        masks = torch.nn.functional.interpolate(sample.planes[None], sample.fitted, mode="nearest-exact")[0].roll(
-            move, 2
-        )
-        goal = dense_prediction.target(masks, sample.kinds)
+        goal = dense_prediction.target(sample.planes.roll(move, 2), sample.kinds)
         found = dict(boxes=goal["boxes"], labels=goal["labels"], scores=torch.ones(len(goal["labels"])))
         yield found | dict(masks=goal["masks"][:, None].float()), sample
 
 
-@pytest.mark.parametrize("size", [64, 128])
-def test_perfect_detections_score_100_and_moved_ones_less(folder, size):
+def test_perfect_detections_score_100_and_moved_ones_less(folder):
     images = dense_sets.Instances(folder, "val")
-    results = [r for found, s in truth_as_found(images, size) for r in dense_prediction.detections(images, found, s)]
+    results = [
+        r for found, s in truth_as_found(images, 64) for r in dense_prediction.detections(images, found, s.index)
+    ]
     scores = dense_prediction.detection_scores(images.coco, results)
     assert scores == pytest.approx(
         {f"{kind}_{score}": 100 for kind in ("box", "mask") for score in ("ap", "ap50", "ap75")}
     )
     moved = [
-        r
-        for found, s in truth_as_found(images, size, size // 32)
-        for r in dense_prediction.detections(images, found, s)
+        r for found, s in truth_as_found(images, 64, 2) for r in dense_prediction.detections(images, found, s.index)
     ]
     for kind in ("box", "mask"):
         assert dense_prediction.detection_scores(images.coco, moved)[f"{kind}_ap"] < 90
@@ -106,12 +102,19 @@ def test_of_labels_that_shrink_the_middle_one_stays():
     assert planes[0].tolist() == [[1, 1], [3, 3]]
 
 
-def test_detections_are_scaled_to_the_image_by_each_of_its_sides():
+def test_detections_are_scaled_to_the_image_by_each_of_its_sides(monkeypatch):
     """They may scale apart, as sides in the square are whole: here 100 x 3 pixels are fitted as 32 x 1."""
-    sample = dense_sets.Sample(0, torch.empty(0), torch.empty(0), torch.empty(0), (100, 3), (32, 1))
+    sample = dense_sets.Sample(0, torch.zeros(3, 32, 32), torch.empty(0), torch.empty(0), (100, 3), (32, 1))
     found = dict(boxes=torch.tensor([[0.0, 0.0, 1.0, 16.0]]), labels=torch.tensor([1]), scores=torch.ones(1))
-    images = argparse.Namespace(ids=[7], categories=[5])
-    (result,) = dense_prediction.detections(images, found | dict(masks=torch.ones(1, 1, 32, 32)), sample)
+    model = dense_prediction.Detector(small_vit(), 1).eval()
+    monkeypatch.setattr(model.rcnn.rpn, "forward", lambda images, levels: (images.image_sizes, {}))
+    seen, found = [], found | dict(masks=torch.ones(1, 1, 28, 28))
+    monkeypatch.setattr(model.rcnn.roi_heads, "forward", lambda _, *where: ([found], seen.append(where)))
+    (there,) = model.predict([sample], "cpu")
+    assert seen == [([(32, 1)], [(32, 1)])]  # nothing is looked for beyond the image
+    assert there["masks"].shape == (1, 1, 100, 3)
+    assert (there["masks"][0, 0, 2:48] > 0.5).all() and not there["masks"][0, 0, 53:].any()
+    (result,) = dense_prediction.detections(argparse.Namespace(ids=[7], categories=[5]), there, 0)
     assert result["bbox"] == [0, 0, 3, 50] and (result["image_id"], result["category_id"]) == (7, 5)
 
 
@@ -447,8 +450,8 @@ def test_pictures_show_the_image_the_truth_and_what_is_found(folder, tmp_path):
             {name: x for name, x in perfect[s.index].items() if name not in drop} for s in samples
         ]
         dense_prediction.draw(model, reader, tmp_path / "b.png", "cpu")
-        _, truth, found = np.split(np.array(Image.open(tmp_path / "b.png")), 3, axis=1)
-        assert (truth == found).mean() > (0.999 if not drop else 0.8)
+        first, truth, found = np.split(np.array(Image.open(tmp_path / "b.png")), 3, axis=1)
+        assert (truth == found).mean() > 0.999 if not drop else 0.01 < (first != found).mean() < 0.1  # boxes alone
     for nothing in perfect.values():
         nothing["scores"] *= 0.4
     dense_prediction.draw(model, reader, tmp_path / "b.png", "cpu")
