@@ -54,7 +54,7 @@ def be(program: str, words: list[str], environment: dict, place: str, said: list
         from runtime import files, process
 
         exec(before, dict(train=train, process=process, files=files, os=os, signal=signal))
-        process.command(train.main)
+        process.command(sys.modules[Path(program).stem].main)
     else:
         runpy.run_path(program, run_name="__main__")
 

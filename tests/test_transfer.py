@@ -2,6 +2,8 @@
 
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,10 +14,11 @@ import torch
 import torch.distributed as dist
 from forked import Program, finish
 from PIL import Image
+from torch.utils._pytree import tree_leaves
 
 import transfer
 from common import ViT
-from downstream import dense_prediction, dense_recipes, training_loop
+from downstream import dense_prediction, dense_recipes
 from inputs import builtin_scenes, dense_sets
 from runtime import fast, files, process
 from runtime.errors import InputError
@@ -257,32 +260,51 @@ def trained(folder: Path, task: str, options: dict, directory=None, **more):
     return model, dense_prediction.measure(model, dense_sets.Reader(sets[1], 64), 4, 0, cpu)
 
 
-@pytest.mark.parametrize("task, options", MODELS)
-def test_a_training_that_was_stopped_ends_with_the_bits_of_one_that_was_not(
-    folder, tmp_path, monkeypatch, task, options
+SAVES_OFTEN = """
+from downstream import training_loop
+training_loop.SAVE_EVERY = 0.0
+"""
+DIES_AT_THE_FIFTH_STEP = """
+take, taken = training_loop.take_step, []
+def dying(*args):
+    taken.append(args)
+    if len(taken) == 5:  # in the second epoch of three steps
+        os.kill(os.getpid(), signal.SIGKILL)
+    return take(*args)
+training_loop.take_step = dying
+"""
+
+
+KILLED = [("segment", ("--head", "upernet"), 1), ("detect", ("--pyramid", "beit"), 2)]
+
+
+@pytest.mark.parametrize("task, options, n", KILLED)
+def test_a_training_that_was_killed_ends_with_the_bits_of_one_that_was_not(
+    run, folder, monkeypatch, capsys, task, options, n
 ):
-    pytest.importorskip("transformers" if options.get("head") == "upernet" else "torch")
-    monkeypatch.setattr(training_loop, "SAVE_EVERY", 0.0)
-    whole, scores = trained(folder, task, options, drop_path=0.3, steps=5)
-    Model = type(whole)
-    loss, calls = Model.loss, []
-
-    def stopping(self, *args):
-        calls.append(args)
-        if len(calls) == 5:  # in the second epoch of three steps
-            raise KeyboardInterrupt
-        return loss(self, *args)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Model, "loss", stopping)
-        trained(folder, task, options, directory=tmp_path, drop_path=0.3, steps=5)
-    assert files.load(tmp_path / "checkpoint.pt")["step"] == 3
-    again, same = trained(folder, task, options, directory=tmp_path, drop_path=0.3, steps=5)
-    for name, x in whole.state_dict().items():
-        assert torch.equal(x, again.state_dict()[name]), name
+    pytest.importorskip("transformers" if task == "segment" else "torch")
+    words = ["--task", task, *options, "--data", folder, "--steps", 5, "--batch-size", 8, "--image-size", 32]
+    words += ["--drop-path", 0.3, "--layer-decay", 0.7, "--lr", 1e-3, "--distort", "--precision", "fp32"]
+    found = []
+    for name, *befores in (("whole", ""), ("cut", DIES_AT_THE_FIFTH_STEP, "")):
+        (run / name).mkdir()
+        shutil.copy(run / "encoder.pt", run / name)
+        for before in befores:
+            program = Program("transfer.py", "--run", run / name, *words, "--device", "cpu", cwd=run, n=n,
+                              env=dict(os.environ, OMP_NUM_THREADS="1"), before=SAVES_OFTEN + before)  # fmt: skip
+            assert program.wait() == [-signal.SIGKILL if before else 0] * n, program.stderr
+            saved = files.load(run / name / f"transfer-{task}/checkpoint.pt")
+            assert saved["step"] == (3 if before else 5)
+        scores = json.loads((run / name / f"transfer-{task}.json").read_text())
+        found.append((saved, {key: scores[key] for key in scores if key not in ("run", "out")}))
+    (whole, scores), (again, same) = found
     assert same == scores
+    for row in whole["log"] + again["log"]:
+        assert row.pop("images_per_second") > 0
+    every = zip(tree_leaves(whole), tree_leaves(again), strict=True)  # weights, optimizer, log
+    assert all(torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b for a, b in every)
     with pytest.raises(InputError, match=r"layer_decay 0\.7 there, 0\.6 here"):
-        trained(folder, task, options, directory=tmp_path, drop_path=0.3, steps=5, layer_decay=0.6)
+        call(monkeypatch, capsys, "--run", run / "cut", *words, "--device", "cpu", "--layer-decay", 0.6)
 
 
 class Plain(dense_recipes.Recipe):
