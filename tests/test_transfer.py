@@ -1,5 +1,6 @@
 """The command transfer.py: it segments and detects, and refuses in one line what is wrong."""
 
+import argparse
 import json
 import os
 import shutil
@@ -18,7 +19,8 @@ from torch.utils._pytree import tree_leaves
 
 import transfer
 from common import ViT
-from downstream import dense_prediction, dense_recipes
+from downstream import dense_prediction, dense_recipes, recipes, training_loop
+from downstream.classifier import Classifier
 from inputs import builtin_scenes, dense_sets
 from runtime import fast, files, process
 from runtime.errors import InputError
@@ -151,6 +153,9 @@ REFUSED = {
     "cannot be read": (SEGMENT, lambda d: (d / "ImageSets/Segmentation/val.txt").unlink()),
     "try a lower --lr": ((*SEGMENT, "--lr", 1e30, "--epochs", 4), None),
     "is there already": (("--make-scenes", "."), None),
+    "--classes: does nothing to format voc": ((*SEGMENT, "--classes", 2), None),
+    "--tuned, --untrained: an encoder is one of both": ((*SEGMENT, "--tuned", "x", "--untrained"), None),
+    "x/checkpoint.pt: no such file": ((*SEGMENT, "--tuned", "x"), None),
 }
 
 
@@ -165,6 +170,23 @@ def test_what_is_wrong_is_said_in_one_line(run, folder, monkeypatch, capsys, wor
     with pytest.raises(InputError, match=words) as error:
         call(monkeypatch, capsys, *common, *options)
     assert "\n" not in str(error.value) and not list(run.glob("transfer-*.json"))
+
+
+def test_a_tuned_encoder_is_as_fine_tuning_has_left_it(run):
+    """With the last norm of the classifier, in whose place the encoder's own has not learnt."""
+    classifier = Classifier(small_vit(64, width=32), recipes.Recipe(positions="learned"), 3, "finetune", 2)
+    for i, p in enumerate(classifier.parameters()):
+        p.data += i
+    training_loop.Progress(run / "tuned", {}, classifier, {}, False).end_epoch(dict(step=1), True)
+    args = argparse.Namespace(run=run, untrained=False, tuned=run / "tuned", seed=0)
+    found = transfer.load(args, dense_recipes.Recipe(), torch.device("cpu"))
+    theirs = classifier.encoder.state_dict() | {f"norm.{k}": x for k, x in classifier.head.norm.state_dict().items()}
+    assert found.state_dict().keys() == theirs.keys()
+    for name, x in found.state_dict().items():
+        assert torch.equal(x, theirs[name]), name
+    files.save(run / "tuned/checkpoint.pt", dict(classifier={"encoder.norm.bias": torch.zeros(3)}))
+    with pytest.raises(InputError, match="no fine-tuning of"):
+        transfer.load(args, dense_recipes.Recipe(), torch.device("cpu"))
 
 
 def test_missing_libraries_are_named(run, folder, monkeypatch, capsys):

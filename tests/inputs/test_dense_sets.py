@@ -80,6 +80,12 @@ def test_tiny_imagenets_boxes_are_a_detection_set(tiny):
     assert val.read(0)[2].tolist() == [2] and val.coco.imgToAnns[0][0]["bbox"] == [1, 2, 3, 3]
 
 
+def test_of_tiny_imagenet_the_first_classes_alone_can_be_taken(tiny):
+    (tiny / "val/val_annotations.txt").write_text("val_0.JPEG\tn02\t1\t2\t3\t4\nval_1.JPEG\tn01\t1\t2\t3\t4\n")
+    train, val = (dense_sets.Instances(tiny, split, "tiny-imagenet", 1) for split in ("train", "val"))
+    assert train.categories == val.categories == [1] and len(train) == 2 and val.ids == [1]
+
+
 @pytest.mark.parametrize(
     "file, line, said",
     [

@@ -97,6 +97,21 @@ def test_demo_table_shows_losses_by_share_of_the_run_and_what_the_encoder_gained
     ) and "not run yet" in documents.demo_block(tmp_path / "cpu")
 
 
+def test_dense_transfers_stand_beside_each_other_by_encoder(tmp_path):
+    assert documents.transfer_block(tmp_path) == "Not run yet."
+    both = {"fcn-untrained": {"miou": 20.0}, "boxes-supervised": {"box_ap": 3.0, "box_ap50": 9.0}}
+    seeds = {seed: (both | {"fcn-mae": {"miou": miou}}, LOSS) for seed, miou in enumerate((30.0, 32.0))}
+    result(tmp_path, "transfer/mae", seeds)
+    result(tmp_path, "transfer/cmae", {0: ({"boxes-cmae": {"box_ap": 4.0, "box_ap50": 8.0}}, LOSS)}, "cmae")
+    block, words = documents.transfer_block(tmp_path), experiments.TRANSFER
+    assert row(block, f"`{words['fcn']['words']}`")[1:] == ["miou", "20.0 ± 0.0", "", "31.0 ± 1.4", ""]
+    lines = [line for line in block.splitlines() if line.startswith(f"| `{words['boxes']['words']}`")]
+    assert [line.split(" | ")[1:] for line in lines] == [
+        ["box ap", "", "3.0 ± 0.0", "", "4.0 |"], ["box ap50", "", "9.0 ± 0.0", "", "8.0 |"],
+    ]  # fmt: skip
+    assert "[mae](../results/transfer/mae.json), 0123456; [cmae](../results/transfer/cmae.json), 0123456." in block
+
+
 @pytest.mark.parametrize(
     "numbers, digits, spelt",
     [([], None, ""), ([41.0], 1, "41.0"), ([1.0, 2.0], 1, "1.5 ± 0.7"), ([0.0123, 0.0125], None, "0.0124 ± 0.0001"),

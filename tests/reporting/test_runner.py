@@ -8,6 +8,7 @@ import pytest
 
 import evaluate
 import reproduce
+import transfer
 from methods import METHODS
 from reporting import HERE, claim_measures, experiments, result_files
 from runtime.errors import InputError
@@ -62,6 +63,42 @@ def test_the_demo_table_is_of_the_readmes_first_command_with_every_method():
         assert list(work.commands) == ["train"]
         given = options(work.commands["train"].replace("SEED", "0").split()[1:])
         assert work.method == given[0].method and given == options(["--method", work.method, "--out", "RUN"])
+
+
+def test_dense_transfers_are_of_the_demos_encoders_and_each_command_can_be_typed(monkeypatch):
+    works = {work.name: work.commands for work in planned("--transfer", source="shapes")}
+    for method in ("mae", "cmae"):
+        commands = works[f"transfer/{method}"]
+        given = options(commands.pop("train").replace("SEED", "0").split()[1:])
+        assert given == options(["--method", method, "--out", "RUN"])
+        for key, command in commands.items():
+            monkeypatch.setattr(sys, "argv", command.replace("SEED", "3").split())
+            if command.startswith("evaluate.py"):
+                assert key == "supervised" and evaluate.options().protocol == key
+                continue
+            args, recipe = transfer.options()
+            assert recipe is None if key == "scenes" else (args.run, args.seed, args.resume) == ("RUN", 3, "never")
+            assert args.untrained == key.endswith("-untrained")
+            assert args.tuned == ("RUN/supervised/seed-3" if key.endswith("-supervised") else None)
+    assert list(works["transfer/cmae"]) == ["boxes-cmae"] and list(works["transfer/mae"])[:2] == [
+        "scenes",
+        "supervised",
+    ]
+    assert {"boxes-mae", "boxes-untrained", "boxes-supervised", "fcn-mae"} <= works["transfer/mae"].keys()
+
+
+def test_places_are_named_within_words_and_scores_alone_are_kept(tmp_path, monkeypatch):
+    args = reproduce.options(["--transfer", "--data-root", "D", "--out", str(tmp_path)])
+    monkeypatch.setattr(experiments, "HERE", tmp_path)
+    (tmp_path / "transfer.py").write_text("import json, sys; print(json.dumps(dict(miou=1.5, n=2, data=sys.argv[1])))")
+    (tmp_path / "reproduce.py").write_text("import json, sys; print(json.dumps(dict(words=sys.argv[1:])))")
+    (tmp_path / "train.py").write_text("")
+    runner = experiments.Runner(args)
+    assert runner.call("transfer.py RUN", tmp_path, 0) == dict(miou=1.5, n=2)
+    words = runner.call("reproduce.py RUN/a/seed-SEED DIR/set --seed SEED RUNS", tmp_path, 7)["words"]
+    assert words == [f"{tmp_path}/a/seed-7", "D/set", "--seed", "7", "RUNS"]
+    (tmp_path / "transfer.py").write_text("")  # as --make-scenes, which says nothing
+    assert runner.call("transfer.py --make-scenes RUN/scenes", tmp_path, 0) == {}
 
 
 def test_without_tiny_imagenet_the_built_in_images_stand_in_and_it_says_so(tmp_path, monkeypatch, capsys):
