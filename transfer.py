@@ -31,7 +31,7 @@ from downstream.recipes import flag
 from inputs import builtin_scenes
 from inputs.dense_sets import Instances, Reader, Segments
 from runtime import encoders, files, process
-from runtime.command_line import OPTIONS, Help, Parser, add_option, field_comments, settle
+from runtime.command_line import OPTIONS, Help, Parser, add_option, count, field_comments, settle
 from runtime.errors import InputError
 from runtime.ranks import rank, world_size
 
@@ -40,16 +40,16 @@ def options() -> tuple[argparse.Namespace, Recipe | None]:
     parser = Parser(description="Fine-tune an encoder on a dense task.", formatter_class=Help, allow_abbrev=False)
     add = parser.add_argument
     add("--make-scenes", metavar="DIR", help="write generated scenes with exact labels there, and stop")
-    add("--n", type=int, default=200, metavar="N", help="scenes to learn from; a quarter as many are for tests")
+    add("--n", type=count, default=200, metavar="N", help="scenes to learn from; a quarter as many are for tests")
     add("--run", metavar="DIR", help="a run's directory, or file of weights")
     add("--untrained", action="store_true", help="the same encoder at its initial weights")
     add("--tuned", metavar="DIR", help="the same encoder as evaluate.py has fine-tuned it, in RUN/finetune/seed-0, say")
     add("--task", choices=["segment", "detect"], help="segment: a label for each pixel; detect: boxes and masks")
     add("--data", metavar="DIR", help="a folder in VOC's, ADE20K's, COCO's or Tiny-ImageNet's format")
     add("--format", choices=["voc", "ade", "coco", "tiny-imagenet"], help="if not given, voc to segment, else coco")
-    add("--classes", type=int, metavar="K", help="of Tiny-ImageNet only the first K classes")
+    add("--classes", type=count, metavar="K", help="of Tiny-ImageNet only the first K classes")
     add("--recipe", choices=RECIPES, metavar="NAME", help=", ".join(RECIPES))
-    add("--accumulate", type=int, default=1, metavar="N", help="parts of a step, for memory; batch norm sees one")
+    add("--accumulate", type=count, default=1, metavar="N", help="parts of a step, for memory; batch norm sees one")
     add("--workers", type=int, metavar="N", help="processes that read; if not given, 8 for a GPU, none otherwise")
     add("--resume", default="auto", choices=["auto", "never"], help="continue what is in the run's directory")
     for name, *option in OPTIONS["machine"]:
@@ -63,9 +63,8 @@ def options() -> tuple[argparse.Namespace, Recipe | None]:
         add_option(group, flag(field.name)[2:], argparse.SUPPRESS, kind, metavar, comments[field.name])
         fields.append(field.name)
     args = parser.parse_args()
-    for name, least in dict(n=1, accumulate=1, classes=1, workers=0).items():
-        if getattr(args, name) is not None and getattr(args, name) < least:
-            raise InputError(f"{name} {getattr(args, name)}: must be at least {least}")
+    if (args.workers or 0) < 0:
+        raise InputError(f"workers {args.workers}: must be at least 0")
     if args.make_scenes is not None:
         return args, None
     if not args.run or not args.data:

@@ -27,11 +27,12 @@ from tqdm import tqdm
 from common import ViT, cosine, initialize
 from downstream.classifier import batch_norm, embed
 from downstream.dense_recipes import Recipe
-from downstream.training_loop import DTYPES, check_batch, optimize, optimizer_for, orders
+from downstream.training_loop import DTYPES, check_batch, optimize, optimizer_for
 from inputs.dense_sets import IGNORE, COCOeval, Instances, Reader, Sample, Segments, quietly, rle
 from runtime import files
 from runtime.errors import InputError
 from runtime.optimization import learning_rate
+from runtime.randomness import orders
 from runtime.ranks import rank, sum_over_ranks, world_size
 
 SHOWN, SIDE = 6, 256  # images, and pixels of a side, of the pictures

@@ -127,7 +127,7 @@ REFUSED = {
     "run, data: none given": (("--data", ""), None),
     "coco: not for": ((*SEGMENT, "--format", "coco"), None),
     "epochs 0: must be 1 or more": ((*SEGMENT, "--epochs", 0), None),
-    "accumulate 0: must be at least 1": ((*SEGMENT, "--accumulate", 0), None),
+    "accumulate: 0: must be at least 1": ((*SEGMENT, "--accumulate", 0), None),
     "cannot be shared by 1 processes x 3 parts": ((*SEGMENT, "--accumulate", 3), None),
     "--pyramid: does nothing to task segment": ((*SEGMENT, "--pyramid", "beit"), None),
     "--head: does nothing to task detect": ((*DETECT, "--head", "fcn"), None),
