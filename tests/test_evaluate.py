@@ -209,8 +209,10 @@ def test_positions_of_another_size_are_interpolated_and_the_rest_is_the_runs(run
 def test_untrained_is_the_same_architecture_at_weights_of_the_runs_seed(run, monkeypatch, capsys):
     used = []
     monkeypatch.setattr(evaluate, "evaluate", lambda encoder, *_, **__: used.append(encoder) or {"knn": {}})
+    state = torch.get_rng_state()
     for words in ((), ("--untrained",), ("--untrained",)):
         call(monkeypatch, "--run", run, "--protocol", "knn", *words)
+    assert torch.equal(torch.get_rng_state(), state)
     trained, once, again = used
     assert trained.settings == once.settings
     torch.manual_seed(3)

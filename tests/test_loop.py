@@ -239,6 +239,27 @@ def test_epochs_end_and_are_saved_when_they_should(place, tmp_path, monkeypatch,
     assert capsys.readouterr().err.count("told, autocast: True") == 2 and saved == [4, 6]
 
 
+@pytest.mark.parametrize("told", [True, False])
+def test_options_that_change_no_number_arrive(told, place, tmp_path, monkeypatch):
+    """How many workers read, whether the method is compiled, and whether a GPU has to repeat itself."""
+    workers, compiled, deterministic = [], [], []
+    batches = train.image_sets.ImageSet.batches
+
+    def watched(images, orders, device="cpu", **how):
+        workers.append(how["workers"])
+        return batches(images, orders, device, **how)
+
+    monkeypatch.setattr(train.image_sets.ImageSet, "batches", watched)
+    monkeypatch.setattr(torch, "compile", lambda network, **how: compiled.append(network) or network)
+    monkeypatch.setattr(torch, "use_deterministic_algorithms", deterministic.append)
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
+    words = f"--method mae --data {place}/photos {TINY} {KNOBS['mae']} --max-steps 1 --batch-size 13 --no-evaluate"
+    words += " --compile --workers 3 --deterministic" if told else " --no-compile"
+    train_here([*words.split(), "--precision", "fp32", "--out", str(tmp_path / "run")])
+    assert workers == [3 if told else None, 0]  # of training, and of the pictures
+    assert len(compiled) == told and deterministic == [True] * told
+
+
 def test_pictures_are_of_the_validation_images(place, tmp_path, monkeypatch):
     sets, pictures = [], train.Pictures
     monkeypatch.setattr(train, "Pictures", lambda images, *more: sets.append(images) or pictures(images, *more))

@@ -643,7 +643,8 @@ def test_settings_come_from_defaults_then_recipe_then_flags():
     assert args.lr == pytest.approx(Method.RECIPES["tiny"]["base_lr"] * 2)  # times B / 256
     larger = options("--method mae --recipe tiny --batch-size 1024 --device cpu".split())[0]
     assert larger.lr == pytest.approx(2 * args.lr)
-    assert options("--method mae --data photos --device cpu".split())[0].recipe == "tiny"
+    args = options(["--method", "mae", "--data", "/some/my set/", "--device", "cpu"])[0]
+    assert (args.recipe, args.out) == ("tiny", "runs/mae-some-my-set")
     args, _, _ = options(["--method", "mae", "--data", "imagenet", "--device", "cpu", "--lr", "0.5"])
     assert (args.recipe, args.model, args.lr, args.batch_size) == ("paper", "base", 0.5, 4096)
     assert options(["--method", "mae", "--device", "cpu"])[0].recipe == "demo"

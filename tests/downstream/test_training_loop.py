@@ -1,8 +1,8 @@
 """Training: what is learned, restarts, parts of a step, ranks, precision; layer decay, LARS, which optimizer."""
 
+import itertools
 import json
 import math
-import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -85,8 +85,8 @@ def test_a_checkpoint_of_other_settings_or_of_another_encoder_is_refused(tmp_pat
 
 
 def test_a_checkpoint_is_written_where_an_epoch_ends_half_a_minute_after_the_last(tmp_path, monkeypatch):
-    now, saved = [0.0], []
-    clock = SimpleNamespace(monotonic=lambda: now[0], perf_counter=time.perf_counter)
+    now, saved, ticks = [0.0], [], itertools.count(0, 2)  # it is asked when an epoch begins and when it ends
+    clock = SimpleNamespace(monotonic=lambda: now[0], perf_counter=lambda: next(ticks))
     monkeypatch.setattr(training_loop, "time", clock)
     monkeypatch.setattr(training_loop.files, "save", lambda path, tree: saved.append(tree["step"]))
 
@@ -96,6 +96,8 @@ def test_a_checkpoint_is_written_where_an_epoch_ends_half_a_minute_after_the_las
 
     trained("linear", replace(CALM, epochs=7), directory=tmp_path, measure=twenty_seconds)
     assert saved == [6, 12, 18, 21]  # three steps an epoch; the last one saves in any case
+    speeds = [json.loads(line)["images_per_second"] for line in open(tmp_path / "log.jsonl").readlines()[1:]]
+    assert speeds == [12] * 7
 
 
 def test_each_of_several_ranks_drops_paths_of_its_own(monkeypatch):

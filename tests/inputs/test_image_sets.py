@@ -1,6 +1,7 @@
 """Image sets: in memory or streamed, subsets of them, and images that do not decode."""
 
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +10,15 @@ from PIL import Image
 
 from inputs import image_sets, images_in_files
 from runtime.errors import InputError
+
+
+def test_what_a_command_is_told_of_its_images_reaches_the_set(monkeypatch):
+    asked = []
+    monkeypatch.setattr(image_sets, "open_set", lambda *words, **more: asked.append((words, more)) or "opened")
+    told = dict(download=True, skip_bad_images=True, class_level=2, columns=["a", "b"])
+    settings = SimpleNamespace(data="photos", data_root="here", range=[0, 9], split=["x", "y"], classes=None, **told)
+    assert image_sets.open_for(settings, "val") == "opened"
+    assert asked == [(("photos", "here", "val"), told | dict(value_range=[0, 9], splits=["x", "y"]))]
 
 
 def test_varied_sizes_come_as_lists(tmp_path):

@@ -7,7 +7,7 @@ import torch
 from test_encoder_import import hf_model, mae_state
 from test_train import OWN, SMALL
 
-from common import sincos_positions
+from common import ViT, sincos_positions
 from runtime import files
 from runtime.command_line import build_encoder
 from runtime.errors import InputError
@@ -88,6 +88,15 @@ def test_the_configuration_beside_the_weights_says_the_decoders_heads(tmp_path):
     )
     lines = given("mae", tmp_path, *NANO, *DECODER)[1]
     assert lines[1] == "it: left aside: decoder (decoder_heads 4 there, 2 here)"
+
+
+def test_images_that_the_weights_know_by_another_deviation_alone_are_said(tmp_path, capsys):
+    theirs = ViT(16, 8, 8, 2, 2, std=[0.5, 0.6, 0.7])
+    files.save_weights(tmp_path / "e.safetensors", theirs.settings, theirs.state_dict(), "a test")
+    fill(ViT(16, 8, 8, 2, 2, std=[0.5, 0.6, 0.7]), tmp_path / "e.safetensors")
+    assert capsys.readouterr().err == ""
+    fill(ViT(16, 8, 8, 2, 2), tmp_path / "e.safetensors")
+    assert "--std 0.5 0.6 0.7 would go on with that" in capsys.readouterr().err
 
 
 def save_run(place, name: str, *flags) -> dict:
