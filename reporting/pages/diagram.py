@@ -9,7 +9,7 @@ import textwrap
 from html import escape
 from itertools import pairwise
 
-WIDTH, HEIGHT, ACROSS, DOWN = 98, 38, 106, 60  # of a box, and from one to the next
+WIDTH, HEIGHT, ACROSS, DOWN = 104, 38, 112, 56  # of a box, and from one to the next
 
 
 def draw(lines: list[str]) -> str:
@@ -104,6 +104,6 @@ def arrow(a: str, b: str, places: dict, depths: dict, boxes: dict) -> str:
             bend = f"V{v - DOWN + HEIGHT} C{x} {v - 10} {u} {v - 20}"
     else:  # up again: along the side
         y, v, x, u = y + HEIGHT / 2, v + HEIGHT / 2, x + WIDTH / 2, u + WIDTH / 2
-        bend = f"C{x + 26} {y} {u + 26} {v}"
+        bend = f"C{x + 8} {y} {u + 8} {v}"
     stopped = ' class="stopped"' if boxes[b][1] or boxes[a][1] else ""
     return f'<path{stopped} d="M{x} {y} {bend} {u} {v - (v > y)}" marker-end="url(#tip)"/>'

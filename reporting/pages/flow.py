@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import re
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -158,7 +159,7 @@ def measured(x: Tensor) -> Value:
 # Sizes in which no two letters are alike, to tell which letter a number stands for; a mask cell of 2 fits.
 OTHER = dict(
     mask_ratio=0.6, target_mask_ratio=0.6, decoder_width=40, decoder_heads=5, projector_out=44, projector_width=72,
-    codes=52, hidden=20, block=15,
+    codes=52, hidden=20, block=25,
 )  # fmt: skip
 
 
@@ -216,6 +217,14 @@ def unstopped(method: torch.nn.Module):
         yield
 
 
+MEANINGS = dict(
+    B="images", N="patches", D="channels of the encoder", P="values of a patch", V="visible patches",
+    M="masked patches", d="channels of what is contrasted", width="channels of the decoder", codes="codes", K="codes",
+    b="pixels a side of a block", hidden="channels at first", H="pixels a side of an image (W too)",
+    h="patches a side (w too)", p="pixels", heads="heads of the encoder",
+)  # fmt: skip
+
+
 def letters(step: Step) -> dict[str, int]:
     """What the sizes of a step are called, the most telling first, as in the legend of common.py and in docstrings."""
     method, c = step.method, step.method.config
@@ -239,6 +248,7 @@ def letters(step: Step) -> dict[str, int]:
     found |= {"D/heads": base["D"] // base["heads"]} if vit else {}
     found |= {"hidden/4": base["hidden"] // 4} if "hidden" in base else {}
     found |= {"3·b·b": 3 * base["b"] ** 2} if "b" in base else {}
+    found |= {"3·p": 3 * base["p"]} if vit and not hasattr(method, "shifts") else {}
     found |= {"H+p": base["H"] + base["p"]} if hasattr(method, "shifts") else {}
     return found
 
@@ -269,8 +279,8 @@ def chips(step: Step, other: Step) -> dict[tuple[str, int], list[Chip]]:
 def symbolic(shape: tuple, other: tuple, known: dict) -> str:
     words = [known.get((a, b), str(a)) for a, b in zip(shape, other, strict=True)]
     for i in range(1, len(words)):  # pictures are square here
-        if words[i] == words[i - 1]:
-            words[i] = words[i].replace("H", "W").replace("h", "w") if words[i] != "hidden" else words[i]
+        if words[i] in words[:i]:
+            words[i] = re.sub(r"\b[Hh]\b", lambda side: dict(H="W", h="w")[side[0]], words[i])
     return ", ".join(words)
 
 

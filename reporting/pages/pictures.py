@@ -1,4 +1,4 @@
-"""Pictures in their place: what a step draws, where its views are cut from, what a trained decoder fills in."""
+"""Pictures in their place: what a step draws, where its views are cut from, what a trained method makes of them."""
 
 import base64
 import io
@@ -11,26 +11,34 @@ from PIL import Image
 from torch import Tensor
 
 import cmae_loc
-from common import StepRandom
+from common import StepRandom, ViT, pair
+from figures import measures
 from figures.plots import batch_pictures, picture_names
 from inputs import augment
 from reporting.pages.flow import Step
 from reporting.pages.source import Source
 
 ZOOM = 2  # the boxes' lines are one pixel of an enlarged picture
+WHITE, ORANGE = (1.0, 1.0, 1.0), (1.0, 0.6, 0.1)
 
 
 def drawn(step: Step) -> str:
-    """The images with the crops that are cut from them, then every view and mask of the batch; heat maps and boxes."""
+    """The images with what is cut from them, then every view and mask of the batch; heat maps, windows and boxes."""
     method, n = step.method, len(step.images)
-    with mock.patch.object(augment, "crop_resize", wraps=augment.crop_resize) as crop:
+    spies = (mock.patch.object(augment, f, wraps=getattr(augment, f)) for f in ("crop_resize", "shift_crop"))
+    with next(spies) as crop, next(spies) as shift:
         batch = method.draw(step.images, torch.arange(n), StepRandom(0, 0, n))
     whole = step.images / 255
-    places = torch.stack([call.args[1] for call in crop.call_args_list]).unique(dim=0)
-    framed = whole.repeat_interleave(ZOOM, 2).repeat_interleave(ZOOM, 3)
-    for boxes in places:
+    framed = enlarged(whole)
+    for boxes in torch.stack([call.args[1] for call in crop.call_args_list]).unique(dim=0):
         framed = outlined(framed, boxes * ZOOM)
     rows = {"images, and what is cut from them": framed}
+    if shift.called:
+        master, offsets, size = shift.call_args.args
+        sides = torch.tensor(pair(size)).expand(n, 2)
+        windows = outlined(enlarged(master), ZOOM * torch.cat([0 * sides, sides], dim=1))
+        windows = outlined(windows, ZOOM * torch.cat([offsets, sides], dim=1), ORANGE)
+        rows["the master image; white: the online view's window; orange: the target view's"] = windows
     crop_by = getattr(method.config, "crop_by", "none")
     if crop_by != "none":
         with torch.no_grad():
@@ -38,35 +46,52 @@ def drawn(step: Step) -> str:
         top, left, bottom, right = cmae_loc.locate(heat, whole.shape[2:], method.config.crop_threshold).T * len(
             framed[0, 0]
         )
-        heat = heat / heat.amax(dim=(1, 2), keepdim=True)
-        heat = F.interpolate(heat[:, None], framed.shape[2:], mode="bilinear").expand(-1, 3, -1, -1)
         boxes = torch.stack([top, left, bottom - top, right - left], dim=1)
-        rows["heat map M of the encoder, and the box around it"] = outlined(heat, boxes)
+        rows["heat map M of the encoder, and the box around it"] = outlined(shades(heat, framed.shape[2:]), boxes)
     patch = getattr(method, "student", method.encoder)
     return strips(rows | batch_pictures(batch, whole, getattr(patch, "patch_size", 8)))
 
 
-def filled_in(step: Step) -> str:
-    """What a method's `picture` shows, of the batch of its step; nothing where it has learned nothing to see."""
-    picture = step.method.eval().picture(step.batch)
-    return "" if picture is None else strips(picture_names(step.method, picture)[0])
+def made(step: Step) -> str:
+    """What a trained method's `picture` shows of the batch of its step, and what its encoder attends to."""
+    method, images = step.method.eval(), step.batch[0]
+    picture, rows, caption = method.picture(step.batch), {}, ""
+    if picture is not None:
+        rows, about = picture_names(method, picture)
+        caption = about if "row 1" in rows else ""
+    if isinstance(method.encoder, ViT):
+        attention = method.encoder.blocks[-1].attn
+        (maps,) = measures.attention_maps([attention], lambda: method.encoder(images))
+        maps = maps[:, :, 0, 1:].mean(dim=1).unflatten(1, method.encoder.grid)
+        rows["attention of the class token in the last block, mean over heads"] = shades(maps, images.shape[2:])
+    return strips(rows, caption)
 
 
-def outlined(pictures: Tensor, boxes: Tensor) -> Tensor:
-    """Boxes (top, left, height, width) in pixels, in white within black."""
+def enlarged(pictures: Tensor) -> Tensor:
+    return pictures.repeat_interleave(ZOOM, 2).repeat_interleave(ZOOM, 3)
+
+
+def shades(maps: Tensor, size: tuple[int, int]) -> Tensor:
+    """Maps (B, h, w) as pictures (B, 3, *size), white where each is largest."""
+    maps = (maps / maps.amax(dim=(1, 2), keepdim=True))[:, None]
+    return F.interpolate(maps, size, mode="bilinear").expand(-1, 3, -1, -1)
+
+
+def outlined(pictures: Tensor, boxes: Tensor, colour: tuple = WHITE) -> Tensor:
+    """Boxes (top, left, height, width) in pixels, in a colour within black."""
     pictures = pictures.clone()
     for picture, box in zip(pictures, boxes.round().long().tolist(), strict=True):
         (top, left), (bottom, right) = box[:2], (box[0] + box[2] - 1, box[1] + box[3] - 1)
-        for edge, value in ((0, 0.0), (1, 1.0)):
+        for edge, shade in ((0, (0.0, 0.0, 0.0)), (1, colour)):
             rows, columns = slice(top + edge, bottom + 1 - edge), slice(left + edge, right + 1 - edge)
             for y in (top + edge, bottom - edge):
-                picture[:, y, columns] = value
+                picture[:, y, columns] = picture.new_tensor(shade)[:, None]
             for x in (left + edge, right - edge):
-                picture[:, rows, x] = value
+                picture[:, rows, x] = picture.new_tensor(shade)[:, None]
     return pictures
 
 
-def strips(rows: dict[str, Tensor]) -> str:
+def strips(rows: dict[str, Tensor], caption: str = "") -> str:
     """Each row as one small picture with its name."""
     found = ""
     for name, pictures in rows.items():
@@ -74,9 +99,10 @@ def strips(rows: dict[str, Tensor]) -> str:
         file = io.BytesIO()
         Image.fromarray(pixels.contiguous().numpy()).save(file, "webp", quality=86)
         data = base64.b64encode(file.getvalue()).decode()
-        size = f'width="{len(pictures) * 64}" height="64"'
+        side = 96 if pictures.shape[2] > 96 else 64  # what has lines on it is larger
+        size = f'width="{len(pictures) * side}" height="{side}"'
         found += f'<p><img src="data:image/webp;base64,{data}" alt="" {size}><span>{escape(name)}</span></p>'
-    return f'<figure class="pictures">{found}</figure>'
+    return f'<figure class="pictures">{found}<figcaption>{escape(caption)}</figcaption></figure>' if found else ""
 
 
 def places(of: Source, name: str) -> tuple[int, int]:

@@ -7,6 +7,12 @@ from reporting.documents import spell, verdict
 from reporting.result_files import runs_of, values
 
 RESULTS = HERE / "results"
+# What the numbers of a claim are, where its words do not say it.
+MEASURES = {
+    "finetune.top1": "top-1 accuracy after fine-tuning", "linear.top1": "top-1 accuracy of a quick linear probe",
+    "linear-paper.top1": "top-1 accuracy of linear probing", "attentive.top1": "top-1 accuracy of attentive probing",
+    "positions.later": "mean cosine of Eq. (7) in later layers", "positions.first": "in the first",
+}  # fmt: skip
 COLOURS = ("var(--accent)", "var(--stop)", "var(--link)", "var(--keyword)", "var(--number)")
 
 
@@ -14,9 +20,10 @@ def measured(claim: dict) -> dict[str, str]:
     """A claim of reporting/claims.json with its verdict and its numbers, from lower to higher."""
     found = [values(RESULTS, side) for side in claim["sides"]]
     numbers = " → ".join(spell(x) for x in found) if all(found) else ""
+    measures = dict.fromkeys(MEASURES.get(side.split()[1], "") for side in claim["sides"])
     return dict(
         verdict=verdict(found[0], found[-1]), statement=claim["statement"], numbers=numbers, paper=claim["reported"],
-        where=f"{claim['paper']}, {claim['where']}",
+        where=f"{claim['paper']}, {claim['where']}", measure=" and ".join(filter(None, measures)),
     )  # fmt: skip
 
 
@@ -30,14 +37,20 @@ def curve(method: str) -> str:
     top, last = max(row[part] for row in rows for part in parts), rows[-1]["epoch"] or 1
     lines = ""
     for part, colour in zip(parts, COLOURS, strict=False):
-        points = " ".join(f"{8 + 200 * row['epoch'] / last:.1f},{86 - 78 * row[part] / top:.1f}" for row in rows)
+        points = " ".join(f"{28 + 180 * row['epoch'] / last:.1f},{86 - 78 * row[part] / top:.1f}" for row in rows)
         lines += f'<polyline points="{points}" style="stroke:{colour}"/>'
+    ticks = "".join(
+        f'<path d="M24 {86 - 78 * share}h4M{28 + 180 * share} 86v4"/>'
+        f'<text x="12" y="{89 - 78 * share}">{share * top:.3g}</text>'
+        f'<text x="{28 + 180 * share}" y="100">{share * last:g}</text>'
+        for share in (0, 0.5, 1)
+    )
     ends = "".join(
         f'<li style="color:{colour}">{escape(part)} {rows[0][part]:.3g} → {rows[-1][part]:.3g}</li>'
         for part, colour in zip(parts, COLOURS, strict=False)
     )
     return (
-        '<figure class="curve"><svg viewBox="0 0 216 92" role="img" aria-label="losses by epoch">'
-        f'<path d="M8 4V86H208"/>{lines}</svg><ul>{ends}</ul>'
-        f"<figcaption>{last} epochs, results/{name}.json</figcaption></figure>"
+        '<figure class="curve"><svg viewBox="0 0 218 104" role="img" aria-label="losses by epoch">'
+        f'<path d="M28 4V86H208"/>{ticks}{lines}</svg><ul>{ends}</ul>'
+        f"<figcaption>losses by epoch, results/{name}.json</figcaption></figure>"
     )

@@ -42,13 +42,13 @@ def build(out: str, runs: str = "runs") -> None:
     directory = Path(out)
     directory.mkdir(parents=True, exist_ok=True)
     templates = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    templates.globals |= dict(pages=PAGES, methods=list(METHODS), measured=proof.measured)
+    templates.globals |= dict(pages=PAGES, methods=METHODS, measured=proof.measured, meanings=flow.MEANINGS)
 
     def write(file: str, template: str, **values) -> None:
         files.write_text(directory / file, templates.get_template(template).render(**values))
 
-    settings = steps()
-    found = [page_of(name, settings[name], shown(name, Path(runs))) for name in PAGES]
+    settings, below = steps(Path(runs))
+    found = [page_of(name, settings[name], below.get(name, {})) for name in PAGES]
     for page in found:
         write(f"{page['name']}.html", "page.html", **page)
     for left, right in combinations(METHODS, 2):
@@ -64,32 +64,33 @@ def compact(value) -> str:
     return json.dumps(value, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
 
 
-def steps() -> dict[str, list[Setting]]:
-    """Page → the steps that it shows: a method's under each of its settings; in common.py those of all methods."""
-    found: dict[str, list[Setting]] = {name: [] for name in PAGES}
+def steps(runs: Path) -> tuple[dict[str, list[Setting]], dict[str, dict[int, str]]]:
+    """Page → the steps that it shows: a method's under each of its settings; in common.py those of all methods.
+
+    And page → line → the pictures below it.
+    """
+    found, below = {name: [] for name in PAGES}, {}
     for name in METHODS:
         for label, changes in [("as in the paper", {}), *SWITCHES.get(name, [])]:
             step, other = flow.run_step(name, changes), flow.run_step(name, changes, other=True)
             chips, pages = flow.chips(step, other), {name: label}
             if not changes:
-                pages["common"] = f"a step of {name}"
+                pages["common"], below[name] = f"a step of {name}", shown(name, step, runs)
             sizes = {letter: size for letter, size in flow.letters(step).items() if re.fullmatch(r"[A-Za-z]+", letter)}
             losses = ", ".join(f"{key} {value:.4g}" for key, value in step.losses.items())
             for page, title in pages.items():
                 here = {line: row for (at, line), row in chips.items() if at == page}
                 idle = flow.idle(source(page), step.ran.get(page, set()))
                 found[page].append(Setting(title, losses, here, idle, sizes))
-    return found
+    return found, below
 
 
-def shown(name: str, runs: Path) -> dict[int, str]:
+def shown(name: str, step: flow.Step, runs: Path) -> dict[int, str]:
     """Line → the pictures below it: after `draw` the views and masks, after `picture` what a trained method makes."""
-    if name not in METHODS:
-        return {}
     draw, picture = pictures.places(source(name), METHODS[name].__name__)
-    found, checkpoint = {draw: pictures.drawn(flow.run_step(name))}, runs / f"{name}-shapes" / "checkpoint.pt"
+    found, checkpoint = {draw: pictures.drawn(step)}, runs / f"{name}-shapes" / "checkpoint.pt"
     if checkpoint.exists():
-        found[picture] = pictures.filled_in(flow.run_step(name, checkpoint=checkpoint))
+        found[picture] = pictures.made(flow.run_step(name, checkpoint=checkpoint))
     return found
 
 

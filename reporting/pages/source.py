@@ -125,6 +125,8 @@ class Source:
         return rows[: len(self.lines)]
 
     def word(self, kind: str, text: str, target: tuple[str, str] | None) -> str:
+        if text == ".":  # where a long line may go on
+            return ".<wbr>"
         html = f'<span class="{kind}">{escape(text)}</span>' if kind not in ("", "n", "p", "w") else escape(text)
         if not target:
             return html

@@ -1,9 +1,10 @@
-"""A copy of the code, for tests that change it."""
+"""A copy of the code, for tests that change it; the pages, and the steps that they show."""
 
 import shutil
 
 import pytest
 
+from methods import METHODS
 from reporting import HERE, experiments, result_files
 
 
@@ -17,4 +18,28 @@ def checkout(tmp_path, monkeypatch):
             shutil.copy(file, place / folder)
     monkeypatch.setattr(result_files, "HERE", place)
     monkeypatch.setattr(experiments, "HERE", place)
+    return place
+
+
+@pytest.fixture(scope="session")
+def steps():
+    """Method → its step as the pages run it, and the one of other sizes with nothing stopped."""
+    from reporting.pages import flow
+
+    return {name: (flow.run_step(name), flow.run_step(name, other=True)) for name in METHODS}
+
+
+@pytest.fixture(scope="session")
+def built(steps, tmp_path_factory):
+    """The site, with one setting beside the paper's, for CMAE."""
+    from reporting.pages import flow, site
+
+    def run(name, changes=None, other=False, run_step=flow.run_step):
+        return run_step(name, changes, other) if changes else steps[name][other]
+
+    place = tmp_path_factory.mktemp("site")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(site, "SWITCHES", {"cmae": site.SWITCHES["cmae"][:1]})
+        patch.setattr(flow, "run_step", run)
+        site.build(str(place), runs=str(place))
     return place

@@ -1,6 +1,7 @@
 """The pages beside the papers: notes stand at their lines, values are those of the step, links lead somewhere."""
 # ruff: noqa: E402  the extra `pages` may be missing
 
+import dataclasses
 import re
 from collections import defaultdict
 from html.parser import HTMLParser
@@ -14,7 +15,7 @@ for library in ("pygments", "jinja2", "latex2mathml", "markdown_it", "mdit_py_pl
 
 from methods import METHODS
 from reporting import HERE
-from reporting.pages import beside, diagram, flow, notes, pictures, proof, site
+from reporting.pages import beside, diagram, flow, notes, pictures, proof
 from reporting.pages.settings import SWITCHES
 from reporting.pages.source import PAGES, Source, source
 from runtime.command_line import field_comments
@@ -74,11 +75,6 @@ def test_letters_of_other_alphabets_are_unicode_as_browsers_need_them():
 
 
 # --------------------------------------------------------------------------------------------------- what flows
-
-
-@pytest.fixture(scope="module")
-def steps():
-    return {name: (flow.run_step(name), flow.run_step(name, other=True)) for name in METHODS}
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -164,10 +160,17 @@ def test_gradients_stop_where_the_papers_stop_them(steps, name):
 
 def test_sides_of_pictures_and_grids_have_letters_of_their_own(steps):
     shapes = {
-        name: {chip.shape for row in flow.chips(*steps[name]).values() for chip in row} for name in ("cmae", "dvae")
+        name: {chip.shape for row in flow.chips(*steps[name]).values() for chip in row}
+        for name in ("mae", "cmae", "dvae")
     }
+    assert "(B, h, p, w, 3·p)" in shapes["mae"] and "(B, h, 8, w, 24)" in shapes["cmae"]  # whose p is a shift
     assert {"(B, 3, H, W)", "(B, 3, H+p, W+p)"} <= shapes["cmae"]
     assert {"(B, K, h, w)", "(B, hidden, 2·h, 2·w)"} <= shapes["dvae"]
+
+
+def test_every_letter_of_a_legend_says_what_it_is(steps):
+    for step, _ in steps.values():
+        assert {letter for letter in flow.letters(step) if letter.isalpha()} <= flow.MEANINGS.keys()
 
 
 def test_what_does_not_run_is_idle_and_nothing_else():
@@ -263,12 +266,32 @@ def test_two_methods_stand_beside_each_other_by_the_names_of_their_definitions()
 
 def test_pictures_are_the_batch_s_the_boxes_and_what_a_method_makes(steps):
     rows = {name: re.findall(r"<span>(.+?)</span>", pictures.drawn(step)) for name, (step, _) in steps.items()}
-    assert rows["cmae"] == ["images, and what is cut from them", "images: the online view I_s", "mask",
-                            "target images: the target view I_t"]  # fmt: skip
+    assert rows["cmae"] == [
+        "images, and what is cut from them",
+        "the master image; white: the online view&#x27;s window; orange: the target view&#x27;s",
+        "images: the online view I_s", "visible patches (mask)", "target images: the target view I_t",
+    ]  # fmt: skip
     assert [name for name in rows if any("heat map" in row for row in rows[name])] == ["cmae_loc"]
     for name, (step, _) in steps.items():
-        made = pictures.filled_in(step)
-        assert made.count("data:image/webp") == len(step.method.picture(step.batch)), name
+        made, attends = pictures.made(step), name != "dvae"  # which has no ViT
+        assert made.count("data:image/webp") == len(step.method.picture(step.batch)) + attends, name
+        assert made.count("attention of the class token") == attends, name
+
+
+def test_both_windows_lie_where_the_views_are_cut_from_the_master(steps, monkeypatch):
+    """What is drawn white is the corner, what is drawn orange the window whose colours, unchanged, are the target's."""
+    step, seen = steps["cmae"][0], {}
+    monkeypatch.setattr(step.method, "config", dataclasses.replace(step.method.config, target_color=False))
+    monkeypatch.setattr(pictures, "strips", seen.update)
+    pictures.drawn(step)
+    windows = next(rows for name, rows in seen.items() if name.startswith("the master"))
+    images, target = seen["images: the online view I_s"], seen["target images: the target view I_t"]
+    for picture, online, other in zip(windows, images, target, strict=True):
+        orange = (picture == picture.new_tensor(pictures.ORANGE)[:, None, None]).all(dim=0).nonzero()
+        down, right = ((orange.amin(dim=0) - 1) // pictures.ZOOM).tolist()
+        assert picture[:, 2:128:2, 2:128:2].sub(online[:, 1:, 1:]).abs().median() < 1e-5
+        inside = picture[:, 2 * down + 4 : 2 * down + 124 : 2, 2 * right + 4 : 2 * right + 124 : 2]
+        assert inside.sub(other[:, 2:62, 2:62]).abs().median() < 1e-5
 
 
 def test_boxes_are_drawn_at_their_edges():
@@ -277,6 +300,8 @@ def test_boxes_are_drawn_at_their_edges():
     assert [x.amin(dim=0).tolist() for x in (black, white)] == [[1, 2], [2, 3]]
     assert [x.amax(dim=0).tolist() for x in (black, white)] == [[5, 5], [4, 4]]
     assert len(black) == 14 and len(white) == 6 and (picture[0] == 0.5).sum() == 64 - 20
+    (orange,) = pictures.outlined(torch.full((1, 3, 8, 8), 0.5), torch.tensor([[1, 2, 5, 4]]), pictures.ORANGE)
+    assert (orange[:, 2, 3] == torch.tensor(pictures.ORANGE)).all() and (orange == 0).sum() == 3 * 14
 
 
 def test_claims_have_the_verdicts_of_the_document():
@@ -287,6 +312,15 @@ def test_claims_have_the_verdicts_of_the_document():
         found = proof.measured(claim)
         assert f"- **{found['verdict']}** {found['where']}: {found['statement']}." in document
         assert f"| {found['paper']} |" in document and found["numbers"] in document
+        if any(side.endswith("top1") for side in claim["sides"]):
+            assert "top-1 accuracy" in found["measure"], claim
+
+
+def test_a_curve_has_its_numbers_at_its_ticks(tmp_path, monkeypatch):
+    monkeypatch.setattr(proof, "runs_of", lambda *_: [{"loss": [dict(epoch=1, loss=4.0), dict(epoch=8, loss=1.0)]}])
+    svg = proof.curve("mae")
+    assert re.findall(r">([\d.]+)</text>", svg) == ["0", "0", "2", "4", "4", "8"]
+    assert 'points="50.5,8.0 208.0,66.5"' in svg and "loss 4 → 1" in svg  # an eighth of 180 from 28; a quarter of 78 up
 
 
 # -------------------------------------------------------------------------------------------------------- the site
@@ -317,15 +351,6 @@ class Parsed(HTMLParser):
     def handle_data(self, data):
         if self.inside:
             self.lines[-1] += data
-
-
-@pytest.fixture(scope="module")
-def built(tmp_path_factory):
-    place = tmp_path_factory.mktemp("site")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(site, "SWITCHES", {name: rows[:1] for name, rows in SWITCHES.items()})  # the others take longer
-        site.build(str(place))
-    return place
 
 
 def test_pages_hold_their_source_and_their_links_lead_somewhere(built):
