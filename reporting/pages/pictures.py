@@ -18,7 +18,7 @@ from inputs import augment
 from reporting.pages.flow import Step
 from reporting.pages.source import Source
 
-ZOOM = 2  # the boxes' lines are one pixel of an enlarged picture
+ZOOM = 2  # the boxes' lines are three pixels of an enlarged picture
 WHITE, ORANGE = (1.0, 1.0, 1.0), (1.0, 0.6, 0.1)
 
 
@@ -82,7 +82,7 @@ def outlined(pictures: Tensor, boxes: Tensor, colour: tuple = WHITE) -> Tensor:
     pictures = pictures.clone()
     for picture, box in zip(pictures, boxes.round().long().tolist(), strict=True):
         (top, left), (bottom, right) = box[:2], (box[0] + box[2] - 1, box[1] + box[3] - 1)
-        for edge, shade in ((0, (0.0, 0.0, 0.0)), (1, colour)):
+        for edge, shade in ((0, (0.0, 0.0, 0.0)), (1, colour), (2, colour)):
             rows, columns = slice(top + edge, bottom + 1 - edge), slice(left + edge, right + 1 - edge)
             for y in (top + edge, bottom - edge):
                 picture[:, y, columns] = picture.new_tensor(shade)[:, None]

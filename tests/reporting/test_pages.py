@@ -269,7 +269,7 @@ def test_pictures_are_the_batch_s_the_boxes_and_what_a_method_makes(steps):
     assert rows["cmae"] == [
         "images, and what is cut from them",
         "the master image; white: the online view&#x27;s window; orange: the target view&#x27;s",
-        "images: the online view I_s", "visible patches (mask)", "target images: the target view I_t",
+        "images: the online view I_s", "visible patches, mask", "target images: the target view I_t",
     ]  # fmt: skip
     assert [name for name in rows if any("heat map" in row for row in rows[name])] == ["cmae_loc"]
     for name, (step, _) in steps.items():
@@ -289,19 +289,19 @@ def test_both_windows_lie_where_the_views_are_cut_from_the_master(steps, monkeyp
     for picture, online, other in zip(windows, images, target, strict=True):
         orange = (picture == picture.new_tensor(pictures.ORANGE)[:, None, None]).all(dim=0).nonzero()
         down, right = ((orange.amin(dim=0) - 1) // pictures.ZOOM).tolist()
-        assert picture[:, 2:128:2, 2:128:2].sub(online[:, 1:, 1:]).abs().median() < 1e-5
-        inside = picture[:, 2 * down + 4 : 2 * down + 124 : 2, 2 * right + 4 : 2 * right + 124 : 2]
-        assert inside.sub(other[:, 2:62, 2:62]).abs().median() < 1e-5
+        window = picture[:, 2 * down :: 2, 2 * right :: 2][:, :64, :64]
+        assert picture[:, :128:2, :128:2].sub(online).abs().median() < 1e-5
+        assert window.sub(other).abs().median() < 1e-5
 
 
 def test_boxes_are_drawn_at_their_edges():
-    (picture,) = pictures.outlined(torch.full((1, 3, 8, 8), 0.5), torch.tensor([[1.0, 2.0, 5.0, 4.0]]))
+    grey, box = torch.full((1, 3, 12, 12), 0.5), torch.tensor([[1.0, 2.0, 9.0, 8.0]])
+    (picture,), (other,) = pictures.outlined(grey, box), pictures.outlined(grey, box, pictures.ORANGE)
     white, black = (picture[0] == 1).nonzero(), (picture[0] == 0).nonzero()
     assert [x.amin(dim=0).tolist() for x in (black, white)] == [[1, 2], [2, 3]]
-    assert [x.amax(dim=0).tolist() for x in (black, white)] == [[5, 5], [4, 4]]
-    assert len(black) == 14 and len(white) == 6 and (picture[0] == 0.5).sum() == 64 - 20
-    (orange,) = pictures.outlined(torch.full((1, 3, 8, 8), 0.5), torch.tensor([[1, 2, 5, 4]]), pictures.ORANGE)
-    assert (orange[:, 2, 3] == torch.tensor(pictures.ORANGE)).all() and (orange == 0).sum() == 3 * 14
+    assert [x.amax(dim=0).tolist() for x in (black, white)] == [[9, 9], [8, 8]]
+    assert len(black) == 30 and len(white) == 22 + 14 and (picture[0] == 0.5).sum() == 144 - 66
+    assert (other[:, *white.T] == torch.tensor(pictures.ORANGE)[:, None]).all() and (other == 0).sum() == 3 * 30
 
 
 def test_claims_have_the_verdicts_of_the_document():
