@@ -24,6 +24,7 @@ class Row:
 
     beside: list[notes.Note] = field(default_factory=list)
     lines: list[dict] = field(default_factory=list)
+    total: bool = False  # whether the whole loss is returned here
 
 
 @dataclass
@@ -119,15 +120,18 @@ def rows(of: Source, sections: list[notes.Note], setting: Setting, below: dict[i
     names: dict[int, list[str]] = {}
     for name, definition in of.definitions.items():
         names.setdefault(definition.first, []).append(name)
-    found = [Row()]
+    found, total = [Row()], None
     for number, (text, html) in enumerate(zip(of.lines, of.html, strict=True), 1):
         if number in places:
             found.append(Row(places[number]))
         found[-1].lines.append(dict(
             number=number, html=html, names=names.get(number, []), chips=setting.chips.get(number, []),
             idle=number in setting.idle, indent=len(text) - len(text.lstrip()), noted=number in places,
-            total='"loss":' in text, below=below.get(number, ""),
+            below=below.get(number, ""),
         ))  # fmt: skip
+        total = found[-1] if '"loss":' in text else total
+    if total:
+        total.total = True
     return found
 
 

@@ -15,7 +15,7 @@ for library in ("pygments", "jinja2", "latex2mathml", "markdown_it", "mdit_py_pl
 
 from methods import METHODS
 from reporting import HERE
-from reporting.pages import beside, diagram, flow, notes, pictures, proof
+from reporting.pages import beside, diagram, flow, notes, pictures, proof, site
 from reporting.pages.settings import SWITCHES
 from reporting.pages.source import PAGES, Source, source
 from runtime.command_line import field_comments
@@ -24,6 +24,7 @@ from runtime.errors import InputError
 # ------------------------------------------------------------------------------------------------------ notes, places
 
 
+NOTHING = site.Setting("", "", {}, set(), {})
 SMALL = Source(
     "small", "class A:\n    @staticmethod\n    def f(x):\n        y = x + 1\n        return x + 1\n\n\nB = 2  # two\n"
 )
@@ -301,7 +302,7 @@ def test_boxes_are_drawn_at_their_edges():
     assert [x.amin(dim=0).tolist() for x in (black, white)] == [[1, 2], [2, 3]]
     assert [x.amax(dim=0).tolist() for x in (black, white)] == [[9, 9], [8, 8]]
     assert len(black) == 30 and len(white) == 22 + 14 and (picture[0] == 0.5).sum() == 144 - 66
-    assert (other[:, *white.T] == torch.tensor(pictures.ORANGE)[:, None]).all() and (other == 0).sum() == 3 * 30
+    assert (other[:, picture[0] == 1] == torch.tensor(pictures.ORANGE)[:, None]).all() and (other == 0).sum() == 3 * 30
 
 
 def test_claims_have_the_verdicts_of_the_document():
@@ -314,6 +315,16 @@ def test_claims_have_the_verdicts_of_the_document():
         assert f"| {found['paper']} |" in document and found["numbers"] in document
         if any(side.endswith("top1") for side in claim["sides"]):
             assert "top-1 accuracy" in found["measure"], claim
+
+
+def test_the_curve_stands_beside_the_last_line_that_returns_a_loss():
+    for name, at in dict(
+        mae="MAE.forward | reconstruction_loss(",
+        cmae="CMAE.forward | l_r + self",
+        conmim="ConMIM.forward | anchors = take(",
+    ).items():
+        (row,) = [row for row in site.rows(source(name), notes.read(name).notes, NOTHING, {}) if row.total]
+        assert row.lines[0]["number"] == source(name).place(at)
 
 
 def test_a_curve_has_its_numbers_at_its_ticks(tmp_path, monkeypatch):
