@@ -318,13 +318,10 @@ def test_claims_have_the_verdicts_of_the_document():
 
 
 def test_the_curve_stands_beside_the_last_line_that_returns_a_loss():
-    for name, at in dict(
-        mae="MAE.forward | reconstruction_loss(",
-        cmae="CMAE.forward | l_r + self",
-        conmim="ConMIM.forward | anchors = take(",
-    ).items():
+    last = dict(mae="reconstruction_loss(", cmae="l_r + self", cae="l_y + self", conmim="anchors = take(")
+    for name, line in last.items():
         (row,) = [row for row in site.rows(source(name), notes.read(name).notes, NOTHING, {}) if row.total]
-        assert row.lines[0]["number"] == source(name).place(at)
+        assert row.lines[0]["number"] == source(name).place(f"{METHODS[name].__name__}.forward | {line}")
 
 
 def test_a_curve_has_its_numbers_at_its_ticks(tmp_path, monkeypatch):
