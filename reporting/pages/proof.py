@@ -4,7 +4,7 @@ from html import escape
 
 from reporting import HERE
 from reporting.documents import spell, verdict
-from reporting.result_files import runs_of, values
+from reporting.result_files import read, values
 
 RESULTS = HERE / "results"
 # What the numbers of a claim are, where its words do not say it.
@@ -29,10 +29,12 @@ def measured(claim: dict) -> dict[str, str]:
 
 def curve(method: str) -> str:
     """The losses of a finished run, epoch by epoch, as an inline SVG; nothing where none has been recorded."""
-    name = next((f"{folder}/{method}" for folder in ("demo", "cpu") if runs_of(RESULTS, f"{folder}/{method}")), None)
-    if name is None:
+    files = [file for folder in ("demo", "cpu") if (file := RESULTS / folder / f"{method}.json").exists()]
+    if not files:
         return ""
-    rows = runs_of(RESULTS, name)[0]["loss"]
+    found = read(files[0])
+    rows, caption = found["runs"][0]["loss"], f"losses by epoch, results/{files[0].relative_to(RESULTS)}"
+    caption += f" ({found['stale']})" if "stale" in found else ""
     parts = [part for part in rows[0] if part != "epoch"]
     top, last = max(row[part] for row in rows for part in parts), rows[-1]["epoch"] or 1
     lines = ""
@@ -52,5 +54,5 @@ def curve(method: str) -> str:
     return (
         '<figure class="curve"><svg viewBox="0 0 218 104" role="img" aria-label="losses by epoch">'
         f'<path d="M28 4V86H208"/>{ticks}{lines}</svg><ul>{ends}</ul>'
-        f"<figcaption>losses by epoch, results/{name}.json</figcaption></figure>"
+        f"<figcaption>{escape(caption)}</figcaption></figure>"
     )

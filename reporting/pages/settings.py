@@ -11,11 +11,11 @@ SWITCHES: dict[str, list[tuple[str, dict]]] = {
         ("raw pixels as target (Table 1d)", dict(norm_pixels=False)),
     ],
     "cmae": [
-        ("no contrast (Table 4a, 4d)", dict(lambda_c=0.0)),
+        ("no contrast, λ_c = 0 (§4.4)", dict(lambda_c=0.0)),
         ("no feature decoder (Table 4a, 4c)", dict(feature_decoder_depth=0)),
         ("no feature decoder, random crops (Table 4a)", dict(feature_decoder_depth=0, pixel_shift=False)),
         ("random crops, no shift (Table 4b, 6)", dict(pixel_shift=False)),
-        ("equal views, no colour (Table 4b)", dict(shift_range="0", target_color=False)),
+        ("equal views, no colour (Table 4b, as we read it)", dict(shift_range="0", target_color=False)),
         ("no colour on the target (Table 4b)", dict(target_color=False)),
         ("large shifts, 48-63 (Table 6)", dict(shift_range="48-63")),
         ("the feature decoder shares weights (Table 4c)", dict(share_decoder=True)),
@@ -30,12 +30,13 @@ SWITCHES: dict[str, list[tuple[str, dict]]] = {
         ("a decoder of convolutions (§3.5)", dict(decoder="conv")),
         ("no contrast", dict(lambda_ctr=0.0)),
         ("no location task", dict(lambda_loc=0.0)),
+        ("Eq. (5) as printed, a sum over places", dict(location_mean=False)),
         ("the location task without positions", dict(withhold_positions=True)),
     ],
     "cae": [
         ("no alignment (Table 2)", dict(lambda_z=0.0)),
         ("a linear layer as decoder (Table 2)", dict(decoder_depth=0)),
-        ("pixels in place of tokens (Fig. 4, Table 7)", dict(target="pixels")),
+        ("pixels in place of tokens (Fig. 4)", dict(target="pixels")),
         ("the official code's residual", dict(official_residual=True)),
     ],
     "conmim": [

@@ -72,7 +72,7 @@ def steps(runs: Path) -> tuple[dict[str, list[Setting]], dict[str, dict[int, str
     """
     found, below = {name: [] for name in PAGES}, {}
     for name in METHODS:
-        for label, changes in [("as in the paper", {}), *SWITCHES.get(name, [])]:
+        for label, changes in [("as by default", {}), *SWITCHES.get(name, [])]:
             step, other = flow.run_step(name, changes), flow.run_step(name, changes, other=True)
             chips, pages = flow.chips(step, other), {name: label}
             if not changes:

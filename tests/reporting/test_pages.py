@@ -2,6 +2,7 @@
 # ruff: noqa: E402  the extra `pages` may be missing
 
 import dataclasses
+import json
 import re
 from collections import defaultdict
 from html.parser import HTMLParser
@@ -325,8 +326,14 @@ def test_the_curve_stands_beside_the_last_line_that_returns_a_loss():
 
 
 def test_a_curve_has_its_numbers_at_its_ticks(tmp_path, monkeypatch):
-    monkeypatch.setattr(proof, "runs_of", lambda *_: [{"loss": [dict(epoch=1, loss=4.0), dict(epoch=8, loss=1.0)]}])
+    losses = [dict(epoch=1, loss=4.0), dict(epoch=8, loss=1.0)]
+    text = json.dumps(dict(method="mae", commands={}, config={}, runs=[dict(measured={}, loss=losses)], stale="old"))
+    (tmp_path / "cpu").mkdir()
+    (tmp_path / "cpu/mae.json").write_text(text)
+    monkeypatch.setattr(proof, "RESULTS", tmp_path)
+    assert proof.curve("cmae") == ""
     svg = proof.curve("mae")
+    assert "results/cpu/mae.json (old)" in svg
     assert re.findall(r">([\d.]+)</text>", svg) == ["0", "0", "2", "4", "4", "8"]
     assert 'points="50.5,8.0 208.0,66.5"' in svg and "loss 4 → 1" in svg  # an eighth of 180 from 28; a quarter of 78 up
 
