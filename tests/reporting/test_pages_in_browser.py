@@ -21,13 +21,14 @@ HARNESS = Path(__file__).with_name("harness.html").read_text()  # opens every pa
 
 
 @pytest.fixture(scope="module")
-def seen(built):
+def seen(built, tmp_path_factory):
+    place = shutil.copytree(built, tmp_path_factory.mktemp("seen") / "site")  # others look at what is in it
     names = [*(f"{page}.html" for page in PAGES), "index.html", "mae-cmae.html"]
-    (built / "harness.html").write_text(HARNESS.replace("PAGES", json.dumps(names)))
+    (place / "harness.html").write_text(HARNESS.replace("PAGES", json.dumps(names)))
     words = "--headless --no-sandbox --disable-gpu --allow-file-access-from-files --virtual-time-budget=60000".split()
     size = ["--window-size=1500,1100", "--enable-logging=stderr", "--dump-dom"]
     done = subprocess.run(
-        [CHROMIUM, *words, *size, f"--user-data-dir={built}/profile", (built / "harness.html").as_uri()],
+        [CHROMIUM, *words, *size, f"--user-data-dir={place}/profile", (place / "harness.html").as_uri()],
         capture_output=True, text=True, timeout=240,
     )  # fmt: skip
     text = re.search(r'<pre id="found">(.+?)</pre>', done.stdout, re.DOTALL)
