@@ -30,6 +30,18 @@ def test_second_start_reads_the_cache(tmp_path, cache, monkeypatch):
     )
 
 
+def test_pixels_are_mapped_so_that_a_machine_s_processes_share_them(tmp_path, cache):
+    """No page of them has been touched yet, so that what is written into the file shows."""
+    make_folder(tmp_path / "set")
+    opened = image_sets.open_set(str(tmp_path / "set"))
+    (path,) = cache.iterdir()
+    at = path.read_bytes().index(pixels(0).transpose(2, 0, 1).tobytes())
+    with open(path, "r+b") as file:
+        file.seek(at)
+        file.write(b"\7")
+    assert pixels(0)[0, 0, 0] != 7 == opened.images(torch.tensor([0]))[0, 0, 0, 0]
+
+
 def change_pixels(path):
     stamp = path.stat().st_mtime_ns
     Image.fromarray(255 - pixels(0)).save(path)
