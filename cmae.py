@@ -34,7 +34,7 @@ The rows of Table 4, from the top. Row 1 of 4b as two equal views is our reading
 The ViT-S of Figure 4b is in the official code `--model base --depth 8 --heads 8 --mlp-ratio 3`.
 `lambda_c=0` is not row 1 of 4a: it sees the corner of a larger master image, where MAE sees a crop of at least 20 %.
 
-    python train.py --method cmae            torchrun --nproc_per_node=8 train.py --method cmae --data tiny-imagenet
+    python train.py --method cmae    torchrun --nproc_per_node=8 train.py --method cmae --data tiny-imagenet --download
 
 Measured: ten classes of Tiny-ImageNet, in docs/results.md; ImageNet: not run.
 """

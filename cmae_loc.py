@@ -33,7 +33,8 @@ The paper has no code. Where it is silent or unclear, this file reads it so:
 - Hybrid decoder: all layers but the first and the last are replaced.
 - L_con is MAE's, of standardised patches. Crop and flip, patch size, warm-up and Adam's β are those of mae.py too.
 
-    python train.py --method cmae_loc        torchrun --nproc_per_node=8 train.py --method cmae_loc --data tiny-imagenet
+    python train.py --method cmae_loc
+    torchrun --nproc_per_node=8 train.py --method cmae_loc --data tiny-imagenet --download
 
 Measured: ten classes of Tiny-ImageNet, in docs/results.md; the paper's settings: not run.
 """

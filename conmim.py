@@ -31,7 +31,8 @@ flip stay shared, and the mean of the tokens enters the projector. Table 5's GPU
 all ranks (`--accumulate 16` makes it 128 of 2048). The threshold of its filter is not said, and similarity to "the
 anchor" is read as the cosine with f(x̂)_j. Equal inputs (Table 6) are one view. Tables 4 to 9 are of 300 epochs.
 
-    python train.py --method conmim          torchrun --nproc_per_node=8 train.py --method conmim --data tiny-imagenet
+    python train.py --method conmim
+    torchrun --nproc_per_node=8 train.py --method conmim --data tiny-imagenet --download
 
 Measured: ten classes of Tiny-ImageNet, in docs/results.md; the paper's settings: not run.
 """
@@ -278,6 +279,8 @@ def denoising_contrast(
     (S, M, d) anchors, (S, K, d) keys, (S, M) the places of the right ones among these → the loss, and how often the
     right key is the most similar one. Negative keys more similar than `filter_above` are left out (Table 5).
     """
+    if keys.shape[1] == 1:
+        raise InputError("one image at a time: its key has no negatives; give a larger --batch-size")
     similarity = cosines(anchors, keys.detach())  # (S, M, K)
     if filter_above < 1:
         negative = torch.arange(keys.shape[1], device=keys.device) != places[:, :, None]

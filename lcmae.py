@@ -24,16 +24,17 @@ Changes from mae.py: the second mask, the projector, L_cross, L_in, a decoder of
     Gaussian decoder   | about 5 x 5, then an MLP  | weights add to 1 at the border too; only the MLP has a residual
     conv decoder       | kernel 5                  | zeros beyond the border; no residual, no MLP
     these two decoders | replace MAE's             | its blocks alone, without the class token; the rest of it stays
-    Table A.1          | one image, 5 epochs       | the first image of --data; an epoch is 1,281,167 crops of it
+    Table A.1          | Asano's image, 5 epochs   | the first image of --data; an epoch is 1,281,167 crops of it
 
 Rows of Table 1 are weights of 0 and 1. Row (b), `--cross-weight 0 --in-weight 0`, gives mae.py's losses exactly with
 the same flags. The other tables are of MAE, at a base rate of 1.5e-4 and batch 1024 (§5); Figure 4 tells the 8 blocks:
-      Table 2      --cross-weight 0 --in-weight 0 --lr 6e-4 --decoder-depth 8 (then --decoder average, --decoder conv)
+      Table 2      --cross-weight 0 --in-weight 0 --lr 6e-4 --decoder-depth 8 (in its place --decoder average, conv)
       Table 3      --method autoencoder --block 16 (then 48, 80, 112; MAE itself is --method mae)
       Table A.1    --method mae --batch-size 1024 --images 1 --repeat 1281167 --epochs 5 --warmup-epochs 1
 The analyses of attention and features (Eq. 7 and 8, Figures 2 to 6) are in figures/.
 
-    python train.py --method lcmae           torchrun --nproc_per_node=8 train.py --method lcmae --data tiny-imagenet
+    python train.py --method lcmae
+    torchrun --nproc_per_node=8 train.py --method lcmae --data tiny-imagenet --download
 
 Measured on the built-in images, as the deviation of v over images (1: random directions, 0: all
 alike; untrained .200): (c), L_cross alone, .0010, which is the collapse that the paper reports; (d) .569; (g) .284;

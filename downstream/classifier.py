@@ -61,7 +61,8 @@ class AttentiveHead(nn.Module):
     """CAE's attentive probe, (B, T, D) → (B, classes): one cross-attention without residual or MLP, BN, a linear layer.
 
     With a single query the keys need no projection: q · (K x) = (Kᵀ q) · x; nor the values: Σ a V x = V Σ a x. The
-    keys' bias would add one number to all scores of a head, so there is none.
+    keys' bias would add one number to all scores of a head, so there is none. CAE's code also has layer norms that
+    learn before q, k and v, and Nesterov's momentum, which its paper does not mention.
     """
 
     def __init__(self, width: int, heads: int, classes: int):

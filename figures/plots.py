@@ -307,7 +307,7 @@ def features(study: Study):
     """Features of images in the plane, by principal components or t-SNE, coloured by their classes.
 
     With --label-maps, of their patches (CAE Figure 5), coloured by what most of a patch's pixels are: the ten most
-    frequent labels, at most 1000 patches of each.
+    frequent labels, at most 1000 patches of each. The paper has 500 images and the labels of ADE20K.
     """
     maps, of = study.args.label_maps, "patches" if study.args.label_maps else "images"
     n, numbers = study.args.images or (500 if of == "images" else 50), {}

@@ -22,6 +22,7 @@ from common import SIZES, ViT
 from inputs.augment import LEAST_STD
 from runtime import fast, process
 from runtime.errors import InputError
+from runtime.knobs import turned_off
 from runtime.ranks import rank, world_size
 
 
@@ -160,6 +161,10 @@ def pretraining_options(argv: list[str], methods: dict[str, type]):
     if args.tensorboard and importlib.util.find_spec("tensorboard") is None:
         raise InputError('--tensorboard: not installed; pip install ".[tensorboard]"')
     config = Method.Config(**{field.name: vars(args).pop(field.name) for field in dataclasses.fields(Method.Config)})
+    flags = {re.sub(r"^--(no-)?|=.*", "", word).replace("-", "_") for word in argv if word[:2] == "--"}
+    for knob, why in turned_off(args.method, config).items():
+        if knob in flags:
+            raise InputError(f"{knob.replace('_', ' ')}: does nothing with {why}; leave it out")
     return args, config, Method
 
 

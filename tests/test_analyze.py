@@ -26,7 +26,7 @@ RUNS = {
     "loc": f"--method cmae_loc {DECODER}",
     "loc-conv": f"--method cmae_loc {DECODER} --decoder conv",
     "lcmae": f"--method lcmae {DECODER}",
-    "lcmae-average": f"--method lcmae {DECODER} --decoder average",
+    "lcmae-average": "--method lcmae --decoder-width 8 --decoder average",
     "autoencoder": f"--method autoencoder {DECODER} --block 8",
     "cross": f"--method lcmae {DECODER} --mae-weight 0",
     "cae": "--method cae --codes 8 --hidden 4 --blocks 1 --first-stride 8",

@@ -547,6 +547,12 @@ def test_dalles_encoder_comes_from_a_file_and_who_has_none_learns_where_to_get_i
     assert torch.equal(model.tokenizer.tokens(images), theirs.tokens(images)) and model.predict.out_features == 9
     assert model.picture(batch_for(model)).shape == (2, 3, 3, 32, 32)  # no decoder to draw tokens with
     model.prepare(lambda *_, **__: pytest.fail("it has one"))
+    with pytest.raises(InputError, match=r"target dvae: .*dalle.pt is the other kind; give --target dvae or dalle"):
+        small(target="dvae", tokenizer=str(tmp_path / "dalle.pt"))
+    ours = dvae.Tokenizer(codes=9, hidden=8, blocks=1)
+    files.save(tmp_path / "dvae.pt", dict(settings=ours.settings, state_dict=ours.state_dict()))
+    with pytest.raises(InputError, match=r"target dalle: .*dvae.pt is the other kind"):
+        small(target="dalle", tokenizer=str(tmp_path / "dvae.pt"))
 
 
 @pytest.mark.parametrize("wrong,message", [

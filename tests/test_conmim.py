@@ -580,6 +580,12 @@ def test_cells_that_do_not_fill_the_grid_are_refused(cell):
     small(24, mask_cell=cell, masking="block")  # has no cells, and may have three patches a side
 
 
+def test_one_image_cannot_be_contrasted_with_images():
+    model = small(contrast="instance", masking="none")
+    with pytest.raises(InputError, match="one image at a time: its key has no negatives; give a larger --batch-size"):
+        model(model.draw(images_for(1), torch.arange(1), StepRandom(0, 0, 1)))
+
+
 def test_the_header_names_switches_that_exist():
     (row,) = re.findall(r'`(contrast="[^`]+)`', conmim.__doc__)
     ConMIM(ViT(224, 16, 16, 1, 2), Config(**SMALL | eval(f"dict({row})")))

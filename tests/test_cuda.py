@@ -20,6 +20,7 @@ from test_train import (  # noqa: F401  (three are fixtures)
     assert_same_bits,
     environment,
     log,
+    own,
     photos,
     state,
     train,
@@ -57,7 +58,7 @@ def on_a_gpu(monkeypatch):
 
 def begun(name: str, device: torch.device, *flags: str):
     """A method at its first weights and its optimizer, as train.py builds them: the same on every device."""
-    words = ["--method", name, *SMALL, *OWN[name], "--width", "64", "--batch-size", str(B), *flags]
+    words = ["--method", name, *SMALL, *own(name, "--width", "64", "--batch-size", str(B), *flags)]
     args, config, Method = options(words)
     return build(args, config, Method, device)[:2]
 

@@ -258,7 +258,7 @@ def test_squeeze_and_unsqueeze_are_inverse():
     assert unsqueeze(torch.tensor([0.0, 1.0])).tolist() == [0, 1]
 
 
-def test_perplexity_counts_the_codes_in_use():
+def test_perplexity_counts_the_effective_codes():
     assert perplexity(torch.tensor([[3, 3], [3, 3]]), 8).item() == pytest.approx(1)
     assert perplexity(torch.tensor([[0, 1], [6, 7]]), 8).item() == pytest.approx(4)
     entropy = -(0.75 * math.log(0.75) + 0.25 * math.log(0.25))

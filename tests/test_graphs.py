@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from test_map import SHORT
-from test_train import OWN, SMALL
+from test_train import SMALL, own
 
 from common import StepRandom
 from methods import METHODS
@@ -64,7 +64,7 @@ def named(case) -> str:
 
 def method_of(case, device: str = "cpu"):
     name, knobs, flags = case
-    args, config, Method = options(["--method", name, *SMALL, *OWN[name], "--depth", "1", *flags.split()])
+    args, config, Method = options(["--method", name, *SMALL, *own(name, "--depth", "1", *flags.split())])
     torch.manual_seed(0)
     return Method(build_encoder(args), dataclasses.replace(config, **SHORT.get(name, {}) | knobs)).to(device).train()
 

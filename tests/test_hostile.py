@@ -18,7 +18,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from test_train import OWN, SMALL, assert_same_bits, log
+from test_train import OWN, SMALL, assert_same_bits, log, own
 
 import mae
 import train
@@ -34,7 +34,7 @@ from train import options
 
 def build(name: str, *flags: str):
     """A method as small as test_train's, at its first weights."""
-    args, config, Method = options(["--method", name, *SMALL, *OWN[name], *flags])
+    args, config, Method = options(["--method", name, *SMALL, *own(name, *flags)])
     torch.manual_seed(0)
     return Method(build_encoder(args), config).train()
 

@@ -21,7 +21,8 @@ import train
 from common import StepRandom
 from inputs import image_cache, image_sets
 from methods import METHODS
-from runtime.command_line import build_encoder
+from runtime import knobs
+from runtime.command_line import build_encoder, build_parser
 
 ROOT = Path(__file__).parent.parent
 MAP = (ROOT / "tests" / "README.md").read_text()
@@ -179,6 +180,22 @@ def test_no_knob_does_nothing(name, knob):
     assert value != before and traces(name, base | {knob: value}) != PLAIN[key]
 
 
+IDLE = [
+    (name, settings, knob) for name, pairs in knobs.IDLE.items() for settings, idle in pairs for knob in idle.split()
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name, settings, knob", IDLE, ids=str)
+def test_a_knob_that_is_refused_would_do_nothing(name, settings, knob):
+    settings = {key: OTHER[key] if value is True else value for key, value in settings.items()}
+    config = dataclasses.replace(config_of(name)[1], **settings)
+    before, value = getattr(config, knob), OTHER.get(knob)
+    value = value if value is not None else not before if isinstance(before, bool) else 2 * before or 1
+    if (name, knob) == ("cmae", "contrast"):
+        value = "byol"
+    assert value != before and traces(name, settings | {knob: value}) == traces(name, settings)
+
+
 # ------------------------------------------------------------------------------------------------ commands in headers
 
 
@@ -217,6 +234,8 @@ def test_commands_in_headers_are_understood(file, command, monkeypatch):
         args, config, Method = train.options(words)
         assert Method is METHODS[args.method] and isinstance(config, Method.Config)
         assert file.removesuffix(".py") not in METHODS or args.method == file.removesuffix(".py")
+        named = args.data not in ("shapes", "FOLDER") and "/" not in args.data and ":" not in args.data
+        assert args.data_root or args.download or not named, "who has not the images yet is refused"
         return
     parse = argparse.ArgumentParser.parse_args
 
@@ -227,3 +246,13 @@ def test_commands_in_headers_are_understood(file, command, monkeypatch):
     monkeypatch.setattr(sys, "argv", [program, *words])
     with pytest.raises(SystemExit if "--help" in words else Understood):
         importlib.import_module(program.removesuffix(".py")).main()
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_flag_of_a_header_is_an_option(name):
+    """Its own, or one of the method that the header names beside it: CAE's for dvae, the autoencoder's for LC-MAE."""
+    header = ast.get_docstring(ast.parse((ROOT / f"{name}.py").read_text()))
+    parsers = [build_parser(method, METHODS) for method in (name, "autoencoder", "cae")]
+    known = {"--nproc_per_node", "--nproc"} | {word for parser in parsers for word in parser._option_string_actions}
+    flags = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", header))
+    assert flags and flags <= known, flags - known

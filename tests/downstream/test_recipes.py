@@ -38,12 +38,15 @@ def test_recipes_are_the_papers_tables():
     shapes = {
         "mae": (100, 5, 0.65), "cae-small": (200, 5, 0.75), "cae-large": (50, 5, 0.75), "conmim": (100, 20, 0.65),
         "conmim-small": (200, 5, 0.8), "lcmae": (100, 5, 0.75), "cmae_loc": (100, 5, 0.65),
+        "mae-large": (50, 5, 0.75),
     }  # fmt: skip
     for name, shape in shapes.items():
         recipe = recipe_for(name, "finetune")
         assert (recipe.epochs, recipe.warmup_epochs, recipe.layer_decay) == shape
         assert (recipe.mixup, recipe.cutmix, recipe.smoothing, recipe.erase) == (0.8, 1.0, 0.1, 0.25)
-        assert (recipe.randaugment, recipe.drop_path, recipe.weight_decay) == (9, 0.1, 0.05)
+        drop_path = 0.2 if name.endswith("large") else 0.1
+        assert (recipe.randaugment, recipe.drop_path, recipe.weight_decay) == (9, drop_path, 0.05)
+        assert (recipe.positions == "learned") == name.startswith("mae")
     for protocol in ("linear", "attentive"):
         recipe = recipe_for("cae", protocol)
         assert (recipe.epochs, recipe.warmup_epochs, recipe.weight_decay, recipe.crop_scale) == (90, 10, 0, 0.08)
@@ -77,6 +80,7 @@ WRONG = {
     "--layer-decay: does nothing to protocol linear": dict(protocol="linear", given=dict(layer_decay=0.5)),
     "--features: does nothing to protocol attentive": dict(protocol="attentive", given=dict(features="cls")),
     "--attend-cls: does nothing to protocol finetune": dict(given=dict(attend_cls=True)),
+    "--base-lr: does nothing beside --lr": dict(given=dict(lr=1e-3, base_lr=1e-3)),
 }
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from forked import Program, finish
 from PIL import Image
-from test_train import OWN, assert_same_bits, environment  # noqa: F401  (a fixture)
+from test_train import assert_same_bits, environment, own  # noqa: F401  (a fixture)
 
 import train
 from common import StepRandom
@@ -45,7 +45,7 @@ def photos(tmp_path_factory, environment):  # noqa: F811
 
 
 def words(method: str, data: Path, out: Path, *more) -> list[str]:
-    return list(map(str, ["--method", method, *SMALL, data, "--out", out, *OWN[method], *more]))
+    return list(map(str, ["--method", method, *SMALL, data, "--out", out, *own(method, *more)]))
 
 
 def train_here(method: str, data: Path, out: Path, *more) -> list[dict]:

@@ -87,6 +87,11 @@ def test_any_value_of_any_knob_builds_a_method_or_is_refused_in_one_line(name, d
     ("cmae --projector-width -1", "projector width -1: must be 0 or more"),
     ("conmim --projector-width 0", "projector width 0: must be 1 or more"),
     ("mae --decoder-heads 0", "decoder heads 0: must be 1 or more"),
+    ("cae --tokenizer x.pt --codes 64", "codes: does nothing with tokenizer x.pt; leave it out"),
+    ("cae --target pixels --hidden=64", "hidden: does nothing with target pixels; leave it out"),
+    ("cmae --lambda-c 0 --no-target-color", "target color: does nothing with lambda c 0.0; leave it out"),
+    ("cmae --contrast byol --no-official-scale --tau 0.2", "tau: does nothing with contrast byol, official"),
+    ("lcmae --cross-weight 0 --in-weight 0 --project tokens", "project: does nothing with cross weight 0.0, in weight"),
 ])  # fmt: skip
 def test_wild_and_idle_options_are_refused(line, message):
     with pytest.raises(InputError, match=message):

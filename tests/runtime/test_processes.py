@@ -22,6 +22,7 @@ from test_train import (  # noqa: F401  (`environment` is a fixture)
     environment,
     log,
     needs_compiler,
+    own,
     state,
     wait_for_lines,
 )
@@ -51,7 +52,7 @@ def ranks(photos, environment, tmp_path):  # noqa: F811
     begun = []
 
     def begin(*flags, method="mae", n=1, out="run", before="", **more):
-        words = ["--method", method, "--data", photos, "--out", tmp_path / out, *SMALL, *OWN[method], *flags]
+        words = ["--method", method, "--data", photos, "--out", tmp_path / out, *SMALL, *own(method, *flags)]
         begun.append(Program("train.py", *words, n=n, env=environment | more, cwd=tmp_path, before=before))
         return begun[-1]
 

@@ -14,6 +14,7 @@ from test_train import (  # noqa: F401  (`photos` and `environment` are fixtures
     assert_same_bits,
     environment,
     log,
+    own,
     photos,
     state,
 )
@@ -28,7 +29,7 @@ def start(photos, environment, tmp_path):  # noqa: F811
     begun = []
 
     def begin(*flags, method="mae", n=1, out="run", before=""):
-        words = ["--method", method, "--data", photos, "--out", tmp_path / out, *SMALL, *OWN[method], *flags]
+        words = ["--method", method, "--data", photos, "--out", tmp_path / out, *SMALL, *own(method, *flags)]
         begun.append(Program("train.py", *words, n=n, env=environment, cwd=tmp_path, before=before))
         return begun[-1]
 
