@@ -149,21 +149,24 @@ class Session:
         self.work.mkdir(parents=True, exist_ok=True)
         name = torch.cuda.get_device_name() if self.args.device == "cuda" else processor()
         self.found |= dict(device=name, versions=versions(), data=self.args.data, git=git_state())
+        left = self.end - time.monotonic()
+        for step in plan(self.args, self.found):  # what is to be expected, said in advance
+            if self.wanted(step.name):
+                fits = step.seconds <= left
+                left -= step.seconds * fits
+                print(f"{step.name:14} {step.seconds:4.0f} s{'' if fits else ': no room for it'}", flush=True)
         for name in STEPS:
             if name.startswith("learn"):
                 share_out(self.found, self.end - time.monotonic())
             step = next(step for step in plan(self.args, self.found) if step.name == name)  # by now it may know more
-            if not self.ready(name):
-                continue
-            if step.seconds <= self.end - time.monotonic():
+            if self.wanted(name) and self.ready(name) and step.seconds <= self.end - time.monotonic():
                 self.do(step)
-            else:
-                print(f"{step.name:14} {step.seconds:4.0f} s: no room for it", flush=True)
+
+    def wanted(self, name: str) -> bool:
+        return name in (self.args.only or STEPS) and self.found["steps"].get(name, {}).get("state") != "ok"
 
     def ready(self, name: str) -> bool:
-        """Whether a step is wanted and not done yet, and what it builds on is there."""
-        if name not in (self.args.only or STEPS) or self.found["steps"].get(name, {}).get("state") == "ok":
-            return False
+        """Whether what a step builds on is there."""
         what, _, method = name.partition("-")
         needs = {"epochs": "data", "learn": f"epochs-{method}"}.get(what, f"learn-{method}")
         return not method or (bool(result(self.found, needs)) and (what != "learn" or "epochs" in self.found))
