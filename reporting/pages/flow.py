@@ -248,7 +248,7 @@ def letters(step: Step) -> dict[str, int]:
     found |= {"D/heads": base["D"] // base["heads"]} if vit else {}
     found |= {"hidden/4": base["hidden"] // 4} if "hidden" in base else {}
     found |= {"3·b·b": 3 * base["b"] ** 2} if "b" in base else {}
-    found |= {"3·p": 3 * base["p"]} if vit and not hasattr(method, "shifts") else {}
+    found |= {"3·p": 3 * base["p"]} if vit else {}
     found |= {"H+p": base["H"] + base["p"]} if hasattr(method, "shifts") else {}
     return found
 

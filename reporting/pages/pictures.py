@@ -16,7 +16,6 @@ from figures import measures
 from figures.plots import batch_pictures, picture_names
 from inputs import augment
 from reporting.pages.flow import Step
-from reporting.pages.source import Source
 
 ZOOM = 2  # the boxes' lines are three pixels of an enlarged picture
 WHITE, ORANGE = (1.0, 1.0, 1.0), (1.0, 0.6, 0.1)
@@ -43,13 +42,10 @@ def drawn(step: Step) -> str:
     if crop_by != "none":
         with torch.no_grad():
             heat = cmae_loc.HEAT[crop_by](method.encoder, augment.normalize(whole)).unflatten(1, method.encoder.grid)
-        top, left, bottom, right = cmae_loc.locate(heat, whole.shape[2:], method.config.crop_threshold).T * len(
-            framed[0, 0]
-        )
-        boxes = torch.stack([top, left, bottom - top, right - left], dim=1)
+        boxes = cmae_loc.locate(heat, whole.shape[2:], method.config.crop_threshold) * framed.shape[2]
+        boxes[:, 2:] -= boxes[:, :2]  # to heights and widths
         rows["heat map M of the encoder, and the box around it"] = outlined(shades(heat, framed.shape[2:]), boxes)
-    patch = getattr(method, "student", method.encoder)
-    return strips(rows | batch_pictures(batch, whole, getattr(patch, "patch_size", 8)))
+    return strips(rows | batch_pictures(batch, whole, getattr(method.encoder, "patch_size", 8)))
 
 
 def made(step: Step) -> str:
@@ -103,8 +99,3 @@ def strips(rows: dict[str, Tensor], caption: str = "") -> str:
         size = f'width="{len(pictures) * side}" height="{side}"'
         found += f'<p><img src="data:image/webp;base64,{data}" alt="" {size}><span>{escape(name)}</span></p>'
     return f'<figure class="pictures">{found}<figcaption>{escape(caption)}</figcaption></figure>' if found else ""
-
-
-def places(of: Source, name: str) -> tuple[int, int]:
-    """The last lines of a method's `draw` and `picture`."""
-    return tuple(of.definitions[f"{name}.{member}"].last for member in ("draw", "picture"))

@@ -20,9 +20,9 @@ TEMPLATES = Path(__file__).parent / "templates"
 
 @dataclass
 class Row:
-    """Notes, and the lines of code beside them, up to the next note."""
+    """A note, and the lines of code beside it, up to the next note."""
 
-    beside: list[notes.Note] = field(default_factory=list)
+    note: notes.Note | None = None
     lines: list[dict] = field(default_factory=list)
     total: bool = False  # whether the whole loss is returned here
 
@@ -88,10 +88,10 @@ def steps(runs: Path) -> tuple[dict[str, list[Setting]], dict[str, dict[int, str
 
 def shown(name: str, step: flow.Step, runs: Path) -> dict[int, str]:
     """Line → the pictures below it: after `draw` the views and masks, after `picture` what a trained method makes."""
-    draw, picture = pictures.places(source(name), METHODS[name].__name__)
-    found, checkpoint = {draw: pictures.drawn(step)}, runs / f"{name}-shapes" / "checkpoint.pt"
+    ends = {at: source(name).definitions[f"{METHODS[name].__name__}.{at}"].last for at in ("draw", "picture")}
+    found, checkpoint = {ends["draw"]: pictures.drawn(step)}, runs / f"{name}-shapes" / "checkpoint.pt"
     if checkpoint.exists():
-        found[picture] = pictures.made(flow.run_step(name, checkpoint=checkpoint))
+        found[ends["picture"]] = pictures.made(flow.run_step(name, checkpoint=checkpoint))
     return found
 
 
@@ -114,9 +114,7 @@ def sentence(of: Source) -> str:
 
 def rows(of: Source, sections: list[notes.Note], setting: Setting, below: dict[int, str]) -> list[Row]:
     """The page's grid: a row begins at the top and at each line that has a note."""
-    places: dict[int, list[notes.Note]] = {}
-    for note in sections:
-        places.setdefault(of.place(note.at), []).append(note)
+    places = {of.place(note.at): note for note in sections}
     names: dict[int, list[str]] = {}
     for name, definition in of.definitions.items():
         names.setdefault(definition.first, []).append(name)

@@ -14,6 +14,7 @@ import torch
 for library in ("pygments", "jinja2", "latex2mathml", "markdown_it", "mdit_py_plugins"):
     pytest.importorskip(library, reason="pip install '.[pages]'")
 
+import cmae_loc
 from methods import METHODS
 from reporting import HERE
 from reporting.pages import beside, diagram, flow, notes, pictures, proof, site
@@ -280,6 +281,16 @@ def test_pictures_are_the_batch_s_the_boxes_and_what_a_method_makes(steps):
         assert made.count("attention of the class token") == attends, name
 
 
+def test_attention_is_the_class_token_s_to_the_patches(steps, monkeypatch):
+    step, seen = steps["mae"][0], {}
+    monkeypatch.setattr(pictures, "strips", lambda rows, _: seen.update(rows))
+    pictures.made(step)
+    *_, shown = seen.values()
+    with torch.no_grad():
+        heat = cmae_loc.class_attention(step.method.encoder, step.batch.images).unflatten(1, step.method.encoder.grid)
+    torch.testing.assert_close(shown, pictures.shades(heat, (64, 64)), atol=1e-5, rtol=1e-5)
+
+
 def test_both_windows_lie_where_the_views_are_cut_from_the_master(steps, monkeypatch):
     """What is drawn white is the corner, what is drawn orange the window whose colours, unchanged, are the target's."""
     step, seen = steps["cmae"][0], {}
@@ -292,8 +303,19 @@ def test_both_windows_lie_where_the_views_are_cut_from_the_master(steps, monkeyp
         orange = (picture == picture.new_tensor(pictures.ORANGE)[:, None, None]).all(dim=0).nonzero()
         down, right = ((orange.amin(dim=0) - 1) // pictures.ZOOM).tolist()
         window = picture[:, 2 * down :: 2, 2 * right :: 2][:, :64, :64]
-        assert picture[:, :128:2, :128:2].sub(online).abs().median() < 1e-5
+        assert picture[:, :128:2, :128:2].sub(online).abs().median() < 1e-5 and not picture[:, 0, :128].any()
         assert window.sub(other).abs().median() < 1e-5
+
+
+def test_the_box_of_a_heat_map_is_drawn_where_it_was_found(steps, monkeypatch):
+    """At (top, left, bottom, right), shares of the sides, while boxes are drawn by height and width in pixels."""
+    boxes = []
+    monkeypatch.setattr(
+        cmae_loc, "locate", lambda heat, *_: torch.tensor([[0.25, 0.25, 0.5, 0.75]]).repeat(len(heat), 1)
+    )
+    monkeypatch.setattr(pictures, "outlined", lambda x, where, *_: boxes.append(where) or x)
+    pictures.drawn(steps["cmae_loc"][0])
+    assert boxes[-1].tolist() == [[32, 32, 32, 64]] * flow.IMAGES
 
 
 def test_boxes_are_drawn_at_their_edges():
