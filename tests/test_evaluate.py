@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from forked import Program, finish
 from PIL import Image
 from torch import nn
 
@@ -275,8 +276,8 @@ def test_bad_input_ends_the_program_with_one_line_and_status_2(run):
 def test_two_processes_measure_what_one_does_and_print_it_once(run, monkeypatch, capsys):
     call(monkeypatch, "--run", run, "--protocol", "linear")
     alone = json.loads(capsys.readouterr().out)
-    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--")
-    done = shell(*torchrun, "evaluate.py", "--run", run, "--protocol", "linear", "--device", "cpu")
+    words = ["--run", run, "--protocol", "linear", "--device", "cpu"]  # test_commands.py has it started by torchrun
+    done = finish(Program("evaluate.py", *words, env=os.environ | dict(OMP_NUM_THREADS="1"), cwd=ROOT, n=2))
     assert done.returncode == 0, done.stderr
     assert [json.loads(line) for line in done.stdout.splitlines()] == [alone | {"processes": 2}]
 
