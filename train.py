@@ -4,16 +4,17 @@
     python train.py --method cmae --data tiny-imagenet --download    one GPU
     torchrun --nproc_per_node=8 train.py --method cmae --data imagenet --data-root DIR --recipe paper
 
-`train` is the loop that every method runs in. A method turns uint8 images into a batch, drawing all that is random in a
-step (`draw`), and computes its losses (called as a module): a dict whose `loss` is the total; the others are logged.
-Optional members: `update_teacher` moves the teacher after each step, `end_epoch` sees all images between two epochs,
-and `prepare` can have another method trained first, in `<out>/<its name>`.
+`loop` is the loop that every method runs in. A method makes a batch of uint8 images, with every crop, mask and colour
+that a step draws (`draw`); called as a module, it computes its losses: a dict whose `loss` is the total. The others are
+logged. Optional members: `update_teacher` moves the teacher after each step, `end_epoch` is given all images after each
+epoch but the last, and `prepare` can have another method trained first, in `<out>/<its name>`.
 
 A run lives in its directory (`--out`): config.json, log.jsonl, checkpoint.pt, encoder.safetensors, pictures, a summary.
-The same command resumes it. Everything random in step t comes from (seed, t) and the order of epoch e from (seed, e),
-so a resumed run ends bit-identical to an uninterrupted one; the number of processes changes no draw but drop path's.
-The host waits for a GPU only to log, to save, for fp16's scale, between epochs, and every tenth step for the processes
-to agree on stopping; otherwise it draws the next step while the GPU computes.
+The same command resumes it. Everything random in step t comes from (seed, t) and the order of epoch e from (seed, e).
+So a resumed run ends with the same bits as an uninterrupted one (on a GPU with --deterministic). The number of
+processes, like that of --accumulate's parts, changes no draw but drop path's.
+The host draws the next step while the GPU computes. It waits for the GPU to log, to save, between epochs, with fp16 in
+each step, and in every tenth step, when the processes agree whether to stop.
 """
 
 import json
@@ -96,8 +97,8 @@ def loop(args, plan: "Plan", run: Run, images: image_sets.ImageSet, watch: Watch
             return compiled(batch)
 
     if 0 < run.step < plan.steps and world_size() > 2:
-        # After its first backward pass DDP regroups its gradients, which changes the order in which three or more
-        # processes are added up. The interrupted run had done so; for the same bits, one discarded pass does it here.
+        # After its first backward pass DDP groups its gradients anew and adds up three or more processes in another
+        # order. The interrupted run was past that point. A pass whose gradients are thrown away brings this one there.
         index = next(plan.indices(run.step))
         rng = StepRandom(args.seed, run.step, args.batch_size, plan.rows[0], device)
         losses_of(method.draw(images.images(index, device), index, rng))["loss"].backward()
@@ -124,17 +125,17 @@ def loop(args, plan: "Plan", run: Run, images: image_sets.ImageSet, watch: Watch
             if args.clip_grad:
                 scaler.unscale_(optimizer)
                 nn.utils.clip_grad_norm_(method.parameters(), args.clip_grad)
-            scaler.step(optimizer)
+            scaler.step(optimizer)  # with fp16 it leaves out a step that overflows; rate and teacher go on
             scaler.update()
             optimizer.zero_grad(set_to_none=True)
             if hasattr(method, "update_teacher"):
                 method.update_teacher((step + 1) / plan.steps)
-
             done = step + 1
-            if plan.ends(done, 1) and done < plan.steps and hasattr(method, "end_epoch"):  # the last has no use for it
+            if plan.ends(done, 1) and done < plan.steps and hasattr(method, "end_epoch"):
                 with autocast:
                     told = method.end_epoch(done // plan.steps_per_epoch, plan.steps / plan.steps_per_epoch, images)
-                say(*[told] if told else [])
+                if told:
+                    say(told)
             meter.update(done, losses, rate, watch.measured(probe=plan.ends(done, args.probe_every)))
             stopping = run.asked_to_stop(done)
             if stopping or plan.ends(done, args.save_every):
@@ -146,7 +147,7 @@ def loop(args, plan: "Plan", run: Run, images: image_sets.ImageSet, watch: Watch
 
 
 class Plan:
-    """How long a run is, and which images each process takes in which step."""
+    """How long a run is, and which images each process takes in which step. An epoch leaves out what fills no batch."""
 
     def __init__(self, args, images: int):
         self.args, self.images, self.n = args, images, images * args.repeat  # n images an epoch
@@ -157,16 +158,16 @@ class Plan:
             raise InputError(f"batch size {args.batch_size}: larger than {epoch}")
         self.steps = args.epochs * self.steps_per_epoch
         self.warmup = round(args.warmup_epochs * self.steps_per_epoch)
-        if args.max_steps and args.max_steps < self.steps:  # a shorter run of the same shape
+        if args.max_steps and args.max_steps < self.steps:  # warm-up, decay and momentum shrink to fewer steps
             self.steps, self.warmup = args.max_steps, round(self.warmup * args.max_steps / self.steps)
 
     def ends(self, step: int, every: int | None) -> bool:
-        """Whether one of `every` so many epochs ends with this step, or the run; never, if that is None."""
+        """Whether this step ends the run, or an epoch whose number `every` divides; with None, no step does."""
         epochs, rest = divmod(step, self.steps_per_epoch)
         return every is not None and (step == self.steps or (rest == 0 and epochs % every == 0))
 
     def indices(self, first: int) -> Iterator[Tensor]:
-        """Positions in the image set, those of one part after another, from step `first` on."""
+        """From step `first` on, part after part, the positions in the image set that this process takes."""
         args, todo = self.args, range(first, self.steps)
         for _, places in orders(args.seed, self.n, args.batch_size, args.accumulate, todo):
             yield places % self.images
@@ -196,12 +197,15 @@ def distribute(method: nn.Module) -> nn.Module:
     if world_size() == 1:
         return method
     network = DistributedDataParallel(method, gradient_as_bucket_view=True)
-    network.broadcast_buffers = False  # they are constants, alike in all; as an argument, torch 2.14 warns of it
+    network.broadcast_buffers = False  # they are constants, alike in all; torch 2.14 warns of DDP's argument
     return network
 
 
 def train_first(args, device: torch.device, name: str, **settings) -> nn.Module:
-    """Another method, trained before the one of `args` on the same images and machine, in `<out>/<name>`."""
+    """Another method, trained on the images and the machine of `args` before its own, in `<out>/<name>`, once.
+
+    Its batches are no larger than those of `args`, and have as many parts or more: they must fit the same memory.
+    """
     flags = ["--method", name, "--data", args.data, "--recipe", args.recipe, "--out", f"{args.out}/{name}"]
     for option, value in settings.items():
         flags += ["--" + option.replace("_", "-"), *map(str, value if isinstance(value, tuple) else [value])]
