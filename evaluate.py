@@ -20,10 +20,10 @@ from pathlib import Path
 from common import pair
 from downstream import recipes
 from downstream.protocols import PROTOCOLS, Task, evaluate
-from inputs import image_sets
+from inputs import augment, image_sets
 from runtime import files, process
 from runtime.command_line import OPTIONS, Help, Parser, Sides, add_option, field_comments, seed
-from runtime.encoders import TARGETS, load_encoder, untrained, write_export
+from runtime.encoders import TARGETS, load_encoder, normalised, untrained, write_export
 from runtime.errors import InputError
 from runtime.ranks import rank, world_size
 
@@ -40,7 +40,7 @@ def options() -> argparse.Namespace:
     add_option(parser, "image-size", unset, Sides, "H [W]", text)
     parser.add_argument("--untrained", action="store_true", help="the same encoder at its initial weights")
     group = parser.add_argument_group("images (as the run's, unless given)")
-    images = "data data-root classes class-level range split columns download skip-bad-images".split()
+    images = "data data-root classes class-level range split columns mean std download skip-bad-images".split()
     for name, _, *option in OPTIONS["what to train on what"]:
         if name in images:
             add_option(group, name, unset, *option)
@@ -140,8 +140,10 @@ def main() -> None:
     if args.untrained and args.protocol == "supervised":
         raise InputError("--untrained: does nothing to protocol supervised, which is so anyway; leave it out")
     chosen, report = task_options(args, settings)
-    report["image_size"] = encoder.image_size
     sets = [image_sets.open_for(args, half).to(device) for half in ("train", "val")]
+    augment.find_statistics(args, sets[0], device)
+    encoder = normalised(encoder, getattr(args, "mean", None), getattr(args, "std", None))
+    report |= dict(image_size=encoder.image_size, mean=encoder.mean, std=encoder.std)
     name = args.protocol + ("-paper" if "paper" in args else "")
     name += (f"-{report['blocks']}" if "blocks" in report else "") + ("-untrained" if args.untrained else "")
     name += "-{}x{}".format(*pair(args.image_size)) if "image_size" in args else ""

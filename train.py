@@ -61,9 +61,7 @@ def train(args, config, Method, device: torch.device) -> nn.Module:
     rows_of_rank(args.batch_size, args.accumulate)  # refused before the images are read, which may take long
     images = image_sets.open_for(args, "train")
     images = (images.first(args.images) if args.images else images).to(device)  # --images limits pretraining alone
-    if args.mean == "auto":
-        args.mean, std = augment.channel_statistics(images, device)
-        args.std = args.std or std
+    augment.find_statistics(args, images, device)
     plan = Plan(args, len(images))
     method, optimizer, scaler = build(args, config, Method, device)
     watch = Watch(args, method, device)

@@ -81,7 +81,8 @@ def optimize(
     """
     scaler = torch.amp.GradScaler(device.type, enabled=settings["precision"] == "fp16")
     checksum = zlib.crc32(b"".join(x.cpu().numpy().tobytes() for x in model.encoder.state_dict().values()))
-    settings = settings | dict(encoder=checksum, linear="convolution" if fast.as_convolution else "product")
+    views = {name: model.encoder.settings[name] for name in ("mean", "std")}
+    settings |= views | dict(encoder=checksum, linear="convolution" if fast.as_convolution else "product")
     run = Progress(directory, settings, model, dict(optimizer=optimizer, scaler=scaler), resume)
     model.train()
     begin, since, total = time.perf_counter(), run.step, torch.zeros((), device=device)

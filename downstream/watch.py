@@ -10,15 +10,15 @@ from inputs import image_sets
 from runtime.errors import InputError
 from runtime.ranks import world_size
 
-LEAST = {"train": 1000, "val": 500}  # images of a probe
+LEAST, MOST = 300, 10_000  # images of either half that a probe sees
 
 
 class Watch:
     """kNN of the encoder after some epochs, and the gradient of each loss on it in some steps. All ranks take part.
 
-    kNN sees the same images each time: an eighth of either half of the set, evenly spaced, but at least LEAST, where
-    there are as many, and at most ten times that. Gradients are those of the method in float32, neither compiled nor
-    by DDP, which leaves the step's own passes as they are.
+    kNN sees the same images each time: a twenty-fifth of either half of the set, evenly spaced, but at least LEAST,
+    where there are as many, and at most MOST. Gradients are those of the method in float32, neither compiled nor by
+    DDP, which leaves the step's own passes as they are.
     """
 
     def __init__(self, args, method: nn.Module, device: torch.device):
@@ -32,10 +32,10 @@ class Watch:
             return
         if not isinstance(method.encoder, ViT):  # a tokenizer, say
             raise InputError(f"--probe-every {args.probe_every}: {args.method} learns no ViT; leave it out")
-        for split, least in LEAST.items():
+        for split in ("train", "val"):
             whole = image_sets.open_for(args, split)
             _ = whole.labels  # an error, if there are none
-            self.sets.append(whole.spaced(min(max(least, len(whole) // 8), 10 * least)).to(device))
+            self.sets.append(whole.spaced(min(max(LEAST, len(whole) // 25), MOST)).to(device))
 
     def see(self, step: int, batch) -> None:
         """What a step, counted from 1, is about to learn from, or a part of it: its gradients are kept if due."""

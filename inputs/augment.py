@@ -404,6 +404,13 @@ def channel_statistics(image_set, device) -> tuple[list[float], list[float]]:
     return mean, std
 
 
+def find_statistics(settings, image_set, device) -> None:
+    """Put the images' own numbers in place of `mean` auto, and their deviation beside it unless one is given."""
+    if getattr(settings, "mean", None) == "auto":
+        settings.mean, std = channel_statistics(image_set, device)
+        settings.std = getattr(settings, "std", None) or std
+
+
 def normalize(images: Tensor) -> Tensor:
     mean, std = statistics(images)
     return (images - mean).div_(std)

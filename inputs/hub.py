@@ -6,7 +6,7 @@ from pathlib import Path
 
 from inputs.images_in_files import Files, held_out
 from runtime.errors import InputError
-from runtime.ranks import say
+from runtime.ranks import say_once
 
 PREFIX = "hf:"
 VALIDATION = ("validation", "valid", "val", "dev", "test")  # as splits are called, the most likely first
@@ -54,14 +54,14 @@ def find(name: str, root: Path | None, splits, columns, split: str) -> tuple[lis
     label = label if classes else None
     if split == "train" and not (label or columns):
         there = ", ".join(tables[part].features)
-        say(f"{name}/{part}: no labels are found; if one of {there} holds them, give --columns IMAGE LABEL")
+        say_once(f"{name}/{part}: no labels are found; if one of {there} holds them, give --columns IMAGE LABEL")
     usual = [other for other in VALIDATION if other in tables and other != part]
     val = val or [other for other in usual if not label or {*labels(tables[other], label)} - {None}]
     if val and split == "val":
         part = val[0]
         classes, of_class = by_class(f"{name}/{part}", tables[part], label, classes)
     if left := len(tables[part]) - sum(map(len, of_class)):
-        say(f"{name}/{part}: {left} images have no label and are left out")
+        say_once(f"{name}/{part}: {left} images have no label and are left out")
     of_class = of_class if val else held_out(name, of_class, split)
     if not any(of_class):
         raise InputError(f"{name}/{part}: holds no rows; give another --split of {', '.join(tables)}")

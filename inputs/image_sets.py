@@ -30,7 +30,7 @@ from inputs import builtin_images, hub, inaturalist
 from inputs.image_cache import Packed, cache_folder, cached, cores, in_turn, remembered
 from inputs.images_in_files import Files, class_folders, image_files
 from runtime.errors import InputError
-from runtime.ranks import say
+from runtime.ranks import say, say_once
 
 NAMES = ("shapes", "tiny-imagenet", "cifar10", "cifar100", "imagenet", "inaturalist")
 OPTIONS = ("download", "skip_bad_images", "class_level", "columns")
@@ -211,7 +211,7 @@ def open_files(title: str, find, split: str, skip_bad: bool, value_range) -> Ima
     if bad and not skip_bad:  # the cache was made while they could be skipped
         files.decode([files.name(i) for i in range(len(files))].index(bad[0]))
     if bad:
-        say(f"{title}: {len(bad)} images that do not decode are left out, {bad[0]} the first")
+        say_once(f"{title}: {len(bad)} images that do not decode are left out, {bad[0]} the first")
     return ImageSet(title, classes, labels, pixels, skip_bad)
 
 

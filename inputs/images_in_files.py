@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from inputs.image_cache import cores, pack
 from runtime.errors import InputError
-from runtime.ranks import say
+from runtime.ranks import say_once
 
 # In either case. Of an animation the first frame is taken. What Pillow reads by other programs is left alone (.eps).
 EXTENSIONS = tuple(".jpg .jpeg .png .ppm .bmp .pgm .tif .tiff .webp .gif".split())
@@ -211,7 +211,7 @@ def class_folders(root: Path, split: str, level: int = 1) -> tuple[list[str], li
     if split == "train" and level == 1 and len(below) > len(classes):
         some = ", ".join(classes[:3]) + (", …" if len(classes) > 3 else "")
         what = f"the {len(classes)} folders at the top ({some}) became the classes, though they hold folders"
-        say(f"{root}: {what}; --class-level 2 takes those")
+        say_once(f"{root}: {what}; --class-level 2 takes those")
     return classes, paths
 
 
@@ -243,7 +243,7 @@ def folders_at(base: Path, level: int, aloud: bool = False) -> list[str]:
         if not folders:
             raise InputError(f"{base}: holds no folders at level {depth + 1}; give a --class-level up to {depth}")
     if loose:
-        say(f"{base}: {loose} images that lie beside or above the class folders have no label and are left out")
+        say_once(f"{base}: {loose} images that lie beside or above the class folders have no label and are left out")
     return sorted(folders)
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from inputs.images_in_files import image_files
 from runtime.errors import InputError
-from runtime.ranks import say
+from runtime.ranks import say_once
 
 
 def class_lists(root: Path, split: str) -> tuple[list[str], list[list[str]]]:
@@ -37,7 +37,7 @@ def class_lists(root: Path, split: str) -> tuple[list[str], list[list[str]]]:
             )
         of_class.get(number, []).append(path)
     if left := len(labels) - sum(map(len, of_class.values())):
-        say(f"{lists[split]}: {left} images have no label and are left out")
+        say_once(f"{lists[split]}: {left} images have no label and are left out")
     if left == len(labels):
         raise InputError(
             f"{lists[split]}: labels no image; fetch it again, or give --data {root} to train without labels"

@@ -76,8 +76,8 @@ OPTIONS = {
         ("range", None, float, "LOW HIGH", "black and white of 16-bit greys; if not given, the set's own extremes"),
         ("split", None, str, "NAME...", "of an hf: set, to train on and to validate on [train validation]"),
         ("columns", None, str, "NAME...", "of an hf: set, of images and of labels; if not given, found by type"),
-        ("mean", None, Channels, "R G B", "normalise images by this mean, or auto: by their own; default: ImageNet's"),
-        ("std", None, Channels, "R G B", "and by this deviation; default: as the mean, ImageNet's or their own"),
+        ("mean", None, Channels, "R G B", "normalise images by this, or auto: by their own; if unknown, ImageNet's"),
+        ("std", None, Channels, "R G B", "and by this deviation; if not given: as the mean, their own or ImageNet's"),
         ("images", None, count, "K", "pretrain on the first K images only; evaluation still has all"),
         ("repeat", 1, count, "N", "each image N times an epoch, as one image needs (LC-MAE, Table A.1)"),
         ("skip-bad-images", None, bool, "switch", "leave out images that do not decode"),
@@ -169,14 +169,20 @@ def pretraining_options(argv: list[str], methods: dict[str, type]):
 
 
 def settle(args, device: torch.device) -> None:
-    """What is fast on this machine, unless the run that is continued has it: precision, float32 products, compiling."""
+    """What is fast on this machine, unless the run that is continued has it: precision, float32 products, compiling.
+
+    From that run comes, too, what `--mean auto` found of the images with which it began.
+    """
     args.device = device.type
-    found = [fastest(device) | begun(args) if rank() == 0 else None]
+    both = [fastest(device) | begun(args) if rank() == 0 else None]
     if world_size() > 1:
-        dist.broadcast_object_list(found)
+        dist.broadcast_object_list(both)
+    (found,) = both
     if args.precision == "auto":
-        args.precision = found[0]["precision"]
-    args.linear = found[0]["linear"]
+        args.precision = found["precision"]
+    if getattr(args, "mean", None) == "auto" and "mean" in found:
+        args.mean, args.std = found["mean"], args.std or found.get("std")
+    args.linear = found["linear"]
     fast.use(args.linear)
     if args.compile is None:
         compiles = args.device == "cuda" and torch.cuda.get_device_capability() >= (7, 0)  # Triton's least
@@ -207,16 +213,18 @@ def goes_on(args) -> bool:
 
 
 def begun(args) -> dict:
-    """Precision and products of the run that `--resume` continues, from its checkpoint or, before one, config.json."""
+    """What the run that `--resume` continues has settled, by its checkpoint or, before one, in part by config.json."""
     path = checkpoint_of(args)
     if path is None:
         return {}
     with suppress(Exception):  # whoever reads the whole file says what is wrong with it
+        settled = ("precision", "linear")
         if path.exists():
             settings = torch.load(path, "cpu", weights_only=True, mmap=True)["settings"]
+            settled += ("mean", "std")  # a run without a checkpoint begins anew, perhaps with other images
         else:
             settings = json.loads(path.with_name("config.json").read_text())["settings"]
-        return {key: settings[key] for key in ("precision", "linear") if settings.get(key)}
+        return {key: settings[key] for key in settled if settings.get(key)}
     return {}
 
 

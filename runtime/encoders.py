@@ -11,8 +11,8 @@ alone, without teacher, decoders and heads. It is tried on weights made up under
 A state dict says neither the number of heads nor LayerNorm's epsilon. Where a Hugging Face config.json lies beside it,
 that does. Otherwise heads follow from the width (`HEADS`), and epsilon is 1e-6 (ours, MAE's, timm's) or, under Hugging
 Face's names, its default 1e-12. Nor does it say how images were normalised: evaluate.py uses ImageNet's mean and
-deviation, as MAE does; some of timm's and Hugging Face's ViTs were trained with 0.5 and 0.5. Imported positions stay
-fixed, as ours.
+deviation, as MAE does, unless told otherwise; some of timm's and Hugging Face's ViTs were trained with 0.5 and 0.5.
+Imported positions stay fixed, as ours.
 """
 
 import argparse
@@ -85,6 +85,15 @@ def load_encoder(path, device="cpu", image_size=None, heads: int | None = None) 
     if beside and rank() == 0:
         print(f"{file}: left aside: {', '.join(parts(beside))}", file=sys.stderr, flush=True)
     return resize(encoder, image_size or encoder.image_size).to(device).eval()
+
+
+def normalised(encoder: ViT, mean=None, std=None) -> ViT:
+    """The encoder, for images that are normalised by these three numbers each, where they are given."""
+    for name, numbers in (("mean", mean), ("std", std)):
+        if numbers:
+            encoder.settings[name] = numbers
+            setattr(encoder, name, numbers)
+    return encoder
 
 
 class Found(NamedTuple):

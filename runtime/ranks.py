@@ -1,5 +1,6 @@
 """The processes of a run, its ranks: how many there are, and what they exchange."""
 
+import functools
 import sys
 
 import torch
@@ -22,6 +23,12 @@ def say(*lines: str) -> None:
     """Print lines above the progress bar, once for all processes."""
     for line in lines if rank() == 0 else ():
         tqdm.write(printable(line), file=sys.stderr)
+
+
+@functools.cache
+def say_once(line: str) -> None:
+    """`say`, unless this process has said it: whoever measures at the end opens the images again."""
+    say(line)
 
 
 class _SumOverRanks(torch.autograd.Function):

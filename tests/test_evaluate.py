@@ -15,7 +15,7 @@ from PIL import Image
 from torch import nn
 
 import evaluate
-from common import ViT, pair
+from common import MEAN, STD, ViT, pair
 from runtime import process
 from runtime.encoders import load_encoder
 from runtime.errors import InputError
@@ -90,8 +90,12 @@ def test_what_is_trained_is_kept_and_trained_anew_only_if_asked_to(run, monkeypa
         call(monkeypatch, *words, *more)
         written.append(kept.stat().st_mtime_ns)
     assert written[0] == written[1] < written[2]
-    with pytest.raises(InputError, match=r"with other settings \(accumulate 1 there, 2 here"):
-        call(monkeypatch, *words, "--accumulate", 2)
+    for other, differs in (
+        (["--accumulate", 2], "accumulate 1 there, 2 here"),
+        (["--mean", 0, 0, 0], "mean None there"),
+    ):
+        with pytest.raises(InputError, match=rf"with other settings \({differs}"):
+            call(monkeypatch, *words, *other)
 
 
 IDLE = {
@@ -115,6 +119,8 @@ IDLE = {
     "--image-size: 0: give one number of pixels, or height and width": "knn --image-size 0",
     "--image-size: 16 24 32: give one number": "knn --image-size 16 24 32",
     "--image-size: 16x24: give one number": "knn --image-size 16x24",
+    "--mean: 0.5 0.5: give auto, or three numbers": "knn --mean 0.5 0.5",
+    "--std: auto: give three numbers": "knn --std auto",
 }
 
 
@@ -193,6 +199,32 @@ def test_images_are_normalised_by_the_mean_and_deviation_of_the_encoder(run, mon
     whole = pixels if words in ("knn", "linear") else pixels[-7:]  # what trains is cropped
     assert len(whole) >= 7 and whole.min() >= -1e-6 and whole.max() > 0.9
     torch.testing.assert_close(255 * whole, (255 * whole).round(), atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("own", [None, [0.4, 0.5, 0.6]])
+def test_mean_and_deviation_may_be_given_or_found_and_are_in_the_result(run, monkeypatch, capsys, own):
+    """Those of the encoder, or ImageNet's, stand in for what is not given; auto are those of the training images."""
+    encoder = small_vit(mean=own, std=own)
+    torch.save({"settings": encoder.settings, "state_dict": encoder.state_dict()}, run / "encoder.pt")
+    pixels = np.stack([np.asarray(Image.open(file)) for file in run.parent.glob("images/train/*/*.png")]) / 255
+    found, usual = [f(pixels, axis=(0, 1, 2)) for f in (np.mean, np.std)], [own or MEAN, own or STD]
+    seen, embed = [], ViT.embed
+    monkeypatch.setattr(ViT, "embed", lambda self, x, *visible: seen.append(x) or embed(self, x, *visible))
+    one, other = [0.1, 0.2, 0.3], [0.5, 0.6, 0.7]
+    for words, mean, std in (
+        ([], *usual),
+        (["--mean", *one], one, usual[1]),
+        (["--std", *other], usual[0], other),
+        (["--mean", "auto"], *found),
+        (["--mean", "auto", "--std", *other], found[0], other),
+    ):
+        seen.clear()
+        call(monkeypatch, "--run", run, "--protocol", "knn", "--precision", "fp32", *words)
+        result = json.loads(capsys.readouterr().out)
+        np.testing.assert_allclose([result["mean"], result["std"]], [mean, std], atol=1e-6)
+        mean, std = (torch.tensor(values, dtype=torch.float32)[:, None, None] for values in (mean, std))
+        grey = 255 * (torch.cat([x for x in seen if x.any()]) * std + mean)
+        torch.testing.assert_close(grey, grey.round().clamp(0, 255), atol=1e-2, rtol=0)
 
 
 def test_positions_of_another_size_are_interpolated_and_the_rest_is_the_runs(run, monkeypatch):

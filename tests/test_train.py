@@ -692,6 +692,33 @@ def test_the_images_own_mean_and_deviation_are_found_kept_and_used(train, photos
     assert done.returncode == 0 and "normalised otherwise; --mean 0." in done.stderr
 
 
+def test_a_run_that_was_killed_keeps_the_mean_and_deviation_that_it_began_with(train, photos, tmp_path):
+    """Unchanged, it ends with the bits of one that was not killed, and nothing is looked for again. Nor is it where an
+    image has come to the folder: if that is of no matter to the run, it goes on, else that alone is the matter.
+    """
+    shutil.copytree(photos, tmp_path / "photos")
+    flags = ["--data", tmp_path / "photos", "--mean", "auto", "--images", 64]
+    whole = train(*flags, out="whole")
+    assert_fine(whole)
+    begun = train.start(*flags)
+    wait_for_lines(begun, tmp_path / "run", 7)  # in the second epoch
+    begun.kill()
+    saved = files.load(tmp_path / "run/checkpoint.pt")
+    assert 0 < saved["step"] < files.load(tmp_path / "whole/checkpoint.pt")["step"]
+    shutil.copytree(tmp_path / "run", tmp_path / "again")
+    done = train(*flags, out="again")
+    assert_fine(done)
+    assert "deviation" in whole.stderr and "deviation" not in done.stderr
+    assert_same_bits(state(tmp_path / "again"), state(tmp_path / "whole"))
+    Image.new("RGB", (40, 40)).save(tmp_path / "photos/train/cat/0.0.png")  # the first of all
+    assert_fine(train(*flags))
+    for name in ("mean", "std"):
+        assert log(tmp_path / "run")[0]["settings"][name] == saved["settings"][name]
+    assert_fine(train(*flags[:4], "--max-steps", 1, out="all"))
+    (tmp_path / "photos/train/cat/0.0.png").unlink()
+    assert_refused(train(*flags[:4], "--max-steps", 1, out="all"), "of another run (images 81 there, 80 here);")
+
+
 def test_views_are_normalised_by_the_settings_of_their_run(photos, environment, tmp_path, monkeypatch):
     """A batch of the loop, pictures and what is measured now and then: all by the same mean and deviation."""
     monkeypatch.setenv("MINMIM_CACHE", environment["MINMIM_CACHE"])

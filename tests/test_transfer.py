@@ -88,6 +88,28 @@ def test_detection_trains_and_measures(run, folder, monkeypatch, capsys, fastest
     assert result["precision"] == fastest and types == {fastest == "bf16"}
 
 
+@pytest.mark.parametrize("task", ["segment", "detect"])
+def test_images_are_normalised_for_the_encoder(run, folder, monkeypatch, task):
+    """By its own mean and deviation, those to learn from as those to measure by."""
+    encoder, seen, made = small_vit(64, width=32), [], []
+    encoder.settings |= dict(mean=[0.1, 0.2, 0.3], std=[0.5, 0.6, 0.7])
+    files.save(run / "encoder.pt", dict(settings=encoder.settings, state_dict=encoder.state_dict()))
+    monkeypatch.setattr(transfer, "Reader", lambda *a, **how: made.append(dense_sets.Reader(*a, **how)) or made[-1])
+    for name in ("fine_tune", "measure"):
+        monkeypatch.setattr(transfer, name, lambda *_, **__: {})
+    monkeypatch.setattr(transfer, "draw", lambda *_: None)
+    monkeypatch.setattr(dense_sets.augment, "normalize", lambda x: seen.append(dense_sets.augment.statistics(x)) or x)
+    words = ["--run", run, "--task", task, "--data", folder, "--device", "cpu"]
+    monkeypatch.setattr(sys, "argv", ["transfer.py", *map(str, words)])
+    transfer.main()
+    for reader in made:
+        reader[0, 0]
+    for mean, std in seen:
+        assert mean.flatten().tolist() == pytest.approx([0.1, 0.2, 0.3])
+        assert std.flatten().tolist() == pytest.approx([0.5, 0.6, 0.7])
+    assert len(seen) == len(made) == 2
+
+
 @pytest.mark.training
 @pytest.mark.slow
 @pytest.mark.parametrize("pyramid", ["vitdet", "beit"])

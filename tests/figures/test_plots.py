@@ -242,6 +242,15 @@ def test_views_are_cut_from_the_boxes_in_the_numbers(runs):
         assert 0 <= down <= 2 and 0 <= right <= 2
 
 
+def test_a_frame_has_the_sides_of_its_box_in_pictures_and_maps_of_any_shape():
+    _, ((axis,),) = plots.canvas()
+    for size in ((16, 32), (4, 2)):
+        plots.frame(axis, (0.25, 0.5, 0.5, 0.125), size)
+        (h, w), drawn = size, axis.patches[-1]
+        assert [*drawn.get_xy()] == [0.5 * w - 0.5, 0.25 * h - 0.5]  # the first pixel begins at -1/2
+        assert (drawn.get_height(), drawn.get_width()) == (0.5 * h, 0.125 * w)
+
+
 def test_views_show_the_box_around_what_the_encoder_attends_to(runs):
     about = study(runs, "loc", images=3)
     found = plots.views(about)[1]

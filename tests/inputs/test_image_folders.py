@@ -164,6 +164,8 @@ def test_which_level_became_the_classes_is_said_and_may_be_chosen(tmp_path, caps
         "the 2 folders at the top (birds, plants) became the classes, though they hold folders; --class-level 2 takes"
     )
     assert top.classes == ["birds", "plants"] and said in capsys.readouterr().err
+    image_sets.open_set(str(tmp_path))
+    assert "became" not in capsys.readouterr().err  # a run that opens it again, to measure, has said so
     deep, val = (image_sets.open_set(str(tmp_path), split=split, class_level=2) for split in ("train", "val"))
     assert deep.classes == val.classes == ["birds/owl", "birds/tit", "plants/fern", "plants/moss"]
     assert deep.labels.tolist() == [0, 0, 1, 1, 2, 2, 3, 3] and val.labels.tolist() == [0, 1, 2, 3]
