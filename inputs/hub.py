@@ -52,7 +52,7 @@ def find(name: str, root: Path | None, splits, columns, split: str) -> tuple[lis
     image, label = choose(name, tables[part].features, columns)
     classes, of_class = by_class(f"{name}/{part}", tables[part], label)
     label = label if classes else None
-    if split == "train" and not (label or columns):
+    if split == "train" and not label and len(columns) != 1:  # one is that of images alone
         there = ", ".join(tables[part].features)
         say_once(f"{name}/{part}: no labels are found; if one of {there} holds them, give --columns IMAGE LABEL")
     usual = [other for other in VALIDATION if other in tables and other != part]

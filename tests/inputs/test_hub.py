@@ -10,6 +10,7 @@ from PIL import Image
 
 from inputs import image_sets
 from runtime.errors import InputError
+from runtime.ranks import say_once
 
 datasets = pytest.importorskip("datasets")
 pyarrow = pytest.importorskip("pyarrow")
@@ -161,6 +162,12 @@ def test_labels_that_are_missing_or_out_of_range(tmp_path, capsys):
     assert f"{name}/train: 2 images have no label and are left out" in capsys.readouterr().err
     name = write(tmp_path / "b", labels=(None, -1, None, None))
     assert not image_sets.open_set(name).classes and len(image_sets.open_set(name)) == 3
+    capsys.readouterr()
+    for columns, line in (([], 1), (["picture", "what"], 1), (["picture"], 0)):  # by type; asked for; not asked for
+        say_once.cache_clear()
+        assert not image_sets.open_set(name, columns=columns).classes
+        said = capsys.readouterr().err
+        assert said.count("no labels are found; if one of picture, what holds them, give --columns IMAGE") == line
     rows = pyarrow.table(parquet.read_table(tmp_path / "a" / "train-00000-of-00001.parquet"))
     for wrong in (3, -2):
         changed = rows.set_column(1, "what", pyarrow.array([0, 1, wrong, 2]))
@@ -188,7 +195,8 @@ def test_an_image_that_does_not_decode_is_named_by_its_row_or_skipped(tmp_path, 
         assert index.tolist() == [2, 2, 2, 3] and torch.equal(images[3], as_tensor(pixels(0)))
         return
     assert the_error(name, **both).startswith(bad) and caches(cache) == []
-    for _ in range(2):  # decoded, then from the cache
+    for _ in range(2):  # decoded, then from the cache in another process
+        say_once.cache_clear()
         opened = image_sets.open_set(name, skip_bad_images=True, **both)
         assert seeds(opened) == [2, 0] and opened.labels.tolist() == [1, 2]
         assert f"{name}: 2 images that do not decode are left out, row 1 the first" in capsys.readouterr().err
