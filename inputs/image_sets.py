@@ -202,7 +202,8 @@ def open_files(title: str, find, split: str, skip_bad: bool, value_range) -> Ima
     size, deep = (math.inf, False) if title == "imagenet" else files.survey()
     if deep and not value_range:
         train = files if split == "train" else find("train")[1]
-        files.value_range = tuple(remembered(f"{stem}-range", train.fingerprint(), train.extremes))
+        low, high = files.value_range = tuple(remembered(f"{stem}-range", train.fingerprint(), train.extremes))
+        say_once(f"{title}: greys from {low:g}, which becomes black, to {high:g}; --range sets others")
     if size > RESIDENT_LIMIT:
         return ImageSet(title, classes, labels, files, skip_bad)
     made_from = files.fingerprint() + labels.numpy().tobytes()

@@ -190,7 +190,7 @@ def make_scan(root, n=12):
 
 
 @pytest.mark.parametrize("streams", [False, True])
-def test_greys_of_12_bits_are_scaled_by_the_range_of_the_training_images(tmp_path, monkeypatch, cache, streams):
+def test_greys_of_12_bits_are_scaled_by_the_range_of_the_training_images(tmp_path, monkeypatch, cache, streams, capsys):
     scans = make_scan(tmp_path / "set")
     if streams:
         monkeypatch.setattr(image_sets, "RESIDENT_LIMIT", 0)
@@ -204,6 +204,8 @@ def test_greys_of_12_bits_are_scaled_by_the_range_of_the_training_images(tmp_pat
         assert torch.stack(list(train.images(torch.arange(10)))).unique().numel() > 60
         assert torch.equal(train.first(2).images(torch.tensor([1]))[0], scaled(scans[2], 100, 4090))
         assert [name for name in caches(cache) if name.startswith("set-range-")], again
+        line = "set: greys from 100, which becomes black, to 4090; --range sets others\n"
+        assert capsys.readouterr().err.count(line) == (not again)  # said once
         monkeypatch.setattr(images_in_files.Files, "extremes", lambda _: pytest.fail("looked for twice"))
 
 
