@@ -361,8 +361,9 @@ def lines(title: str, x_name: str, y_name: str, series: dict[str, list[float]]):
 
 def gallery(title: str, rows: dict[str, Tensor | list], caption: str = ""):
     """Rows of n pictures (3, H, W) or maps (h, w), each named at its left; returns the figure and its axes."""
-    n = len(next(iter(rows.values())))
-    figure, axes = canvas(len(rows), n, height=0.8 + len(rows) * (WIDTH - 1.5) / max(n, 4))
+    first = next(iter(rows.values()))
+    n, (h, w) = len(first), first[0].shape[-2:]
+    figure, axes = canvas(len(rows), n, height=0.8 + len(rows) * (WIDTH - 1.5) / max(n, 4) * h / w)
     figure.suptitle(title)
     figure.supxlabel(textwrap.fill(caption, 120), fontsize=10)
     for row, (name, pictures) in zip(axes, rows.items(), strict=True):

@@ -243,7 +243,8 @@ def test_views_are_cut_from_the_boxes_in_the_numbers(runs):
 
 
 def test_a_frame_has_the_sides_of_its_box_in_pictures_and_maps_of_any_shape():
-    _, ((axis,),) = plots.canvas()
+    figure, ((axis, *_), _) = plots.gallery("two rows", dict.fromkeys(("a", "b"), torch.zeros(4, 3, 16, 32)))
+    assert figure.get_figheight() - 0.8 == pytest.approx(2 * 7.5 / 4 / 2)  # no gaps: they are half as high as wide
     for size in ((16, 32), (4, 2)):
         plots.frame(axis, (0.25, 0.5, 0.5, 0.125), size)
         (h, w), drawn = size, axis.patches[-1]
