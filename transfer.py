@@ -52,8 +52,8 @@ def options() -> tuple[argparse.Namespace, Recipe | None]:
     add("--accumulate", type=count, default=1, metavar="N", help="parts of a step, for memory; batch norm sees one")
     add("--workers", type=int, metavar="N", help="processes that read; if not given, 8 for a GPU, none otherwise")
     add("--resume", default="auto", choices=["auto", "never"], help="continue what is in the run's directory")
-    for name, *option in OPTIONS["machine"]:
-        if name in ("device", "precision", "seed"):
+    for name, *option in OPTIONS["what to train on what"] + OPTIONS["machine"]:
+        if name in ("mean", "std", "device", "precision", "seed"):
             add_option(parser, name, *option)
     group = parser.add_argument_group("in place of the recipe's", argument_default=argparse.SUPPRESS)
     comments, fields = field_comments(Recipe), ["task", "format"]
@@ -65,6 +65,8 @@ def options() -> tuple[argparse.Namespace, Recipe | None]:
     args = parser.parse_args()
     if (args.workers or 0) < 0:
         raise InputError(f"workers {args.workers}: must be at least 0")
+    if args.mean == "auto":
+        raise InputError("--mean auto: is not looked for here; give the numbers that evaluate.py --mean auto says")
     if args.make_scenes is not None:
         return args, None
     if not args.run or not args.data:
@@ -80,7 +82,7 @@ def options() -> tuple[argparse.Namespace, Recipe | None]:
 
 def load(args: argparse.Namespace, recipe: Recipe, device: torch.device) -> ViT:
     """The encoder that is asked for."""
-    encoder = encoders.load_encoder(args.run, device)
+    encoder = encoders.normalised(encoders.load_encoder(args.run, device), args.mean, args.std)
     if args.untrained:
         encoder = encoders.untrained(encoder, args.seed)
     if args.tuned:

@@ -88,11 +88,11 @@ def test_detection_trains_and_measures(run, folder, monkeypatch, capsys, fastest
     assert result["precision"] == fastest and types == {fastest == "bf16"}
 
 
-@pytest.mark.parametrize("task", ["segment", "detect"])
-def test_images_are_normalised_for_the_encoder(run, folder, monkeypatch, task):
-    """By its own mean and deviation, those to learn from as those to measure by."""
+@pytest.mark.parametrize("task, given", [("segment", False), ("detect", False), ("segment", True)])
+def test_images_are_normalised_for_the_encoder(run, folder, monkeypatch, task, given):
+    """By its own mean and deviation, or those that are given; those to learn from as those to measure by."""
     encoder, seen, made = small_vit(64, width=32), [], []
-    encoder.settings |= dict(mean=[0.1, 0.2, 0.3], std=[0.5, 0.6, 0.7])
+    encoder.settings |= {} if given else dict(mean=[0.1, 0.2, 0.3], std=[0.5, 0.6, 0.7])
     files.save(run / "encoder.pt", dict(settings=encoder.settings, state_dict=encoder.state_dict()))
     monkeypatch.setattr(transfer, "Reader", lambda *a, **how: made.append(dense_sets.Reader(*a, **how)) or made[-1])
     for name in ("fine_tune", "measure"):
@@ -100,6 +100,7 @@ def test_images_are_normalised_for_the_encoder(run, folder, monkeypatch, task):
     monkeypatch.setattr(transfer, "draw", lambda *_: None)
     monkeypatch.setattr(dense_sets.augment, "normalize", lambda x: seen.append(dense_sets.augment.statistics(x)) or x)
     words = ["--run", run, "--task", task, "--data", folder, "--device", "cpu"]
+    words += "--mean 0.1 0.2 0.3 --std 0.5 0.6 0.7".split() * given
     monkeypatch.setattr(sys, "argv", ["transfer.py", *map(str, words)])
     transfer.main()
     for reader in made:
@@ -156,6 +157,7 @@ REFUSED = {
     "format ade: not for --task detect": ((*DETECT, "--recipe", "cae-ade20k"), None),
     "invalid choice: 'mae-ade20k'": ((*SEGMENT, "--recipe", "mae-ade20k"), None),
     "schedule 'steps': unknown; choose cosine or linear": ((*SEGMENT, "--schedule", "steps"), None),
+    "--mean auto: is not looked for here": ((*SEGMENT, "--mean", "auto"), None),
     "from 0 to 4294967295": ((*SEGMENT, "--seed", 2**32), None),
     "jitter 2 1": ((*SEGMENT, "--jitter", 2, 1), None),
     "weight decay nan: must be 0 or more": ((*SEGMENT, "--weight-decay", "nan"), None),
