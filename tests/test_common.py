@@ -92,6 +92,9 @@ def test_draws_differ_between_steps_seeds_and_images():
     same, step, seed = rng(1, 5).uniform(8), rng(1, 6).uniform(8), rng(2, 5).uniform(8)
     assert torch.equal(same, rng(1, 5).uniform(8))
     assert not torch.equal(same, step) and not torch.equal(same, seed) and not torch.equal(same[0], same[1])
+    same, step, seed = (rng(*place).child().uniform(8) for place in ((1, 5), (1, 6), (2, 5)))  # of block masks, say
+    assert torch.equal(same, rng(1, 5).child().uniform(8))
+    assert not torch.equal(same, step) and not torch.equal(same, seed)
 
 
 def test_streams_of_neighbouring_seeds_and_steps_share_nothing():

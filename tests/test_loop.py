@@ -234,9 +234,12 @@ def test_epochs_end_and_are_saved_when_they_should(place, tmp_path, monkeypatch,
     monkeypatch.setattr(mae.MAE, "end_epoch", lambda self, *words: ended.append(words) or told(), False)
     monkeypatch.setattr(train.Run, "save", lambda self, step: (saved.append(step), save(self, step)))
     words = f"--method mae --data {place}/photos {TINY} {KNOBS['mae']} --epochs 3 --batch-size 13 --save-every 2"
-    train_here([*words.split(), "--no-evaluate", "--precision", "bf16", "--out", str(tmp_path / "run")])
+    words += " --no-evaluate --precision bf16 --out"
+    train_here([*words.split(), str(tmp_path / "run")])
     assert [(done, of, len(images)) for done, of, images in ended] == [(1, 3, 26), (2, 3, 26)]
     assert capsys.readouterr().err.count("told, autocast: True") == 2 and saved == [4, 6]
+    train_here([*words.split(), str(tmp_path / "shorter"), "--max-steps", "3"])
+    assert [(done, of) for done, of, _ in ended[2:]] == [(1, 1.5)] and saved[2:] == [3]
 
 
 @pytest.mark.parametrize("told", [True, False])
