@@ -299,11 +299,11 @@ def chip(name: str, values: list[Value], shapes: list[str], could: bool) -> Chip
     return Chip(name.replace("return", "→", 1), shape, gradient, about)
 
 
-def idle(of: Source, ran: set[int]) -> set[int]:
-    """Lines that do not run, of functions that do."""
+def idle(of: Source, ran: set[int], before: set[int] = frozenset()) -> set[int]:
+    """Lines that do not run, of functions that do or that did `before`."""
     found = set()
     for function in ast.walk(of.tree):
-        if not isinstance(function, ast.FunctionDef) or not runs(function.body, ran):
+        if not isinstance(function, ast.FunctionDef) or not runs(function.body, ran | before):
             continue
         for node in (x for block in function.body for x in ast.walk(block)):
             if isinstance(node, ast.stmt) and not runs([node], ran) and not is_docstring(node):

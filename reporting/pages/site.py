@@ -70,7 +70,7 @@ def steps(runs: Path) -> tuple[dict[str, list[Setting]], dict[str, dict[int, str
 
     And page → line → the pictures below it.
     """
-    found, below = {name: [] for name in PAGES}, {}
+    found, below, before = {name: [] for name in PAGES}, {}, {}  # before: page → the lines that its first step runs
     for name in METHODS:
         for label, changes in [("as by default", {}), *SWITCHES.get(name, [])]:
             step, other = flow.run_step(name, changes), flow.run_step(name, changes, other=True)
@@ -81,7 +81,8 @@ def steps(runs: Path) -> tuple[dict[str, list[Setting]], dict[str, dict[int, str
             losses = ", ".join(f"{key} {value:.4g}" for key, value in step.losses.items())
             for page, title in pages.items():
                 here = {line: row for (at, line), row in chips.items() if at == page}
-                idle = flow.idle(source(page), step.ran.get(page, set()))
+                ran = step.ran.get(page, set())
+                idle = flow.idle(source(page), ran, before.setdefault(page, ran))
                 found[page].append(Setting(title, losses, here, idle, sizes))
     return found, below
 

@@ -178,7 +178,11 @@ def test_every_letter_of_a_legend_says_what_it_is(steps):
 
 def test_what_does_not_run_is_idle_and_nothing_else():
     of = source("cmae")
-    full, alone = (flow.idle(of, flow.run_step("cmae", changes).ran["cmae"]) for changes in ({}, dict(lambda_c=0.0)))
+    ran, without = (flow.run_step("cmae", changes).ran["cmae"] for changes in ({}, dict(lambda_c=0.0)))
+    full, alone, now = flow.idle(of, ran), flow.idle(of, without), flow.idle(of, without, ran)
+    target = of.place("CMAE.draw_target | augment.shift_crop")
+    assert (target in full, target in alone, target in now) == (False, False, True)  # the whole function has no use
+    assert alone < now and not any(n in now for n in range(of.place("CMAE.picture"), of.place("byol_loss")))
     place = {
         at: of.place(f"CMAE.{at}") for at in ("forward | l_c =", 'forward | return {"loss": l_r}', "forward | l_r =")
     }
@@ -407,6 +411,13 @@ def test_pages_hold_their_source_and_their_links_lead_somewhere(built):
     for page in PAGES:
         assert parsed[f"{page}.html"].lines == source(page).lines
         assert (built / f"{page}.html").stat().st_size < 3e6
+
+
+def test_a_function_that_another_setting_has_no_use_for_is_faint(built):
+    text = re.search(r'id="switches">(.+?)</script>', (built / "cmae.html").read_text(), re.DOTALL)[1]
+    plain, other = json.loads(text)
+    line = source("cmae").place("CMAE.draw_target | augment.shift_crop")
+    assert other["name"].startswith("no contrast") and line in other["idle"] and line not in plain["idle"]
 
 
 def test_names_lead_to_their_definitions():
