@@ -82,7 +82,7 @@ def mean(side: str) -> str:
 
 
 def test_the_first_runs_lines_are_those_of_its_result():
-    (run,) = runs_of(ROOT / "results", "demo/cmae")
+    (run,) = runs_of(ROOT / "results", "first-command")
     shown = README.split("It ends with these lines")[1].split("Your numbers")[0]
     assert f"{run['loss'][0]['loss']:.4f} -> {run['loss'][-1]['loss']:.4f}" in shown
     for of, end in (("untrained", "-untrained"), ("trained", "")):
