@@ -42,6 +42,7 @@ def test_an_image_depends_on_split_and_index_alone(images, n):
     for split, (x, y) in zip(("train", "val"), images[:2], strict=True):
         few, labels = builtin_images.generate(split, n)
         assert few.shape == (n, 3, 64, 64) and (few == x[:n]).all() and (labels == y[:n]).all()
+        assert labels.tolist() == [i % 10 for i in range(n)]  # as the classes are listed
 
 
 def test_the_images_are_the_same_on_every_machine(images):
