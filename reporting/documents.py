@@ -253,8 +253,8 @@ def first_block(results: Path) -> str:
     rows = []
     for name in ("first-command", "demo/cmae"):
         for run in (run for run in runs_of(results, name) if run["seed"] == 0):
-            top1, log = (run["measured"][probe]["top1"] for probe in ("knn", "linear")), f"[log](../results/{name}.json)"
-            rows.append([run["machine"], round(run["seconds"] / 60, 1), *(round(x, 1) for x in top1), log])
+            top1 = [round(run["measured"][probe]["top1"], 1) for probe in ("knn", "linear")]
+            rows.append([run["machine"], round(run["seconds"] / 60, 1), *top1, f"[log](../results/{name}.json)"])
     for file in sorted(results.glob("bench/*/reported.json")):
         rows += json.loads(file.read_text())["first_command"]
     if not rows:
