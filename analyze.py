@@ -38,7 +38,7 @@ OPTIONS = [
     ("reference", [], str, "PATH...", WITH_REFERENCE, "encoders to compare with: runs, or files of weights"),
     ("classes", 50, count, "K", {"class-distances"}, "how many classes to use [50]"),
     ("projection", "pca", ["pca", "tsne"], None, {"features"}, "principal components or t-SNE [pca]"),
-    ("label-maps", None, str, "DIR", {"features"},
+    ("pixels", None, str, "DIR", {"features"},
      "colour patches by the label maps of a folder in VOC's or ADE20K's format, as transfer.py reads them"),
 ]  # fmt: skip
 

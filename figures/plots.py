@@ -306,10 +306,10 @@ def token_variance(study: Study):
 def features(study: Study):
     """Features of images in the plane, by principal components or t-SNE, coloured by their classes.
 
-    With --label-maps, of their patches (CAE Figure 5), coloured by what most of a patch's pixels are: the ten most
+    With --pixels, of their patches (CAE Figure 5), coloured by what most of a patch's pixels are: the ten most
     frequent labels, at most 1000 patches of each. The paper has 500 images and the labels of ADE20K.
     """
-    maps, of = study.args.label_maps, "patches" if study.args.label_maps else "images"
+    maps, of = study.args.pixels, "patches" if study.args.pixels else "images"
     n, numbers = study.args.images or (500 if of == "images" else 50), {}
     figure, axes = canvas(1, len(study.encoders), height=1.6 + 6 / len(study.encoders) ** 0.7)
     for axis, (label, encoder) in zip(axes[0], study.encoders, strict=True):

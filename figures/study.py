@@ -175,8 +175,8 @@ class Study:
         return self.take(at), labels[at]
 
     def label_maps(self, n: int) -> tuple[list, list[Tensor]]:
-        """n validation images of --label-maps, as batches of one, and their maps (1, H, W)."""
-        root = Path(self.args.label_maps)
+        """n validation images of --pixels, as batches of one, and their maps (1, H, W)."""
+        root = Path(self.args.pixels)
         found = Segments(root, "val", "ade" if (root / "annotations" / "validation").is_dir() else "voc")
         self.shown["label maps"] = spaced(len(found), n).tolist()
         pairs = [found.read(i) for i in self.shown["label maps"]]

@@ -206,7 +206,7 @@ def test_patches_are_coloured_by_label_maps(runs, tmp_path):
             tmp_path / f"JPEGImages/{name}.jpg"
         )
     (tmp_path / "ImageSets/Segmentation/val.txt").write_text("a\nb\n")
-    about = study(runs, "mae", **{"label-maps": tmp_path})
+    about = study(runs, "mae", **{"pixels": tmp_path})
     found = plots.features(about)[1]
     assert found["mae"]["labels"] == [0] * 12 + [2] * 12 and about.shown == {"label maps": [0, 1]}
     images, _ = about.label_maps(2)
