@@ -129,10 +129,10 @@ def code(source: bytes) -> str:
 
 
 def stands(file: Path, commands: dict, seed: int) -> bool:
-    """Whether the result of a seed is there, of these commands and of the code as it is now."""
+    """Whether the result of a seed is there, of all of these commands and of the code as it is now."""
     found = read(file) if file.exists() else {}
     mine = [run for run in found.get("runs", []) if run["seed"] == seed and not changed(run["sources"])]
-    return found.get("commands") == commands and bool(mine)
+    return found.get("commands") == commands and bool(mine) and commands.keys() <= {"train", *mine[0]["measured"]}
 
 
 def about(folder: Path, seed: int, state: dict, threads: int) -> dict:

@@ -62,7 +62,6 @@ def chance(folder: Path) -> float:
 
 
 @pytest.mark.training
-@pytest.mark.slow
 def test_training_raises_miou_above_chance_and_repeats_itself(run, folder, monkeypatch, capsys):
     words = "--run", run, "--task", "segment", "--data", folder, "--device", "cpu", "--batch-size", 8
     words += "--precision", "fp32"  # auto depends on the machine
@@ -112,26 +111,25 @@ def test_images_are_normalised_for_the_encoder(run, folder, monkeypatch, task, g
 
 
 @pytest.mark.training
-@pytest.mark.slow
 @pytest.mark.parametrize("pyramid", ["vitdet", "beit"])
-def test_a_detector_learns_four_images_by_heart(folder, pyramid):
+def test_a_detector_learns_two_images_by_heart(folder, pyramid):
     torch.manual_seed(0)
     images = dense_sets.Instances(folder, "val")
     reader = dense_sets.Reader(images, 64)
-    samples = [reader[0, i] for i in range(4)]
+    samples = [reader[0, i] for i in range(2)]
     model = dense_prediction.Detector(small_vit(64, width=32), 4, pyramid).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
-    for _ in range(150):
+    for _ in range(80):
         optimizer.zero_grad()
         model.loss(samples, "cpu").backward()
         optimizer.step()
     for annotation in list(images.coco.anns.values()):  # of the images that it has seen
-        if annotation["image_id"] > 3:
+        if annotation["image_id"] > 1:
             images.coco.dataset["annotations"].remove(annotation)
     images.coco.createIndex()
     with torch.no_grad():
         scores = model.eval().measure(images, iter([samples]), "cpu")
-    assert scores["box_ap50"] > 50 and scores["mask_ap50"] > 50, scores
+    assert scores["box_ap50"] > 50 and scores["mask_ap50"] > 50, scores  # of two seeds, after 60 steps already: 100
 
 
 def wrong_label(place: Path) -> None:

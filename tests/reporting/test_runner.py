@@ -231,6 +231,9 @@ def test_a_piece_is_done_once_and_kept_without_paths(bench):
     assert "private" not in bench.file.read_text() and str(bench.out) not in bench.file.read_text()
     assert bench(seeds=2) == []  # it stands
     assert len(bench(seeds=3)) == 2 and len(json.loads(bench.file.read_text())["runs"]) == 3
+    whole = bench.file.read_text()
+    bench.file.write_text(whole.replace('"knn"', '"other"', 2).replace('"other"', '"knn"', 1))  # but the command's name
+    assert bench(seeds=3) == [] and json.loads(bench.file.read_text()) == json.loads(whole)  # one lacked a measure
 
 
 def test_what_a_run_measures_itself_is_kept(bench):
