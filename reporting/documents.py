@@ -135,12 +135,15 @@ def transfer_block(results: Path) -> str:
     for name, row in TRANSFER.items():
         for score in row["scores"].split():
             where = {encoder: "cmae" if encoder == "cmae" else "mae" for encoder in encoders}
-            cells = [values(results, f"transfer/{where[e]} {name}-{e}.{score}") for e in encoders]
-            rows.append([f"`{row['words']}`", score.replace("_", " "), *(spell(x, 1) for x in cells)])
-    made = {name: runs_of(results, f"transfer/{name}") for name in ("mae", "cmae")}
-    links = [f"[{name}](../results/transfer/{name}.json), {commits(runs)}" for name, runs in made.items() if runs]
-    head = table(" | ".join(["`transfer.py --run RUN`", "score, %", *encoders]), rows)
-    return f"`python reproduce.py --transfer`: {'; '.join(links)}.\n\n{head}" if links else "Not run yet."
+            cells = {e: values(results, f"transfer/{where[e]} {name}-{e}.{score}") for e in encoders}
+            cells = [(spell(x, 1) or "not run") if e in row["encoders"].split() else "" for e, x in cells.items()]
+            rows.append([f"`{row['words']}`", score.replace("_", " "), *cells])
+    files = [results / f"transfer/{name}.json" for name in ("mae", "cmae")]
+    made = {file.stem: read(file) for file in files if file.exists()}
+    links = [f"[{name}](../results/transfer/{name}.json), {commits(found['runs'])}" for name, found in made.items()]
+    notes = [f"† {name}: {found['stale']}." for name, found in made.items() if "stale" in found]
+    rows = table(" | ".join(["`transfer.py --run RUN`", "score, %", *encoders]), rows)
+    return "\n\n".join([f"`python reproduce.py --transfer`: {'; '.join(links) or 'not run yet'}.", rows, *notes])
 
 
 def losses_block(results: Path) -> str:

@@ -98,18 +98,19 @@ def test_demo_table_shows_losses_by_share_of_the_run_and_what_the_encoder_gained
 
 
 def test_dense_transfers_stand_beside_each_other_by_encoder(tmp_path):
-    assert documents.transfer_block(tmp_path) == "Not run yet."
+    assert "`python reproduce.py --transfer`: not run yet." in documents.transfer_block(tmp_path)
     both = {"fcn-untrained": {"miou": 20.0}, "boxes-supervised": {"box_ap": 3.0, "box_ap50": 9.0}}
     seeds = {seed: (both | {"fcn-mae": {"miou": miou}}, LOSS) for seed, miou in enumerate((30.0, 32.0))}
-    result(tmp_path, "transfer/mae", seeds)
+    result(tmp_path, "transfer/mae", seeds, stale="made before the norm")
     result(tmp_path, "transfer/cmae", {0: ({"boxes-cmae": {"box_ap": 4.0, "box_ap50": 8.0}}, LOSS)}, "cmae")
     block, words = documents.transfer_block(tmp_path), experiments.TRANSFER
     assert row(block, f"`{words['fcn']['words']}`")[1:] == ["miou", "20.0 ± 0.0", "", "31.0 ± 1.4", ""]
     lines = [line for line in block.splitlines() if line.startswith(f"| `{words['boxes']['words']}`")]
     assert [line.split(" | ")[1:] for line in lines] == [
-        ["box ap", "", "3.0 ± 0.0", "", "4.0 |"], ["box ap50", "", "9.0 ± 0.0", "", "8.0 |"],
+        ["box ap", "not run", "3.0 ± 0.0", "not run", "4.0 |"], ["box ap50", "not run", "9.0 ± 0.0", "not run", "8.0 |"],
     ]  # fmt: skip
     assert "[mae](../results/transfer/mae.json), 0123456; [cmae](../results/transfer/cmae.json), 0123456." in block
+    assert "† mae: made before the norm." in block
 
 
 @pytest.mark.parametrize(
