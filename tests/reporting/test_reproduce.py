@@ -107,7 +107,8 @@ def test_dense_transfers_stand_beside_each_other_by_encoder(tmp_path):
     assert row(block, f"`{words['fcn']['words']}`")[1:] == ["miou", "20.0 ± 0.0", "", "31.0 ± 1.4", ""]
     lines = [line for line in block.splitlines() if line.startswith(f"| `{words['boxes']['words']}`")]
     assert [line.split(" | ")[1:] for line in lines] == [
-        ["box ap", "not run", "3.0 ± 0.0", "not run", "4.0 |"], ["box ap50", "not run", "9.0 ± 0.0", "not run", "8.0 |"],
+        ["box ap", "not run", "3.0 ± 0.0", "not run", "4.0 |"],
+        ["box ap50", "not run", "9.0 ± 0.0", "not run", "8.0 |"],
     ]  # fmt: skip
     assert "[mae](../results/transfer/mae.json), 0123456; [cmae](../results/transfer/cmae.json), 0123456." in block
     assert "† mae: made before the norm." in block
