@@ -9,10 +9,10 @@ from reporting.pages.source import source
 
 
 class Block(NamedTuple):
-    """A definition of either file, or what stands between two; `lines` are (number, HTML, only here)."""
+    """A definition of either file, or what stands between two; `lines` are (number, HTML, only here, indent)."""
 
     name: str
-    lines: list[tuple[int, str, bool]]
+    lines: list[tuple[int, str, bool, int]]
 
 
 def blocks(page: str) -> dict[str, range]:
@@ -63,4 +63,5 @@ def block(page: str, name: str | None, spans: dict, other: str, theirs: dict) ->
         return None
     of = source(page)
     there = {source(other).lines[n - 1].strip() for n in theirs.get(name, ())} | {""}
-    return Block(name, [(n, of.html[n - 1], of.lines[n - 1].strip() not in there) for n in spans[name]])
+    lines = [(n, of.html[n - 1], of.lines[n - 1]) for n in spans[name]]
+    return Block(name, [(n, html, s.strip() not in there, len(s) - len(s.lstrip())) for n, html, s in lines])

@@ -82,7 +82,10 @@ def markdown() -> MarkdownIt:
 
 
 def render(text: str) -> str:
-    return markdown().render(text.strip())
+    """As HTML, in which no line begins with a per cent sign, nor with the comma behind a formula."""
+    html = re.sub(r"(?<=\d) %", "\N{NO-BREAK SPACE}%", markdown().render(text.strip()))
+    formula = r'<span class="math inline">(?:(?!</span>).)*</span>[,.;:)]+'
+    return re.sub(formula, r'<span class="keep">\g<0></span>', html)
 
 
 def mathml(latex: str, display: bool) -> str:

@@ -69,6 +69,11 @@ def test_a_file_of_notes_is_read_as_it_is_written(tmp_path, monkeypatch):
             notes.render(wrong)
 
 
+def test_no_line_begins_with_the_comma_behind_a_formula_nor_with_a_per_cent_sign():
+    html = notes.render("$a$ and 75 % of $b$, (of $c$).")
+    assert re.findall("</math></span>([^<]+)</span>", html) == [",", ")."] and "75\N{NO-BREAK SPACE}%" in html
+
+
 def test_letters_of_other_alphabets_are_unicode_as_browsers_need_them():
     assert [notes.mathml(rf"\math{kind} L", False).count(letter) for kind, letter in (("cal", "ℒ"), ("bb", "𝕃"))] == [
         1,
@@ -265,8 +270,9 @@ def test_two_methods_stand_beside_each_other_by_the_names_of_their_definitions()
     named = {(a and a.name, b and b.name): (a, b) for a, b in beside.compare("mae", "cmae")}
     _, b = named["the method.forward", "the method.forward"]
     assert ("masked_pixels", None) in named and (None, "byol_loss") in named
-    assert not any(only for n, _, only in b.lines if not source("cmae").lines[n - 1]), "blank lines are no difference"
-    texts = {source("cmae").lines[n - 1].strip(): only for n, _, only in b.lines}
+    assert not any(only for n, _, only, _ in b.lines if not source("cmae").lines[n - 1]), "blank: no difference"
+    texts = {source("cmae").lines[n - 1].strip(): only for n, _, only, _ in b.lines}
+    assert {source("cmae").lines[n - 1][indent - 1 : indent + 1] for n, *_, indent in b.lines} >= {" d", " l"}
     assert texts["def forward(self, batch: Batch) -> dict[str, Tensor]:"] is False
     assert texts["l_r = reconstruction_loss(y_m, pixels)  # Eq. (5)"] is True
 
