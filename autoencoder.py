@@ -14,7 +14,6 @@ Changes from mae.py: no mask, a target larger than a patch, the loss on every pa
 
 The rows of Table 3 are `--block 16`, 48, 80 and 112 under `--recipe paper`, whose patches are 16 pixels wide.
 
-    python train.py --method autoencoder
     torchrun --nproc_per_node=8 train.py --method autoencoder --data imagenet --data-root DIR
 
 Measured: ten classes of Tiny-ImageNet, in docs/claims.md (eight points below MAE); the paper's settings: not run.

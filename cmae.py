@@ -15,24 +15,24 @@ Changes from mae.py: the second view, the feature decoder, the two heads, the mo
     question         | paper             | official code                   | here (flag)
     ---------------- | ----------------- | ------------------------------- | -------------------------------------------
     weight of L_c    | 1 (Table 4d)      | 2τ λ_c = 0.14                   | the paper's (the code's: --official-scale)
-    mask             | MAE's 75 % (§4.1) | 65 %, squares of 2 x 2 patches  | the paper's (--mask-ratio, --mask-cell)
-    last target norm | not said          | none                            | kept (--no-target-norm)
-    target colours   | jitter, greyscale | also blur; grey swaps red, blue | no blur (--target-blur 0.5)
-    feature output   | not said          | 3·p·p wide, in ViT-B its width  | as wide as the encoder
+    mask             | as MAE's (§4.1)   | 65 %, squares of 2 x 2 patches  | the paper's (--mask-ratio, --mask-cell)
+    last target norm | as online's, §3.1 | none                            | kept (--no-target-norm)
+    target colours   | jitter (§4.4)     | grey too, red for blue; blur    | also grey, no blur (--target-blur 0.5)
+    feature output   | as F_t's features | 3·p·p wide, in ViT-B its width  | as wide as the encoder
     heads            | not said          | Linear, BN, ReLU, Linear        | the same (--projector-width, -out)
     initial heads    | not said          | PyTorch's: deviation .021, .015 | MAE's: deviation .029, .033
     class token      | not said          | in every part, but in no mean   | the same
     weight decay     | .05               | of BN scales, of no tokens      | of tokens (--no-decay cls_token mask_token)
-    shared decoder   | Table 4c          | none                            | the pixel decoder's first blocks
-    shifts           | 0-31 of 224       | 0-31 of 224 pixels              | in proportion: 0-8 of 64 pixels
-    size of CMAE*    | a ViT's (§4.1)    | not compared                    | 89.1 M, ViT-B 85.6 M (--stem conv)
+    shared decoder   | "weight", Tab. 4c | none                            | the pixel decoder's first blocks
+    shifts           | 0-31 pixels       | 0-31 of 224 pixels              | in proportion: 0-8 of 64 pixels
+    size of CMAE*    | a ViT's (§4.1)    | has no CMAE*                    | 89.1 M, ViT-B 85.6 M (--stem conv)
 
 Slips of the paper: §3.2 once calls the online view I_t; Eq. (4) lacks its index i, Eq. (5) the mean over pixels.
-The rows of Table 4, from the top. Row 1 of 4b as two equal views is our reading; its 82.9 is also MAE's own result.
+The rows of Table 4, from the top. That row 2 of 4a masks no target and row 1 of 4b has equal views are our readings.
     4a: `--method mae`; `pixel_shift=False, feature_decoder_depth=0`; `feature_decoder_depth=0`; the defaults
     4b: `target_color=False` with `shift_range="0"`; with `pixel_shift=False`; alone; the defaults
-The ViT-S of Figure 4b is in the official code `--model base --depth 8 --heads 8 --mlp-ratio 3`.
-`lambda_c=0` is not row 1 of 4a: it sees the corner of a larger master image, where MAE sees a crop of at least 20 %.
+What the official code calls small is `--model base --depth 8 --heads 8 --mlp-ratio 3`.
+With λ_c = 0 it "degenerates to the baseline MAE" (§4.4), but still sees the corner of a larger master image here.
 
     python train.py --method cmae    torchrun --nproc_per_node=8 train.py --method cmae --data tiny-imagenet --download
 

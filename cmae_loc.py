@@ -12,9 +12,9 @@ that, after some epochs, are drawn around the object that the encoder itself has
 
 Changes from mae.py: ContrastiveCrop, the second view, the location task, the momentum branch, the weaker decoders.
 
-The paper has no code. Where it is silent or unclear, this file reads it so:
+The paper promises code, and none is known. Where it is silent or unclear, this file reads it so:
 - Views: "q2 belongs to the unmasked vector" (§3.3) must mean the masked one. The encoder adds a class token to every
-  part; Eq. 2-5 use none of them. The paper names no change of colours, so there is none (`--key-color`).
+  part; Eq. 2-5 use none of them (§3.4 says so of Eq. 4 alone). The paper names no colours: none change (`--key-color`).
 - Eq. 3: P takes the mean over h. It has two layers, and its 128 outputs are L2-normalised. τ = 0.2 is MoCo v2's, and
   μ = 0.996 stays fixed. x_q is contrasted with x_k, but x_k is not contrasted with x_q. The other images of the batch
   give the negatives z_k-.
@@ -29,11 +29,9 @@ The paper has no code. Where it is silent or unclear, this file reads it so:
 - Crops: the threshold, the schedule and Beta's α are ContrastiveCrop's for small images.
 - MLP decoder: the MLP runs across tokens in attention's place, as in MLP-Mixer. An MLP on each patch alone would bring
   nothing from the others to a masked patch. Norms, residuals and the MLP across channels stay.
-- Convolutional decoder: likewise, and "deep" is read as depth-wise.
-- Hybrid decoder: all layers but the first and the last are replaced.
+- Convolutional decoder: likewise; "deep" is read as depth-wise. Hybrid: all layers but the first and last are replaced.
 - L_con is MAE's, of standardised patches. Crop and flip, patch size, warm-up and Adam's β are those of mae.py too.
 
-    python train.py --method cmae_loc
     torchrun --nproc_per_node=8 train.py --method cmae_loc --data tiny-imagenet --download
 
 Measured: ten classes of Tiny-ImageNet, in docs/results.md; the paper's settings: not run.
@@ -77,7 +75,7 @@ class Config:
     mask_ratio: Share = 0.75  # share of patches hidden in each view (§4.2)
     decoder: Literal["transformer", "mlp", "conv", "hybrid-mlp", "hybrid-conv"] = "transformer"  # (§3.5, 2-4)
     decoder_width: Size = 512  # channels of every layer; weaker with 256, 128 or 64 (§3.5, 1)
-    decoder_depth: Count = 8  # layers; weaker with 6, 4 or 2 (§3.5, 1)
+    decoder_depth: Count = 8  # layers; weaker with fewer, two at a time (§3.5, 1)
     decoder_heads: Size = 16  # of the layers that attend
     norm_pixels: bool = True  # predict each patch standardised by its own mean and variance (MAE's)
     crop_scale: Part = 0.2  # smallest share of the image's area that a crop keeps
@@ -90,9 +88,9 @@ class Config:
     projector_width: Count = 0  # hidden width of P; 0 is the encoder's
     projector_out: Size = 128  # dimensions of the contrasted vectors
     tau: Positive = 0.2  # temperature of Eq. 3
-    momentum: Share = 0.996  # share of ME and MP that a step keeps, fixed (§3.3)
+    momentum: Share = 0.996  # share of ME and MP that a step keeps (§3.3 has no number)
     withhold_positions: bool = False  # the location task sees patches without their positions
-    location_mean: bool = True  # Eq. 5 averages over the N places; without: it adds them up, as its formula says
+    location_mean: bool = True  # average over the N places, which Eq. 5 does not have; without: add them up, as it says
     lambda_ctr: Weight = 1.0  # weight of the contrastive loss in Eq. 6; 0 builds no momentum branch
     lambda_loc: Weight = 1.0  # weight of the location loss in Eq. 6
     lambda_con: Weight = 1.0  # weight of the reconstruction loss in Eq. 6
@@ -100,7 +98,7 @@ class Config:
 
 
 RECIPES = {
-    # §4.2, on Tiny-ImageNet; MAE's rule makes its base rate of 1e-3 a peak of 2.5e-4 at batch 64.
+    # §4.2, on Tiny-ImageNet; MAE's rule makes its base rate of 1e-3 a peak of 2.5e-4 at batch 64. Eq. 5 is averaged.
     "paper": dict(
         model="base", image_size=64, patch_size=8, epochs=300, warmup_epochs=40, batch_size=64, base_lr=1e-3,
         weight_decay=0.05, betas=(0.9, 0.95),

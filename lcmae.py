@@ -33,7 +33,6 @@ the same flags. The other tables are of MAE, at a base rate of 1.5e-4 and batch 
       Table A.1    --method mae --batch-size 1024 --images 1 --repeat 1281167 --epochs 5 --warmup-epochs 1
 The analyses of attention and features (Eq. 7 and 8, Figures 2 to 6) are in figures/.
 
-    python train.py --method lcmae
     torchrun --nproc_per_node=8 train.py --method lcmae --data tiny-imagenet --download
 
 Measured on the built-in images, as the deviation of v over images (1: random directions, 0: all

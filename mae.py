@@ -7,8 +7,7 @@ Differences from the official code
 - The decoder reads visible patches first and masked ones after them, each with its position, instead of putting the
   sequence back in raster order: attention does not see the order, and only the masked patches are predicted.
 - Base rate, epochs and normalised targets are those of its published recipe, not the pretraining script's defaults.
-- The patch embedding's bias starts at zero as all other biases do; there it keeps PyTorch's random start.
-- Crops are not rounded to whole grey levels.
+- The patch embedding's bias starts at zero as all others do, not at random. Crops are not rounded to grey levels.
 Tested equal to Hugging Face's ViTMAEForPreTraining on the same weights and mask: loss, prediction and gradients.
 
     python train.py --method mae    torchrun --nproc_per_node=8 train.py --method mae --data imagenet --data-root DIR
