@@ -142,14 +142,18 @@ def test_every_field_has_its_words_and_arrives_by_its_option(monkeypatch):
     comments = evaluate.field_comments(Recipe)
     assert set(comments) == set(asdict(Recipe()))
     given = dict(
-        epochs=7, warmup_epochs=2.0, batch_size=6, base_lr=0.1, lr=0.2, min_lr=0.01, optimizer="sgd", weight_decay=0.3,
+        epochs=7, warmup_epochs=2.0, batch_size=6, lr=0.2, min_lr=0.01, optimizer="sgd", weight_decay=0.3,
         layer_decay=0.4, drop_path=0.2, mixup=0.5, cutmix=0.6, smoothing=0.2, erase=0.1, randaugment=4, crop_scale=0.5,
         features="cls", norm="pretrained", head_std=0.3, positions="learned",
     )  # fmt: skip
     words = [word for name, value in given.items() for word in (recipes.flag(name), str(value))]
     monkeypatch.setattr("sys.argv", ["evaluate.py", "--run", "x", "--protocol", "finetune", "--data", "shapes", *words])
     options, report = evaluate.task_options(evaluate.options(), {})
-    assert options["recipe"] == Recipe(**given) and report["recipe"] == "demo" and report["lr"] == 0.2
+    own = recipe_for("demo", "finetune").base_lr  # beside --lr it does nothing
+    assert options["recipe"] == Recipe(**given, base_lr=own) and report["recipe"] == "demo" and report["lr"] == 0.2
+    words = "--run x --protocol finetune --data shapes --base-lr 0.3".split()
+    monkeypatch.setattr("sys.argv", ["evaluate.py", *words])
+    assert evaluate.task_options(evaluate.options(), {})[0]["recipe"].base_lr == 0.3
     words = "--run x --protocol attentive --data imagenet --attend-cls".split()
     monkeypatch.setattr("sys.argv", ["evaluate.py", *words])
     options, report = evaluate.task_options(evaluate.options(), dict(method="cae"))
