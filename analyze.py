@@ -17,7 +17,7 @@ import json
 from pathlib import Path
 
 from figures import plots
-from figures.study import Absent, Study
+from figures.encoders_and_images import Absent, Study
 from inputs import augment
 from runtime import files, process
 from runtime.command_line import Parser, add_option, count

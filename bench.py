@@ -31,7 +31,7 @@ from reporting.whole_run_speed import bench_epoch, bench_input, bench_start
 from runtime import files, process
 from runtime.command_line import Parser, count
 from runtime.errors import InputError
-from runtime.run import git_state, versions
+from runtime.run_directory import git_state, versions
 
 WHAT = {"step": bench_step, "input": bench_input, "epoch": bench_epoch, "start": bench_start, "scale": bench_scale}
 

@@ -59,10 +59,10 @@ from common import (
     visible_count,
 )
 from inputs import augment
-from runtime import dalle
+from runtime import dalle_weights
 from runtime.errors import InputError
 from runtime.knobs import Count, Part, Share, Size, Weight, check
-from runtime.reconstruction import picture_rows
+from runtime.reconstruction_pictures import picture_rows
 
 
 @dataclass(frozen=True)
@@ -173,7 +173,7 @@ class CAE(nn.Module):
         super().__init__()
         c, D = config, encoder.width
         if c.target == "dalle" and not c.tokenizer:
-            raise InputError(f"target dalle: no weights; give them to --tokenizer: {dalle.PUBLISHED}")
+            raise InputError(f"target dalle: no weights; give them to --tokenizer: {dalle_weights.PUBLISHED}")
         if c.tokenizer and c.target == "pixels":
             raise InputError(f"tokenizer {c.tokenizer}: pixels need none; leave it out, or give another --target")
         if c.norm_pixels and c.target != "pixels":

@@ -51,7 +51,7 @@ from common import Head, Mask, ViT, ema_update, info_nce, pair, random_mask, rec
 from inputs import augment
 from runtime.errors import InputError
 from runtime.knobs import Count, Part, Positive, Share, Size, Weight, check
-from runtime.reconstruction import picture_rows
+from runtime.reconstruction_pictures import picture_rows
 
 
 @dataclass(frozen=True)

@@ -67,7 +67,7 @@ from inputs import augment
 from inputs.augment import locate, place_crops
 from runtime.errors import InputError
 from runtime.knobs import Count, Part, Positive, Share, Size, Weight, check
-from runtime.reconstruction import picture_rows
+from runtime.reconstruction_pictures import picture_rows
 
 
 @dataclass(frozen=True)

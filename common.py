@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from runtime.errors import InputError
-from runtime.fast import Linear, attend, linear, take, upload, written
+from runtime.fast_paths import Linear, attend, linear, take, upload, written
 from runtime.randomness import StepRandom
 from runtime.ranks import gather_over_ranks, rank, sum_over_ranks, world_size
 

@@ -43,12 +43,12 @@ from torch import Tensor, nn
 
 from common import ViT, cosine, initialize, sum_over_ranks, world_size
 from inputs import augment
-from runtime import dalle, files
+from runtime import dalle_weights, files
 from runtime.errors import InputError
 from runtime.knobs import Part, Positive, Share, Size, Weight, check
 
 STRIDE = 8  # pixels a side that a code stands for: three halvings
-WANTED = f"give a run of --method dvae, or DALL-E's from {dalle.PUBLISHED}"
+WANTED = f"give a run of --method dvae, or DALL-E's from {dalle_weights.PUBLISHED}"
 
 
 @dataclass(frozen=True)
@@ -193,7 +193,7 @@ def load_tokenizer(file: str) -> Tokenizer:
     try:
         saved = files.load(path)
         ours = "state_dict" in saved
-        settings, weights = (saved["settings"], saved["state_dict"]) if ours else dalle.encoder(saved)
+        settings, weights = (saved["settings"], saved["state_dict"]) if ours else dalle_weights.encoder(saved)
         tokenizer = Tokenizer(**settings)
         tokenizer.load_state_dict(weights)
         return tokenizer

@@ -23,7 +23,7 @@ from downstream.protocols import PROTOCOLS, Task, evaluate
 from inputs import augment, image_sets
 from runtime import files, process
 from runtime.command_line import OPTIONS, Help, Parser, Sides, add_option, field_comments, seed
-from runtime.encoders import TARGETS, load_encoder, normalised, untrained, write_export
+from runtime.encoder_files import TARGETS, load_encoder, normalised, untrained, write_export
 from runtime.errors import InputError
 from runtime.ranks import rank, world_size
 

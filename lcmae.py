@@ -54,7 +54,7 @@ from common import MLP, Mask, ViT, initialize, patchify, random_mask, reconstruc
 from inputs import augment
 from runtime.errors import InputError
 from runtime.knobs import Count, Part, Share, Size, Weight, check
-from runtime.reconstruction import picture_rows
+from runtime.reconstruction_pictures import picture_rows
 
 
 @dataclass(frozen=True)

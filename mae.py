@@ -37,7 +37,7 @@ from common import (
 )
 from inputs import augment
 from runtime.knobs import Count, Part, Share, Size, check
-from runtime.reconstruction import picture_rows
+from runtime.reconstruction_pictures import picture_rows
 
 
 @dataclass(frozen=True)

@@ -28,20 +28,20 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from common import StepRandom, ViT
+from downstream.online_probe import Watch
 from downstream.protocols import evaluate
-from downstream.watch import Watch
 from inputs import augment, image_sets
 from methods import METHODS
-from runtime import fast, files, process
+from runtime import fast_paths, files, process
 from runtime.command_line import build_encoder, goes_on, pretraining_options, settle
-from runtime.encoders import untrained
+from runtime.encoder_files import untrained
 from runtime.errors import InputError
-from runtime.initial import fill, fill_decoder
 from runtime.log import Meter, Pictures
 from runtime.optimization import learning_rate, parameter_groups
 from runtime.randomness import orders, rows_of_rank
 from runtime.ranks import rank, say, world_size
-from runtime.run import Run
+from runtime.run_directory import Run
+from runtime.starting_weights import fill, fill_decoder
 
 
 def main() -> None:
@@ -86,7 +86,7 @@ def loop(args, plan: "Plan", run: Run, images: image_sets.ImageSet, watch: Watch
     """The steps of a run from `run.step` on: each draws a batch, learns from it, moves the teacher, logs and saves."""
     method, optimizer, scaler = run.parts.values()
     network = distribute(method)
-    compiled = fast.compiled(network, device, args.accumulate) if args.compile else network
+    compiled = fast_paths.compiled(network, device, args.accumulate) if args.compile else network
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(args.precision)
     autocast = torch.autocast(device.type, dtype, enabled=dtype is not None)
 

@@ -30,7 +30,7 @@ from downstream.dense_recipes import RECIPES, Recipe, recipe_for
 from downstream.recipes import flag
 from inputs import builtin_scenes
 from inputs.dense_sets import Instances, Reader, Segments
-from runtime import encoders, files, process
+from runtime import encoder_files, files, process
 from runtime.command_line import OPTIONS, Help, Parser, add_option, count, field_comments, settle
 from runtime.errors import InputError
 from runtime.ranks import rank, world_size
@@ -82,9 +82,9 @@ def options() -> tuple[argparse.Namespace, Recipe | None]:
 
 def load(args: argparse.Namespace, recipe: Recipe, device: torch.device) -> ViT:
     """The encoder that is asked for."""
-    encoder = encoders.normalised(encoders.load_encoder(args.run, device), args.mean, args.std)
+    encoder = encoder_files.normalised(encoder_files.load_encoder(args.run, device), args.mean, args.std)
     if args.untrained:
-        encoder = encoders.untrained(encoder, args.seed)
+        encoder = encoder_files.untrained(encoder, args.seed)
     if args.tuned:
         file, own = Path(args.tuned) / "checkpoint.pt", encoder.state_dict()
         try:  # in place of its last norm, the head's has learnt
@@ -93,7 +93,7 @@ def load(args: argparse.Namespace, recipe: Recipe, device: torch.device) -> ViT:
             encoder.load_state_dict(own | {name: saved[name] for name in own.keys() & saved.keys()})
         except (LookupError, TypeError, AttributeError, RuntimeError):
             raise InputError(f"{file}: no fine-tuning of {args.run}; give a folder that evaluate.py wrote") from None
-    return encoders.resize(encoder, recipe.image_size or pair(encoder.image_size)[0]).to(device)
+    return encoder_files.resize(encoder, recipe.image_size or pair(encoder.image_size)[0]).to(device)
 
 
 def main() -> None:

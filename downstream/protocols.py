@@ -27,7 +27,7 @@ from inputs import augment
 from inputs.image_sets import ImageSet
 from runtime import process
 from runtime.command_line import settle
-from runtime.encoders import untrained
+from runtime.encoder_files import untrained
 from runtime.errors import InputError
 from runtime.ranks import gather_over_ranks, rank, world_size
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from inputs import augment
 from runtime.errors import InputError
-from runtime.fast import upload
+from runtime.fast_paths import upload
 from runtime.knobs import Part, Share, Size, Weight, check
 from runtime.randomness import StepRandom
 

@@ -21,9 +21,9 @@ from tqdm import tqdm
 
 from downstream.classifier import Classifier, trainable_parameters
 from downstream.recipes import Recipe, augmented
-from runtime import fast, files
+from runtime import fast_paths, files
 from runtime.errors import InputError
-from runtime.fast import upload
+from runtime.fast_paths import upload
 from runtime.optimization import learning_rate
 from runtime.randomness import StepRandom, orders, rows_of_rank
 from runtime.ranks import rank, sum_over_ranks, world_size
@@ -82,7 +82,7 @@ def optimize(
     scaler = torch.amp.GradScaler(device.type, enabled=settings["precision"] == "fp16")
     checksum = zlib.crc32(b"".join(x.cpu().numpy().tobytes() for x in model.encoder.state_dict().values()))
     views = {name: model.encoder.settings[name] for name in ("mean", "std")}
-    settings |= views | dict(encoder=checksum, linear="convolution" if fast.as_convolution else "product")
+    settings |= views | dict(encoder=checksum, linear="convolution" if fast_paths.as_convolution else "product")
     run = Progress(directory, settings, model, dict(optimizer=optimizer, scaler=scaler), resume)
     model.train()
     begin, since, total = time.perf_counter(), run.step, torch.zeros((), device=device)

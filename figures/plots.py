@@ -17,8 +17,8 @@ import cmae_loc
 import mae
 from common import Mask, pair, patchify, unpatchify
 from figures import measures
+from figures.encoders_and_images import Absent, Study, spaced
 from figures.measures import centred
-from figures.study import Absent, Study, spaced
 from inputs import augment
 from runtime.command_line import field_comments
 

@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from inputs import augment, images_in_files
+from inputs import augment, image_files
 from runtime.errors import InputError
 
 try:
@@ -94,7 +94,7 @@ class Reader(torch.utils.data.Dataset):
     def batches(self, orders, workers: int) -> Iterator[list[Sample]]:
         loader = DataLoader(
             self, batch_sampler=orders, collate_fn=list, num_workers=workers, generator=torch.Generator(),
-            worker_init_fn=images_in_files.leave_signals_to_parent,
+            worker_init_fn=image_files.leave_signals_to_parent,
         )  # fmt: skip
         for batch in loader:
             for sample in batch:
@@ -134,7 +134,7 @@ class Segments:
 
     def read(self, i: int) -> tuple[Tensor, Tensor, Tensor]:
         """uint8 image (3, H, W) and labels (1, H, W); no kinds, as labels have their own."""
-        image, file = images_in_files.decode(self.pairs[i][0]), self.pairs[i][1]
+        image, file = image_files.decode(self.pairs[i][0]), self.pairs[i][1]
         try:
             with Image.open(file) as png:
                 labels = np.array(png)
@@ -189,7 +189,7 @@ class Instances:
         except Exception as error:  # pycocotools checks little of what it is given
             raise InputError(f"{self.file}: image {self.ids[i]} is wrongly annotated ({error!r})") from None
         kinds = torch.tensor([1 + self.categories.index(a["category_id"]) for a in found], dtype=torch.int64)
-        image = images_in_files.decode(file)
+        image = image_files.decode(file)
         if any(mask.shape != image.shape[1:] for mask in masks):
             raise InputError(f"{file}: not of the size that its annotations are for")
         return image, torch.from_numpy(np.stack(masks)) if masks else image.new_empty(0, *image.shape[1:]), kinds

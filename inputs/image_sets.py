@@ -26,9 +26,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from inputs import builtin_images, hub, inaturalist
+from inputs import builtin_images, huggingface_sets, inaturalist
 from inputs.image_cache import Packed, cache_folder, cached, cores, in_turn, remembered
-from inputs.images_in_files import Files, class_folders, image_files
+from inputs.image_files import Files, class_folders, image_files
 from runtime.errors import InputError
 from runtime.ranks import say, say_once
 
@@ -152,7 +152,7 @@ def open_set(
         raise InputError(f"{split}: no such split; there are train and val")
     if value_range and not -math.inf < value_range[0] < value_range[1] < math.inf:
         raise InputError(f"range {value_range[0]:g} {value_range[1]:g}: the first must be below the second")
-    if (splits or columns) and not name.startswith(hub.PREFIX):
+    if (splits or columns) and not name.startswith(huggingface_sets.PREFIX):
         raise InputError(f"{name}: has no splits or columns to choose; leave out --{'split' if splits else 'columns'}")
     root = None if root is None else Path(root)
 
@@ -161,8 +161,8 @@ def open_set(
             return ImageSet(name, *shapes(split))
         if name in ("cifar10", "cifar100"):
             return ImageSet(name, *cifar(name, root or cache_folder(), split, download))
-        if name.startswith(hub.PREFIX):
-            title, find = name, partial(hub.find, name, root, splits, columns)
+        if name.startswith(huggingface_sets.PREFIX):
+            title, find = name, partial(huggingface_sets.find, name, root, splits, columns)
         else:
             folder, listed = find_files(name, root, download, class_level)
             title, find = name if name in NAMES else folder.resolve().name, partial(in_files, folder, listed)

@@ -4,7 +4,7 @@ import json
 import re
 from pathlib import Path
 
-from inputs.images_in_files import image_files
+from inputs.image_files import image_files
 from runtime.errors import InputError
 from runtime.ranks import say_once
 

@@ -35,7 +35,7 @@ from reporting.whole_run_speed import EPOCH, watch
 from runtime import files, process
 from runtime.command_line import Parser
 from runtime.errors import InputError
-from runtime.run import git_state, versions
+from runtime.run_directory import git_state, versions
 
 VIT_B = "--model base --image-size 224 --patch-size 16 --decoder-width 512 --decoder-depth 8 --decoder-heads 16"
 TINY = "--width 16 --depth 2 --heads 2 --decoder-width 8 --decoder-depth 1 --decoder-heads 1 --image-size 32"
@@ -67,7 +67,7 @@ def plan(args, found: dict) -> list[Step]:
     train = f"--data {args.data} --device {device} --recipe tiny --no-evaluate --images {images} "
     train += f"{TINY} --classes 2 --batch-size 4" if tiny else "--model small --batch-size 512"
     train += f" --data-root {root}" * bool(args.data_root) + " --method "
-    tests = ("tests/test_house.py -k small" if tiny else "-m cuda") + " -n auto" * bool(find_spec("xdist"))
+    tests = ("tests/test_repository_layout.py -k small" if tiny else "-m cuda") + " -n auto" * bool(find_spec("xdist"))
     steps = [
         Step("right", 120, 150, f"-m pytest -q {tests}"),
         Step("fast", 140, 280, f"{bench} mae cmae{' --peer hf' if peer else ''} --json {work}/fast.json"),

@@ -25,10 +25,18 @@ from runtime.errors import InputError
 TABLE = ["mae", "cmae", "cmae_loc", "cae", "conmim", "lcmae"]
 BASELINES = "scratch"  # an untrained encoder, supervised training, pixels
 ROWS = [BASELINES, *TABLE]
-RENAMED = {"shapes.py": "inputs/builtin_images.py"}  # what a file that old results name is called now
+RENAMED = {  # what a file that old results name is called now
+    "shapes.py": "inputs/builtin_images.py",
+    "downstream/watch.py": "downstream/online_probe.py",
+    "inputs/hub.py": "inputs/huggingface_sets.py",
+    "inputs/images_in_files.py": "inputs/image_files.py",
+    "figures/study.py": "figures/encoders_and_images.py",
+    "runtime/fast.py": "runtime/fast_paths.py",
+    "runtime/encoders.py": "runtime/encoder_files.py",
+}
 MEASURED_IN = {"reproduce.py": "reporting/claim_measures.py"}
 # The list of all methods, the other image sets, and how a run starts, is logged and is saved.
-WITHOUT_NUMBERS = re.compile(r"methods\.py|inputs/builtin|runtime/(?!fast|ranks|encoders|randomness|optimization)")
+WITHOUT_NUMBERS = re.compile(r"methods\.py|inputs/builtin|runtime/(?!fast_paths|ranks|encoder_files|randomness|optimization)")
 # Settings that are not the experiment's: where and how it ran, and the seed, which is beside it.
 ELSEWHERE = "out data_root resume download workers save_every log_every evaluate seed device compile precision"
 

@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from common import SIZES, StepRandom, ViT, normalize_patches
 from methods import METHODS
 from reporting.timing import held, in_a_child, interleave
-from runtime import fast, process
+from runtime import fast_paths, process
 from runtime.command_line import build_encoder, pretraining_options
 from runtime.optimization import parameter_groups
 
@@ -111,7 +111,7 @@ def stepper(args, name: str, B: int, precision: str, compiled: bool, device: tor
     module, loss_of = (peer_loss if name in PEERS else our_loss)(args, name, B, device)
     groups = parameter_groups(module, weight_decay=0.05)
     optimizer = torch.optim.AdamW(groups, lr=1e-4, betas=(0.9, 0.95), fused=True)
-    network = fast.compiled(module, device) if compiled else module
+    network = fast_paths.compiled(module, device) if compiled else module
 
     def step():
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
@@ -212,7 +212,7 @@ def activations(args, method, B: int) -> int:
         return x
 
     batch = draw(args, method, B, torch.device("cpu"))
-    as_on_a_gpu = mock.patch.object(fast, "PLAIN_SCORES", 0)  # whose attention keeps no scores
+    as_on_a_gpu = mock.patch.object(fast_paths, "PLAIN_SCORES", 0)  # whose attention keeps no scores
     with (
         as_on_a_gpu,
         torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x),

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from common import StepRandom
-from inputs import augment, image_cache, images_in_files
+from inputs import augment, image_cache, image_files
 from methods import METHODS
 from reporting import HERE
 from reporting.step_speed import build_method, decoder_sizes
@@ -79,7 +79,7 @@ def stages(args, paths: list[Path], packed, device: torch.device) -> dict[str, t
         return lambda: [function(picture) for picture in pictures]
 
     return {
-        "decode": (lambda: [*map(images_in_files.decode, paths)], lambda: [*map(default_loader, paths)]),
+        "decode": (lambda: [*map(image_files.decode, paths)], lambda: [*map(default_loader, paths)]),
         "cache": (lambda: packed.images(torch.randperm(B), device), None),
         "crop": (lambda: augment.crop_resize(images, augment.crop_boxes(rng, (S, S)), S),
                  each(v2.RandomResizedCrop(S, (0.2, 1.0), interpolation=v2.InterpolationMode.BICUBIC))),
@@ -102,7 +102,7 @@ def bench_input(args, device: torch.device) -> list[dict]:
     calls, images = {}, {}  # the latter: images that a call is worth
     with tempfile.TemporaryDirectory() as directory:
         paths = picture_folder(Path(directory), B, args.image_size)
-        packed = image_cache.Packed(*image_cache.pack([images_in_files.decode(path) for path in paths]))
+        packed = image_cache.Packed(*image_cache.pack([image_files.decode(path) for path in paths]))
         packed = image_cache.Packed(packed.flat.to(device), packed.sizes)
         for name, (ours, theirs) in stages(args, paths, packed, device).items():
             calls[name], images[name] = ours, B

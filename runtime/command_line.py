@@ -20,7 +20,7 @@ import torch.distributed as dist
 
 from common import SIZES, ViT
 from inputs.augment import LEAST_STD
-from runtime import fast, process
+from runtime import fast_paths, process
 from runtime.errors import InputError
 from runtime.knobs import turned_off
 from runtime.ranks import rank, world_size
@@ -183,7 +183,7 @@ def settle(args, device: torch.device) -> None:
     if getattr(args, "mean", None) == "auto" and "mean" in found:
         args.mean, args.std = found["mean"], args.std or found.get("std")
     args.linear = found["linear"]
-    fast.use(args.linear)
+    fast_paths.use(args.linear)
     if args.compile is None:
         compiles = args.device == "cuda" and torch.cuda.get_device_capability() >= (7, 0)  # Triton's least
         args.compile = compiles and importlib.util.find_spec("triton") is not None
@@ -192,7 +192,7 @@ def settle(args, device: torch.device) -> None:
 def fastest(device: torch.device) -> dict:
     """The precision that suits the device, and how a CPU computes float32 products."""
     if device.type == "cpu":
-        return fast.measured()
+        return fast_paths.measured()
     half = "bf16" if process.has_bf16(device) else "fp16"
     return dict(precision=half if device.type == "cuda" else "fp32", linear=None)
 

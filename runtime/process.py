@@ -9,7 +9,7 @@ import time
 import torch
 import torch.distributed as dist
 
-from runtime import fast
+from runtime import fast_paths
 from runtime.errors import InputError
 
 
@@ -47,7 +47,7 @@ def start(device: str = "auto") -> torch.device:
     torch.backends.cudnn.allow_tf32 = False  # torch's default would compute convolutions alone in TF32
     if device == "cpu":
         keep_freed_memory()
-        fast.use(fast.measured()["linear"])
+        fast_paths.use(fast_paths.measured()["linear"])
     if ranks > 1:
         # torchrun --max-restarts hands out the store of the attempt before, with addresses of processes that are gone.
         store, rank, _ = next(dist.rendezvous("env://"))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from runtime.errors import InputError
-from runtime.fast import upload
+from runtime.fast_paths import upload
 from runtime.ranks import rank, world_size
 
 

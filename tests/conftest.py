@@ -12,7 +12,7 @@ settings.load_profile("ci" if os.environ.get("CI") else "default")
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the commands that tests start
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
-if offset := int(os.environ.get("SEED_OFFSET", "0")):  # tests/variants: no test may hang on its seed
+if offset := int(os.environ.get("SEED_OFFSET", "0")):  # tests/processor_variants: no test may hang on its seed
     torch.manual_seed = lambda seed, plain=torch.manual_seed: plain(seed + offset)
 
 
@@ -24,5 +24,5 @@ def pytest_configure(config):
 
 def pytest_collection_finish(session):
     """Where Python 3.14 starts every process from one server, the first to start it says what it imports."""
-    if "forked" in sys.modules:
-        sys.modules["forked"].server()
+    if "forked_programs" in sys.modules:
+        sys.modules["forked_programs"].server()

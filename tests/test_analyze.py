@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 import analyze
-from figures.study import Absent, Study
+from figures.encoders_and_images import Absent, Study
 from runtime import files
 from runtime.command_line import build_encoder
 from runtime.errors import InputError

@@ -1,7 +1,7 @@
 """Every command that the documents and the headers show, but for train.py's, is run: on a small run, in a short form.
 
-train.py's are run for every method by test_train.py, by one process and by two; here and there `test_map.py` sees to it
-that each is understood as it stands.
+train.py's are run for every method by test_train.py, by one process and by two; here and there `test_map_of_tests.py`
+sees to it that each is understood as it stands.
 """
 
 import importlib.util
@@ -9,8 +9,8 @@ import shlex
 from pathlib import Path
 
 import pytest
-from forked import PROGRAMS, ROOT, Program, finish, popen
-from test_map import commands
+from forked_programs import PROGRAMS, ROOT, Program, finish, popen
+from test_map_of_tests import commands
 from test_train import OWN, SMALL, assert_fine, environment, photos  # noqa: F401  (fixtures)
 
 QUICK = "--epochs 1 --warmup-epochs 0 --batch-size 16 --resume never".split()

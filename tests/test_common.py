@@ -42,9 +42,9 @@ from common import (
     unpatchify,
     visible_count,
 )
-from runtime import fast, ranks
+from runtime import fast_paths, ranks
 from runtime.errors import InputError
-from runtime.fast import attend, linear, take
+from runtime.fast_paths import attend, linear, take
 from runtime.optimization import learning_rate, parameter_groups
 from runtime.randomness import epoch_order
 from runtime.ranks import gather_over_ranks, rank, sum_over_ranks, world_size
@@ -949,7 +949,7 @@ def test_take_and_patchify_and_their_gradients_equal_indexing_by_hand():
 @pytest.mark.parametrize("convolution", [True, False])
 @pytest.mark.parametrize("bias", [True, False])
 def test_linear_equals_a_float64_loop_with_its_gradients(bias, convolution, monkeypatch):
-    monkeypatch.setattr(fast, "as_convolution", convolution)
+    monkeypatch.setattr(fast_paths, "as_convolution", convolution)
     torch.manual_seed(0)
     layer = common.Linear(7, 6, bias=bias)
     inputs = torch.randn(2, 5, 7, requires_grad=True)
@@ -1001,9 +1001,9 @@ def test_linear_is_a_convolution_in_float32_alone_where_that_was_chosen(monkeypa
     taken, conv2d = [], F.conv2d
     monkeypatch.setattr(F, "conv2d", lambda *a: taken.append(a) or conv2d(*a))
     layer, x = common.Linear(4, 3), torch.randn(2, 5, 4)
-    monkeypatch.setattr(fast, "as_convolution", False)
+    monkeypatch.setattr(fast_paths, "as_convolution", False)
     plain = layer(x)
-    monkeypatch.setattr(fast, "as_convolution", True)
+    monkeypatch.setattr(fast_paths, "as_convolution", True)
     with torch.autocast("cpu", torch.bfloat16):
         assert layer(x).dtype == linear(x, layer.weight).dtype == torch.bfloat16
     assert linear(x.double(), layer.weight.double()).dtype == torch.float64

@@ -35,7 +35,7 @@ from downstream.protocols import evaluate, extract
 from figures import measures
 from inputs import augment, image_cache, image_sets
 from methods import METHODS
-from runtime import fast, process, ranks
+from runtime import fast_paths, process, ranks
 from train import build, options
 
 pytestmark = [
@@ -213,7 +213,7 @@ def test_a_deterministic_step_repeats_itself_to_the_bit(name):
 def check_compiled(name: str, device: torch.device):
     """As train.py compiles it: CUDA graphs are recorded in the second step, and replay on batches of their own."""
     method, _ = begun(name, device)
-    compiled = fast.compiled(method, device)
+    compiled = fast_paths.compiled(method, device)
     for step in range(1, 6):
         batch = batch_on(method, device, step)
         losses, gradients = losses_and_gradients(method, batch)

@@ -10,14 +10,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from forked import Program, finish
+from forked_programs import Program, finish
 from PIL import Image
 from torch import nn
 
 import evaluate
 from common import MEAN, STD, ViT, pair
 from runtime import process
-from runtime.encoders import load_encoder
+from runtime.encoder_files import load_encoder
 from runtime.errors import InputError
 
 ROOT = Path(evaluate.__file__).parent

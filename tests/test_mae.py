@@ -12,7 +12,7 @@ from common import MEAN, STD, Mask, StepRandom, ViT, patchify, random_mask, take
 from inputs.augment import normalize
 from mae import MAE, Batch, Config, masked_pixels
 from runtime.errors import InputError
-from runtime.reconstruction import picture_rows, visible_statistics
+from runtime.reconstruction_pictures import picture_rows, visible_statistics
 
 SMALL = Config(decoder_width=16, decoder_depth=2, decoder_heads=2)
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from test_hostile import batch_for, build
+from test_bad_input import batch_for, build
 from test_train import needs_compiler
 
 from autoencoder import nothing_hidden

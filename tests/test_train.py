@@ -19,16 +19,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from forked import ROOT, Program, finish, popen
+from forked_programs import ROOT, Program, finish, popen
 from PIL import Image
 from test_mae import hugging_face
 
 from common import ViT
 from inputs import augment, image_cache, image_sets
 from methods import METHODS
-from runtime import command_line, files, process, run
+from runtime import command_line, files, process, run_directory
 from runtime.command_line import build_encoder, build_parser, field_comments, settle
-from runtime.encoders import load_encoder
+from runtime.encoder_files import load_encoder
 from runtime.errors import InputError
 from runtime.knobs import turned_off
 from runtime.randomness import StepRandom
@@ -507,14 +507,14 @@ def test_where_files_have_no_locks_a_run_goes_without(tmp_path, monkeypatch):
         raise OSError(errno.ENOTSUP, "Operation not supported")
 
     monkeypatch.setattr(fcntl, "flock", refuse)
-    run.lay_out(tmp_path)
+    run_directory.lay_out(tmp_path)
 
 
 def test_only_rank_0_looks_for_files(tmp_path, monkeypatch):
     """The others may stand on machines that do not have them."""
     args, config, _ = options(["--method", "mae", "--out", str(tmp_path / "run"), *SMALL, *OWN["mae"]])
-    ours = run.Run(args, config, 0)
-    monkeypatch.setattr(run, "rank", lambda: 1)
+    ours = run_directory.Run(args, config, 0)
+    monkeypatch.setattr(run_directory, "rank", lambda: 1)
     ours.open()
     assert ours.step == 0 and ours.log is None and not (tmp_path / "run").exists()
 

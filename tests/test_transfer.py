@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from forked import Program, finish
+from forked_programs import Program, finish
 from PIL import Image
 from torch.utils._pytree import tree_leaves
 
@@ -22,7 +22,7 @@ from common import ViT
 from downstream import dense_prediction, dense_recipes, recipes, training_loop
 from downstream.classifier import Classifier
 from inputs import builtin_scenes, dense_sets
-from runtime import fast, files, process
+from runtime import fast_paths, files, process
 from runtime.errors import InputError
 
 pytest.importorskip("pycocotools.mask")
@@ -77,7 +77,7 @@ def test_training_raises_miou_above_chance_and_repeats_itself(run, folder, monke
 @pytest.mark.parametrize("fastest", ["fp32", "bf16"])
 def test_detection_trains_and_measures(run, folder, monkeypatch, capsys, fastest):
     """In the precision that is the fastest here."""
-    monkeypatch.setattr(fast, "measured", lambda: dict(precision=fastest, linear="product"))
+    monkeypatch.setattr(fast_paths, "measured", lambda: dict(precision=fastest, linear="product"))
     types, forward = set(), ViT.embed
     monkeypatch.setattr(ViT, "embed", lambda *a: types.add(torch.is_autocast_enabled("cpu")) or forward(*a))
     words = "--task", "detect", "--data", folder, "--device", "cpu", "--epochs", 1, "--batch-size", 4, "--untrained"

@@ -15,7 +15,7 @@ from common import StepRandom, ViT, pair
 from figures import measures
 from figures.plots import batch_pictures, picture_names
 from inputs import augment
-from reporting.pages.flow import Step
+from reporting.pages.traced_step import Step
 
 ZOOM = 2  # the boxes' lines are three pixels of an enlarged picture
 WHITE, ORANGE = (1.0, 1.0, 1.0), (1.0, 0.6, 0.1)

@@ -10,8 +10,8 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader
 
 from methods import METHODS
-from reporting.pages import beside, diagram, flow, notes, pictures, proof
-from reporting.pages.settings import SWITCHES
+from reporting.pages import annotations, claims_and_losses, diagram, pictures, side_by_side, traced_step
+from reporting.pages.ablations import SWITCHES
 from reporting.pages.source import PAGES, Source, source
 from runtime import files
 
@@ -22,7 +22,7 @@ TEMPLATES = Path(__file__).parent / "templates"
 class Row:
     """A note, and the lines of code beside it, up to the next note."""
 
-    note: notes.Note | None = None
+    note: annotations.Note | None = None
     lines: list[dict] = field(default_factory=list)
     total: bool = False  # whether the whole loss is returned here
 
@@ -33,7 +33,7 @@ class Setting:
 
     name: str
     losses: str
-    chips: dict[int, list[flow.Chip]]
+    chips: dict[int, list[traced_step.Chip]]
     idle: set[int]
     legend: dict[str, int]
 
@@ -43,7 +43,9 @@ def build(out: str, runs: str = "runs") -> None:
     directory = Path(out)
     directory.mkdir(parents=True, exist_ok=True)
     templates = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    templates.globals |= dict(pages=PAGES, methods=METHODS, measured=proof.measured, meanings=flow.MEANINGS)
+    templates.globals |= dict(
+        pages=PAGES, methods=METHODS, measured=claims_and_losses.measured, meanings=traced_step.MEANINGS
+    )
 
     def write(file: str, template: str, **values) -> None:
         files.write_text(directory / file, templates.get_template(template).render(**values))
@@ -53,7 +55,7 @@ def build(out: str, runs: str = "runs") -> None:
     for page in found:
         write(f"{page['name']}.html", "page.html", **page)
     for left, right in combinations(METHODS, 2):
-        write(f"{left}-{right}.html", "beside.html", left=left, right=right, blocks=beside.compare(left, right))
+        write(f"{left}-{right}.html", "beside.html", left=left, right=right, blocks=side_by_side.compare(left, right))
     write("index.html", "index.html", found=found)
     for name in ("style.css", "page.js"):
         files.write_text(directory / name, (TEMPLATES / name).read_text())
@@ -73,35 +75,38 @@ def steps(runs: Path) -> tuple[dict[str, list[Setting]], dict[str, dict[int, str
     found, below, before = {name: [] for name in PAGES}, {}, {}  # before: page → the lines that its first step runs
     for name in METHODS:
         for label, changes in [("as by default", {}), *SWITCHES.get(name, [])]:
-            step, other = flow.run_step(name, changes), flow.run_step(name, changes, other=True)
-            chips, pages = flow.chips(step, other), {name: label}
+            step, other = traced_step.run_step(name, changes), traced_step.run_step(name, changes, other=True)
+            chips, pages = traced_step.chips(step, other), {name: label}
             if not changes:
                 pages["common"], below[name] = f"a step of {name}", shown(name, step, runs)
-            sizes = {letter: size for letter, size in flow.letters(step).items() if re.fullmatch(r"[A-Za-z]+", letter)}
+            sizes = {
+                letter: size for letter, size in traced_step.letters(step).items() if re.fullmatch(r"[A-Za-z]+", letter)
+            }
             losses = ", ".join(f"{key} {value:.4g}" for key, value in step.losses.items())
             for page, title in pages.items():
                 here = {line: row for (at, line), row in chips.items() if at == page}
                 ran = step.ran.get(page, set())
-                idle = flow.idle(source(page), ran, before.setdefault(page, ran))
+                idle = traced_step.idle(source(page), ran, before.setdefault(page, ran))
                 found[page].append(Setting(title, losses, here, idle, sizes))
     return found, below
 
 
-def shown(name: str, step: flow.Step, runs: Path) -> dict[int, str]:
+def shown(name: str, step: traced_step.Step, runs: Path) -> dict[int, str]:
     """Line → the pictures below it: after `draw` the views and masks, after `picture` what a trained method makes."""
     ends = {at: source(name).definitions[f"{METHODS[name].__name__}.{at}"].last for at in ("draw", "picture")}
     found, checkpoint = {ends["draw"]: pictures.drawn(step)}, runs / f"{name}-shapes" / "checkpoint.pt"
     if checkpoint.exists():
-        found[ends["picture"]] = pictures.made(flow.run_step(name, checkpoint=checkpoint))
+        found[ends["picture"]] = pictures.made(traced_step.run_step(name, checkpoint=checkpoint))
     return found
 
 
 def page_of(name: str, settings: list[Setting], below: dict[int, str]) -> dict:
-    of, page = source(name), notes.read(name)
+    of, page = source(name), annotations.read(name)
     first = settings[0] if settings else Setting("", "", {}, set(), {})
     return dict(
         name=name, page=page, of=of, rows=rows(of, page.notes, first, below), settings=settings, legend=first.legend,
-        diagram=diagram.draw(page.diagram), curve=proof.curve(name), sentence=sentence(of), switches=switches(settings),
+        diagram=diagram.draw(page.diagram), curve=claims_and_losses.curve(name), sentence=sentence(of),
+        switches=switches(settings),
     )  # fmt: skip
 
 
@@ -113,7 +118,7 @@ def sentence(of: Source) -> str:
     return text[0].upper() + text[1:]
 
 
-def rows(of: Source, sections: list[notes.Note], setting: Setting, below: dict[int, str]) -> list[Row]:
+def rows(of: Source, sections: list[annotations.Note], setting: Setting, below: dict[int, str]) -> list[Row]:
     """The page's grid: a row begins at the top and at each line that has a note."""
     places = {of.place(note.at): note for note in sections}
     names: dict[int, list[str]] = {}

@@ -16,8 +16,8 @@ from small import CALM, CPU, PROTOCOLS, RICH, Images, classifier_of, same, small
 import evaluate
 from downstream import protocols, recipes, training_loop
 from downstream.recipes import Recipe, recipe_for
-from runtime import fast
-from runtime.encoders import untrained
+from runtime import fast_paths
+from runtime.encoder_files import untrained
 
 
 def evaluated(protocol: str, recipe: Recipe = CALM, encoder=None, **options) -> dict:
@@ -75,12 +75,12 @@ def test_what_the_frozen_part_gives_may_be_kept(monkeypatch, protocol, blocks):
 
 
 def test_a_training_goes_on_in_the_precision_and_with_the_products_that_it_began_with(monkeypatch, tmp_path):
-    monkeypatch.setattr(fast, "as_convolution", False)
+    monkeypatch.setattr(fast_paths, "as_convolution", False)
     for there, here in ((("fp32", "convolution"), ("bf16", "product")), (("bf16", "product"), ("fp32", "convolution"))):
         for precision, linear in (there, here):
-            monkeypatch.setattr(fast, "measured", lambda p=precision, way=linear: dict(precision=p, linear=way))
+            monkeypatch.setattr(fast_paths, "measured", lambda p=precision, way=linear: dict(precision=p, linear=way))
             found = evaluated("finetune", directory=tmp_path / there[0], seed=4)
-            assert (found["precision"], fast.as_convolution) == (there[0], there[1] == "convolution")
+            assert (found["precision"], fast_paths.as_convolution) == (there[0], there[1] == "convolution")
 
 
 @pytest.mark.training

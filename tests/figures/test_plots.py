@@ -14,9 +14,9 @@ import common
 import mae
 from common import ViT
 from figures import measures, plots
-from figures.study import Absent, spaced
+from figures.encoders_and_images import Absent, spaced
 from inputs import augment
-from runtime import encoders, files
+from runtime import encoder_files, files
 
 
 def test_decoders_in_either_order_of_tokens_give_the_same_maps_and_features(runs):
@@ -73,7 +73,7 @@ def test_semantic_similarity_of_an_encoder_of_another_grid_counts_the_same_patch
     about = study(runs, "mae", reference=tmp_path / "encoder.pt", images=4)
     series = plots.semantic_similarity(about)[1]["mae"]
     images, (run,) = about.pictures(4), about.runs
-    larger = encoders.load_encoder(tmp_path / "encoder.pt", image_size=32)  # 4 x 4 patches of 8
+    larger = encoder_files.load_encoder(tmp_path / "encoder.pt", image_size=32)  # 4 x 4 patches of 8
     with torch.no_grad():
         theirs = larger(augment.normalize(augment.center_crop_resize(images, 32)))[:, 1:]
         x = augment.normalize(augment.center_crop_resize(images, 16))
@@ -85,7 +85,7 @@ def test_semantic_similarity_of_an_encoder_of_another_grid_counts_the_same_patch
 
 
 def test_equations_7_and_8_take_a_batch_of_images_at_a_time(runs, monkeypatch):
-    monkeypatch.setattr("figures.study.BATCH", 4)
+    monkeypatch.setattr("figures.encoders_and_images.BATCH", 4)
     about, sizes = study(runs, "mae", images=10, reference=runs / "conmim" / "encoder.pt"), []
     run, (_, reference) = about.runs[0], about.encoders[1]
     watch = run.decoder.blocks[0].register_forward_hook(lambda *call: sizes.append(len(call[2])))

@@ -9,12 +9,12 @@ import torch
 from made_images import caches, make_folder, pixels, save, the_error
 from PIL import Image
 
-from inputs import image_cache, image_sets, images_in_files
+from inputs import image_cache, image_files, image_sets
 
 
 def opened_without_decoding(monkeypatch, *args, **kwargs):
     with monkeypatch.context() as patch:
-        patch.setattr(images_in_files, "decode", lambda *path: pytest.fail(f"decoded {path}"))
+        patch.setattr(image_files, "decode", lambda *path: pytest.fail(f"decoded {path}"))
         return image_sets.open_set(*args, **kwargs)
 
 
@@ -71,8 +71,8 @@ def test_a_changed_file_makes_a_new_cache(tmp_path, cache, change):
     change(tmp_path / "set")
     opened = image_sets.open_set(str(tmp_path / "set"))
     assert len(caches(cache)) == 2
-    paths = [path for of_class in images_in_files.class_folders(tmp_path / "set", "train")[1] for path in of_class]
-    expected = torch.stack([images_in_files.decode(tmp_path / "set" / path) for path in paths])
+    paths = [path for of_class in image_files.class_folders(tmp_path / "set", "train")[1] for path in of_class]
+    expected = torch.stack([image_files.decode(tmp_path / "set" / path) for path in paths])
     assert torch.equal(opened.images(torch.arange(len(opened))), expected)
 
 
@@ -124,7 +124,7 @@ def test_interrupted_decoding_leaves_nothing(tmp_path, cache, monkeypatch):
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(images_in_files, "decode", interrupt)
+    monkeypatch.setattr(image_files, "decode", interrupt)
     with pytest.raises(KeyboardInterrupt):
         image_sets.open_set(str(tmp_path / "set"))
     assert caches(cache) == []

@@ -9,7 +9,7 @@ import pytest
 import torch
 from made_images import as_tensor, make_folder, pixels, save, the_error
 
-from inputs import image_sets, images_in_files
+from inputs import image_files, image_sets
 from runtime.errors import InputError
 
 
@@ -47,8 +47,8 @@ def test_listing_is_sorted_recursive_and_minds_names(tmp_path):
     (tmp_path / ".git").mkdir()
     (tmp_path / "class two").mkdir()
     (tmp_path / "class two" / "link").symlink_to(tmp_path / "class one")
-    classes, (one, two) = images_in_files.class_folders(tmp_path, "train")
-    every = images_in_files.image_files(tmp_path, tmp_path / "class one")
+    classes, (one, two) = image_files.class_folders(tmp_path, "train")
+    every = image_files.image_files(tmp_path, tmp_path / "class one")
     expected = ["a b.JPG", "b/é ü.jpeg", "deep/er/1.png", "z.WebP", "日本.bmp"]
     assert every == [f"class one/{name}" for name in expected] and classes == ["class one", "class two"]
     assert one == every[:1] + every[2:] and two == [path.replace("one", "two/link") for path in one]

@@ -8,7 +8,7 @@ import torch
 from made_images import as_tensor, caches, make_folder, open_both, pixels, save, spoil, the_error
 from PIL import Image
 
-from inputs import image_sets, images_in_files
+from inputs import image_files, image_sets
 from runtime.errors import InputError
 from runtime.ranks import say_once
 
@@ -48,7 +48,7 @@ def test_images_of_equal_area_and_different_shape_keep_their_shapes(tmp_path, mo
 def test_only_a_sample_is_measured_and_imagenet_always_streams(tmp_path, monkeypatch):
     make_folder(tmp_path / "train", n=100, h=4, w=5)
     make_folder(tmp_path / "val", n=1)
-    files = images_in_files.Files(tmp_path, [f"train/cat/{i:03}.png" for i in range(100)])
+    files = image_files.Files(tmp_path, [f"train/cat/{i:03}.png" for i in range(100)])
     assert files.survey(sample=7) == (100 * 3 * 4 * 5, False)
     spoil(tmp_path / "train" / "cat" / "000.png")
     (tmp_path / "train" / "cat" / "000.png").write_bytes(b"")
@@ -176,7 +176,7 @@ def test_bytes_are_those_of_the_mean_area_and_any_change_of_a_file_shows(tmp_pat
     make_folder(tmp_path, n=1, h=4, w=5)
     make_folder(tmp_path / "more", n=1, h=8, w=5)
     paths = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("cat/*.png"))
-    files = images_in_files.Files(tmp_path, paths)
+    files = image_files.Files(tmp_path, paths)
     assert len(files) == 2 and files.survey()[0] == 3 * (20 + 40)
     before = files.fingerprint()
     assert files.fingerprint() == before

@@ -7,7 +7,7 @@ import os
 import numpy as np
 import pytest
 import torch
-from forked import Program, finish
+from forked_programs import Program, finish
 from PIL import Image
 from safetensors.torch import load_file
 from test_train import OWN, SMALL

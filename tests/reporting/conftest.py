@@ -24,22 +24,22 @@ def checkout(tmp_path, monkeypatch):
 @pytest.fixture(scope="session")
 def steps():
     """Method → its step as the pages run it, and the one of other sizes with nothing stopped."""
-    from reporting.pages import flow
+    from reporting.pages import traced_step
 
-    return {name: (flow.run_step(name), flow.run_step(name, other=True)) for name in METHODS}
+    return {name: (traced_step.run_step(name), traced_step.run_step(name, other=True)) for name in METHODS}
 
 
 @pytest.fixture(scope="session")
 def built(steps, tmp_path_factory):
     """The site, with one setting beside the paper's, for CMAE."""
-    from reporting.pages import flow, site
+    from reporting.pages import site, traced_step
 
-    def run(name, changes=None, other=False, run_step=flow.run_step):
+    def run(name, changes=None, other=False, run_step=traced_step.run_step):
         return run_step(name, changes, other) if changes else steps[name][other]
 
     place = tmp_path_factory.mktemp("site")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(site, "SWITCHES", {"cmae": site.SWITCHES["cmae"][:1]})
-        patch.setattr(flow, "run_step", run)
+        patch.setattr(traced_step, "run_step", run)
         site.build(str(place), runs=str(place))
     return place

@@ -12,7 +12,7 @@ from torchvision.datasets.folder import default_loader
 
 import bench
 from reporting import step_speed, timing, whole_run_speed
-from runtime import fast
+from runtime import fast_paths
 from runtime.errors import InputError
 
 TINY = "--width 16 --depth 2 --heads 2 --decoder-width 8 --decoder-depth 1 --decoder-heads 1 --image-size 32"
@@ -30,7 +30,7 @@ def vit_flops(tokens, width, depth, hidden=4):
 
 @pytest.mark.parametrize("convolution", [True, False])
 def test_counted_flops_of_mae_are_those_of_its_products(monkeypatch, convolution):
-    monkeypatch.setattr(fast, "as_convolution", convolution)  # a convolution's are counted like a product's
+    monkeypatch.setattr(fast_paths, "as_convolution", convolution)  # a convolution's are counted like a product's
     B, N, V, D, W, P = 2, 16, 4, 16, 8, 192
     forward = vit_flops(1 + V, D, 2) + vit_flops(1 + N, W, 1)
     embed = 2 * V * P * D  # its backward multiplies for the kernel alone, pixels need no gradient
@@ -160,7 +160,7 @@ def test_activations_have_no_attention_scores_as_on_a_gpu(monkeypatch):
     spy = lambda *a, **more: calls.append(a[0].dtype) or attention(*a, **more)  # noqa: E731
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
     step_speed.activations(parse(), step_speed.build_method(parse(), "mae"), 2)
-    assert calls == 3 * [torch.bfloat16] and fast.PLAIN_SCORES > 0
+    assert calls == 3 * [torch.bfloat16] and fast_paths.PLAIN_SCORES > 0
 
 
 def test_activations_count_each_storage_once_and_no_weights():

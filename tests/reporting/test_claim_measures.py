@@ -15,7 +15,7 @@ import reproduce
 from common import MEAN, STD
 from downstream.protocols import knn
 from figures import measures as figure_measures
-from figures.study import Study
+from figures.encoders_and_images import Study
 from reporting import claim_measures, result_files
 from runtime import files
 from runtime.command_line import build_encoder, settle

@@ -7,14 +7,14 @@ import re
 from functools import cache
 
 import pytest
-from test_map import ROOT, defined, equations, names_in, sections
+from test_map_of_tests import ROOT, defined, equations, names_in, sections
 
 for library in ("pygments", "jinja2", "latex2mathml", "markdown_it", "mdit_py_plugins"):
     pytest.importorskip(library, reason="pip install '.[pages]'")
 
 import train
 from methods import METHODS
-from reporting.pages import notes
+from reporting.pages import annotations
 from reporting.pages.source import PAGES, source
 
 TESTS = {path.stem: defined(path) for path in (ROOT / "tests").rglob("test_*.py")}
@@ -30,7 +30,7 @@ def test_numbers_stand_in_titles():
 
 @pytest.mark.parametrize("name", PAGES)
 def test_every_section_has_one_place_of_its_own_in_the_source_s_order(name):
-    page = notes.read(name)
+    page = annotations.read(name)
     places = [source(name).place(note.at) for note in page.notes]
     assert places == sorted(set(places)), [note.at for note in page.notes]
     assert 6 <= len(places) <= 15
@@ -38,7 +38,7 @@ def test_every_section_has_one_place_of_its_own_in_the_source_s_order(name):
 
 @pytest.mark.parametrize("name", PAGES)
 def test_boxes_of_diagrams_have_one_place_each_in_the_source(name):
-    chains = notes.read(name).diagram
+    chains = annotations.read(name).diagram
     assert chains and all(" -> " in chain for chain in chains)
     linked = [box.split(" @ ") for chain in chains for box in chain.split(" -> ") if "@" in box]
     assert all(source(name).place(at) for _, at in linked)
@@ -47,7 +47,7 @@ def test_boxes_of_diagrams_have_one_place_each_in_the_source(name):
 
 @pytest.mark.parametrize("name", PAGES)
 def test_every_equation_that_the_source_cites_has_its_section(name):
-    titles = [note.title for note in notes.read(name).notes]
+    titles = [note.title for note in annotations.read(name).notes]
     cited = equations((ROOT / f"{name}.py").read_text())
     missing = cited - set().union(*map(numbered, titles))
     assert not missing, f"{name}.md has no section of {missing}"
@@ -59,7 +59,7 @@ def test_every_equation_that_the_source_cites_has_its_section(name):
 def test_every_test_that_is_named_exists(name):
     """And most are in tests/README.md. That the claims exist, the reading of the file looks after."""
     mapped = {pair for rows in sections().values() for _, cell in rows for pair in names_in(cell)}
-    known, page = 0, notes.read(name)
+    known, page = 0, annotations.read(name)
     for note in page.notes:
         for test in note.tests:
             file, function = re.fullmatch(r"(test_\w+)\.py::(test_\w+)", test).groups()
@@ -80,7 +80,7 @@ def options_of(method: str) -> str:
 @pytest.mark.parametrize("name", PAGES)
 def test_every_option_that_is_named_exists(name):
     helps = [options_of(method) for method in ([name] if name in METHODS else METHODS)]
-    named = re.findall(r"(?<![\w-])(--[a-z][\w-]*)", (notes.EQUATIONS / f"{name}.md").read_text())
+    named = re.findall(r"(?<![\w-])(--[a-z][\w-]*)", (annotations.EQUATIONS / f"{name}.md").read_text())
     wrong = {flag for flag in named if not any(re.search(rf"{flag}(?![\w-])", shown) for shown in helps)}
     assert not wrong, f"{name}.md names {wrong}"
 
@@ -88,7 +88,7 @@ def test_every_option_that_is_named_exists(name):
 @pytest.mark.parametrize("name", PAGES)
 def test_every_section_has_a_formula_and_every_formula_becomes_mathml(name):
     """What the library does not know, the reading refuses; a $ without its other end would be left."""
-    page = notes.read(name)
+    page = annotations.read(name)
     for note in page.notes:
         assert note.text.startswith("$$ ") and 'display="block"' in note.html and "$" not in note.html, note.title
     assert "$" not in page.introduction

@@ -17,8 +17,8 @@ for library in ("pygments", "jinja2", "latex2mathml", "markdown_it", "mdit_py_pl
 import cmae_loc
 from methods import METHODS
 from reporting import HERE
-from reporting.pages import beside, diagram, flow, notes, pictures, proof, site
-from reporting.pages.settings import SWITCHES
+from reporting.pages import annotations, claims_and_losses, diagram, pictures, side_by_side, site, traced_step
+from reporting.pages.ablations import SWITCHES
 from reporting.pages.source import PAGES, Source, source
 from runtime.command_line import field_comments
 from runtime.errors import InputError
@@ -45,11 +45,11 @@ def test_a_place_that_is_missing_or_ambiguous_is_refused(at, said):
 
 
 def test_a_file_of_notes_is_read_as_it_is_written(tmp_path, monkeypatch):
-    monkeypatch.setattr(notes, "EQUATIONS", tmp_path)
+    monkeypatch.setattr(annotations, "EQUATIONS", tmp_path)
     head = "# Title\n\nFirst $x$.\n\n## Equation (4): a\nat: f | g\ntests: test_a.py::b, `test_a.py::c`\n"
     text = head + "$$ \\frac{a}{b} $$\nIt is `c`.\n\n## Diagram\ndiagram:\na -> b @ f\n"
     (tmp_path / "x.md").write_text(text)
-    title, introduction, (note,), diagram = notes.read("x")
+    title, introduction, (note,), diagram = annotations.read("x")
     assert (title, note.title, note.at, note.tests) == (
         "Title",
         "Equation (4): a",
@@ -60,29 +60,25 @@ def test_a_file_of_notes_is_read_as_it_is_written(tmp_path, monkeypatch):
     assert "<mfrac>" in note.html and "<p>It is <code>c</code>.</p>" in note.html
     (tmp_path / "x.md").write_text("# T\n## Equation (4)\n$$ a $$\n")
     with pytest.raises(InputError, match="no place"):
-        notes.read("x")
+        annotations.read("x")
     (tmp_path / "x.md").write_text("# T\n## Equation (4)\nat: f\nclaims: no claim says this\n")
     with pytest.raises(InputError, match="0 statements"):
-        notes.read("x")
+        annotations.read("x")
     for wrong in (r"$\nonsense{a}$", r"$\left( a$"):
         with pytest.raises(InputError, match="not LaTeX"):
-            notes.render(wrong)
+            annotations.render(wrong)
 
 
 def test_no_line_begins_with_the_comma_behind_a_formula_nor_with_a_per_cent_sign():
-    html = notes.render("$a$ and 75 % of $b$, (of $c$).")
-    assert (
-        re.findall(r"\"keep\">.*?<mi>(.)</mi>.*?</math></span>([,.)]+)</span>", html) == [("b", ","), ("c", ").")]
-        and "75\N{NO-BREAK SPACE}%" in html
-    )
+    html = annotations.render("$a$ and 75 % of $b$, (of $c$).")
+    kept = re.findall(r"\"keep\">.*?<mi>(.)</mi>.*?</math></span>([,.)]+)</span>", html)
+    assert kept == [("b", ","), ("c", ").")] and "75\N{NO-BREAK SPACE}%" in html
 
 
 def test_letters_of_other_alphabets_are_unicode_as_browsers_need_them():
-    assert [notes.mathml(rf"\math{kind} L", False).count(letter) for kind, letter in (("cal", "ℒ"), ("bb", "𝕃"))] == [
-        1,
-        1,
-    ]
-    assert "mathvariant" not in notes.mathml(r"\mathcal{L}_c + \mathbb{E}_i \mathbf{x} + \mathbb{R}", True)
+    for kind, letter in (("cal", "ℒ"), ("bb", "𝕃")):
+        assert annotations.mathml(rf"\math{kind} L", False).count(letter) == 1
+    assert "mathvariant" not in annotations.mathml(r"\mathcal{L}_c + \mathbb{E}_i \mathbf{x} + \mathbb{R}", True)
 
 
 # --------------------------------------------------------------------------------------------------- what flows
@@ -96,7 +92,7 @@ def test_values_are_those_that_hooks_see_in_another_pass(steps, name):
     def hook(module, _, out):
         function = type(module).forward
         if function.__module__ in PAGES and isinstance(out, torch.Tensor):
-            value = flow.measured(out)
+            value = traced_step.measured(out)
             seen[function.__module__, function.__qualname__, value.shape, value.gradient].append(value[3:])
 
     if name == "dvae":
@@ -137,7 +133,7 @@ ALSO = {"V+M": "N", "places": "K·N", "codes or P": "codes"}
 @pytest.mark.parametrize("name", METHODS)
 def test_shapes_have_the_letters_that_the_comments_promise(steps, name):
     """A comment such as `# (B, 1 + V, D)` beside an assignment was written by hand; the chip is measured."""
-    chips, checked = flow.chips(*steps[name]), 0
+    chips, checked = traced_step.chips(*steps[name]), 0
     for (page, line), row in chips.items():
         promise = PROMISED.match(source(name).lines[line - 1]) if page == name else None
         if promise:
@@ -160,7 +156,7 @@ STOPPED = {
 @pytest.mark.parametrize("name", METHODS)
 def test_gradients_stop_where_the_papers_stop_them(steps, name):
     """And nowhere else: positions, pixels and masks are data, from which none would flow."""
-    chips = flow.chips(*steps[name])
+    chips = traced_step.chips(*steps[name])
     stopped = {
         chip.name for (page, _), row in chips.items() for chip in row if chip.gradient == "stopped" and page == name
     }
@@ -171,7 +167,7 @@ def test_gradients_stop_where_the_papers_stop_them(steps, name):
 
 def test_sides_of_pictures_and_grids_have_letters_of_their_own(steps):
     shapes = {
-        name: {chip.shape for row in flow.chips(*steps[name]).values() for chip in row}
+        name: {chip.shape for row in traced_step.chips(*steps[name]).values() for chip in row}
         for name in ("mae", "cmae", "dvae")
     }
     assert "(B, h, p, w, 3·p)" in shapes["mae"] and "(B, h, 8, w, 24)" in shapes["cmae"]  # whose p is a shift
@@ -181,13 +177,13 @@ def test_sides_of_pictures_and_grids_have_letters_of_their_own(steps):
 
 def test_every_letter_of_a_legend_says_what_it_is(steps):
     for step, _ in steps.values():
-        assert {letter for letter in flow.letters(step) if letter.isalpha()} <= flow.MEANINGS.keys()
+        assert {letter for letter in traced_step.letters(step) if letter.isalpha()} <= traced_step.MEANINGS.keys()
 
 
 def test_what_does_not_run_is_idle_and_nothing_else():
     of = source("cmae")
-    ran, without = (flow.run_step("cmae", changes).ran["cmae"] for changes in ({}, dict(lambda_c=0.0)))
-    full, alone, now = flow.idle(of, ran), flow.idle(of, without), flow.idle(of, without, ran)
+    ran, without = (traced_step.run_step("cmae", changes).ran["cmae"] for changes in ({}, dict(lambda_c=0.0)))
+    full, alone, now = traced_step.idle(of, ran), traced_step.idle(of, without), traced_step.idle(of, without, ran)
     target = of.place("CMAE.draw_target | augment.shift_crop")
     assert (target in full, target in alone, target in now) == (False, False, True)  # the whole function has no use
     assert alone < now and not any(n in now for n in range(of.place("CMAE.picture"), of.place("byol_loss")))
@@ -215,7 +211,7 @@ def f(x):
     with torch.no_grad():
         return y, losses
 """
-    of, tracer, space = Source("toy", text), flow.Tracer(), {}
+    of, tracer, space = Source("toy", text), traced_step.Tracer(), {}
     tracer.files = {"toy.py": of}
     exec(compile(text, "toy.py", "exec"), space)
     tracer.trace(lambda: space["f"](torch.ones(2)))
@@ -223,7 +219,7 @@ def f(x):
     assert noted == {
         (3, "x"): [1], (5, "y"): [1, 2, 3], (12, "losses['a']"): [6], (14, "return[0]"): [3],
     }  # fmt: skip
-    assert flow.idle(of, tracer.ran["toy"]) == {10}
+    assert traced_step.idle(of, tracer.ran["toy"]) == {10}
 
 
 # ----------------------------------------------------------------------------------------- settings, diagrams, pairs
@@ -244,13 +240,13 @@ def test_every_setting_changes_what_a_step_shows(steps):
     for name in METHODS:
         plain = steps[name][0]
         for label, changes in SWITCHES[name]:
-            step = flow.run_step(name, changes)
+            step = traced_step.run_step(name, changes)
             assert step.values != plain.values or step.ran != plain.ran, f"{name}: {label}"
 
 
 def test_a_diagram_puts_boxes_below_what_leads_to_them_and_apart():
     for page in PAGES:
-        lines = notes.read(page).diagram
+        lines = annotations.read(page).diagram
         boxes, edges = diagram.read(lines)
         depths = diagram.layers(boxes, edges)
         lanes = diagram.lanes(lines, depths)
@@ -265,12 +261,12 @@ def test_a_diagram_puts_boxes_below_what_leads_to_them_and_apart():
 
 def test_two_methods_stand_beside_each_other_by_the_names_of_their_definitions():
     for left, right in (("mae", "cmae"), ("cae", "dvae")):
-        pairs = beside.compare(left, right)
+        pairs = side_by_side.compare(left, right)
         for side, page in enumerate((left, right)):
             numbers = sorted(n for pair in pairs if pair[side] for n, *_ in pair[side].lines)
             assert numbers == list(range(1, len(source(page).lines) + 1)), "each line once"
         assert all(a.name == b.name for a, b in pairs if a and b)
-    named = {(a and a.name, b and b.name): (a, b) for a, b in beside.compare("mae", "cmae")}
+    named = {(a and a.name, b and b.name): (a, b) for a, b in side_by_side.compare("mae", "cmae")}
     _, b = named["the method.forward", "the method.forward"]
     assert ("masked_pixels", None) in named and (None, "byol_loss") in named
     assert not any(only for n, _, only, _ in b.lines if not source("cmae").lines[n - 1]), "blank: no difference"
@@ -328,7 +324,7 @@ def test_the_box_of_a_heat_map_is_drawn_where_it_was_found(steps, monkeypatch):
     )
     monkeypatch.setattr(pictures, "outlined", lambda x, where, *_: boxes.append(where) or x)
     pictures.drawn(steps["cmae_loc"][0])
-    assert boxes[-1].tolist() == [[32, 32, 32, 64]] * flow.IMAGES
+    assert boxes[-1].tolist() == [[32, 32, 32, 64]] * traced_step.IMAGES
 
 
 def test_boxes_are_drawn_at_their_edges():
@@ -343,10 +339,10 @@ def test_boxes_are_drawn_at_their_edges():
 
 def test_claims_have_the_verdicts_of_the_document():
     document = (HERE / "docs/claims.md").read_text()
-    claims = [claim for page in PAGES for note in notes.read(page).notes for claim in note.claims]
+    claims = [claim for page in PAGES for note in annotations.read(page).notes for claim in note.claims]
     assert len(claims) > 5
     for claim in claims:
-        found = proof.measured(claim)
+        found = claims_and_losses.measured(claim)
         assert f"- **{found['verdict']}** {found['where']}: {found['statement']}." in document
         assert f"| {found['paper']} |" in document and found["numbers"] in document
         if any(side.endswith("top1") for side in claim["sides"]):
@@ -356,7 +352,7 @@ def test_claims_have_the_verdicts_of_the_document():
 def test_the_curve_stands_beside_the_last_line_that_returns_a_loss():
     last = dict(mae="reconstruction_loss(", cmae="l_r + self", cae="l_y + self", conmim="anchors = take(")
     for name, line in last.items():
-        (row,) = [row for row in site.rows(source(name), notes.read(name).notes, NOTHING, {}) if row.total]
+        (row,) = [row for row in site.rows(source(name), annotations.read(name).notes, NOTHING, {}) if row.total]
         assert row.lines[0]["number"] == source(name).place(f"{METHODS[name].__name__}.forward | {line}")
 
 
@@ -365,9 +361,9 @@ def test_a_curve_has_its_numbers_at_its_ticks(tmp_path, monkeypatch):
     text = json.dumps(dict(method="mae", commands={}, config={}, runs=[dict(measured={}, loss=losses)], stale="old"))
     (tmp_path / "cpu").mkdir()
     (tmp_path / "cpu/mae.json").write_text(text)
-    monkeypatch.setattr(proof, "RESULTS", tmp_path)
-    assert proof.curve("cmae") == ""
-    svg = proof.curve("mae")
+    monkeypatch.setattr(claims_and_losses, "RESULTS", tmp_path)
+    assert claims_and_losses.curve("cmae") == ""
+    svg = claims_and_losses.curve("mae")
     assert "results/cpu/mae.json (old)" in svg
     assert re.findall(r">([\d.]+)</text>", svg) == ["0", "0", "2", "4", "4", "8"]
     assert 'points="50.5,8.0 208.0,66.5"' in svg and "loss 4 → 1" in svg  # an eighth of 180 from 28; a quarter of 78 up
@@ -416,7 +412,9 @@ def test_pages_hold_their_source_and_their_links_lead_somewhere(built):
             assert not re.match(r"\w+:", file), f"{name}: {link} needs a network"
             assert not file or (built / file).exists(), f"{name}: {link}"
             assert not anchor or anchor in parsed[file or name].ids, f"{name}: {link}"
-    assert all(f"{note.anchor}" in parsed[f"{page}.html"].ids for page in PAGES for note in notes.read(page).notes)
+    assert all(
+        f"{note.anchor}" in parsed[f"{page}.html"].ids for page in PAGES for note in annotations.read(page).notes
+    )
     for page in PAGES:
         assert parsed[f"{page}.html"].lines == source(page).lines
         assert (built / f"{page}.html").stat().st_size < 3e6

@@ -304,7 +304,7 @@ def test_a_result_older_than_its_code_is_found_unless_it_says_why(checkout, resu
 
 
 def test_a_result_names_every_file_that_its_numbers_depend_on():
-    common = {"common.py", "inputs/augment.py", "mae.py", "runtime/fast.py", "runtime/randomness.py"}
+    common = {"common.py", "inputs/augment.py", "mae.py", "runtime/fast_paths.py", "runtime/randomness.py"}
     mae, cae = set(result_files.sources("mae", [])), set(result_files.sources("cae", []))
     assert common <= mae and common | {"cae.py", "dvae.py"} <= cae and not mae & {"cae.py", "methods.py", "cmae.py"}
     built_in = result_files.sources("mae", [], "shapes")
@@ -312,7 +312,7 @@ def test_a_result_names_every_file_that_its_numbers_depend_on():
     commands = ["train.py --method mae", "evaluate.py --run RUN --protocol finetune", "reproduce.py --measure spread"]
     found = set(result_files.sources("mae", commands))
     assert found >= {"train.py", "evaluate.py", "downstream/training_loop.py", "inputs/image_sets.py"}
-    assert "runtime/optimization.py" in found and not found & {"runtime/log.py", "runtime/run.py"}
+    assert "runtime/optimization.py" in found and not found & {"runtime/log.py", "runtime/run_directory.py"}
     assert "reporting/claim_measures.py" in found and not found & {"methods.py", "cmae.py", "reproduce.py"}
     assert not any(name.startswith("tests/") for name in found)
 

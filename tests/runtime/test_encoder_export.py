@@ -9,8 +9,8 @@ from test_encoder_import import features, hf_features, hf_model, hf_state, mae_n
 from torch import Tensor
 
 import evaluate
-from runtime import encoders
-from runtime.encoders import export, load_encoder, write_export
+from runtime import encoder_files
+from runtime.encoder_files import export, load_encoder, write_export
 from runtime.errors import InputError
 
 
@@ -73,7 +73,7 @@ def test_in_transformers_an_export_drops_nothing_while_it_learns(tmp_path):
 
 def test_an_export_is_a_copy():
     encoder = random_vit()
-    for kind in encoders.TARGETS:
+    for kind in encoder_files.TARGETS:
         for x in export(encoder, kind).values():
             x.zero_()
     assert all(x.any() for x in encoder.state_dict().values())
@@ -95,7 +95,7 @@ def test_what_the_target_has_not_is_refused_before_anything_is_written(tmp_path,
     assert "\n" not in str(error.value) and os.listdir(tmp_path) == []
 
 
-@pytest.mark.parametrize("kind", encoders.TARGETS)
+@pytest.mark.parametrize("kind", encoder_files.TARGETS)
 def test_where_nothing_can_be_written_is_said_in_one_line(tmp_path, kind):
     (tmp_path / "file").write_text("kept")
     for to in (tmp_path / "file" / "where", *[tmp_path / "file"] * (kind == "hf")):
@@ -119,7 +119,7 @@ def call(monkeypatch, *words) -> None:
     evaluate.main()
 
 
-@pytest.mark.parametrize("kind", encoders.TARGETS)
+@pytest.mark.parametrize("kind", encoder_files.TARGETS)
 def test_the_command_exports_beside_the_encoder_or_where_it_is_told(run, tmp_path, monkeypatch, capsys, kind):
     pytest.importorskip("timm")
     pytest.importorskip("transformers")
@@ -127,7 +127,7 @@ def test_the_command_exports_beside_the_encoder_or_where_it_is_told(run, tmp_pat
     for path, to in ((run, ()), (run / "encoder.pt", ("--to", tmp_path / "there"))):
         call(monkeypatch, "--run", path, "--export", kind, *to)
         lines = capsys.readouterr().out
-        assert repr(str(to[1] if to else run / encoders.TARGETS[kind])) in lines
+        assert repr(str(to[1] if to else run / encoder_files.TARGETS[kind])) in lines
         same(run_lines(lines, pictures()), wanted)
 
 

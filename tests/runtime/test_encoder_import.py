@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common import ViT
-from runtime import encoders, files
-from runtime.encoders import interpolate, load_encoder, resize
+from runtime import encoder_files, files
+from runtime.encoder_files import interpolate, load_encoder, resize
 from runtime.errors import InputError
-from runtime.initial import fill
+from runtime.starting_weights import fill
 
 SMALL = dict(image_size=16, patch_size=8, width=8, depth=2, heads=2)
 
@@ -165,7 +165,7 @@ def test_known_widths_tell_the_heads(tmp_path, width, heads):
 
 def test_the_heads_of_published_models():
     published = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}  # DeiT, ViT; large and huge have 16 both
-    assert published.items() <= encoders.HEADS.items()
+    assert published.items() <= encoder_files.HEADS.items()
 
 
 @pytest.mark.parametrize("settings", [{}, dict(num_classes=3), dict(init_values=0.1), dict(mlp_ratio=3)], ids=str)
@@ -282,7 +282,7 @@ def test_a_transformers_directory_without_an_epsilon_has_transformers_own(tmp_pa
 
 
 def test_the_configuration_says_heads_epsilon_and_the_shape_of_the_grid(tmp_path, monkeypatch):
-    monkeypatch.setitem(encoders.HEADS, 8, 1)  # what the width would suggest
+    monkeypatch.setitem(encoder_files.HEADS, 8, 1)  # what the width would suggest
     model = hf_model("ViTModel", 0.01, image_size=(16, 32), num_attention_heads=4, layer_norm_eps=1e-3)
     model.save_pretrained(tmp_path)
     encoder, images = load_encoder(tmp_path), pictures(16, 32)
@@ -578,8 +578,8 @@ def test_a_table_of_relative_positions_is_made_only_for_weights_that_fit_and_onl
     torch.save(state | {place: torch.zeros((2 * 1000 - 1) ** 2 + 3, 2)}, tmp_path / "large.pth")
     with pytest.raises(InputError, match="relative positions of 1,000,000 patches; at most 4,096"):
         load_encoder(tmp_path / "large.pth")
-    whole, made = encoders.relative_places, []
-    monkeypatch.setattr(encoders, "relative_places", lambda grid: made.append(grid) or whole(grid))
+    whole, made = encoder_files.relative_places, []
+    monkeypatch.setattr(encoder_files, "relative_places", lambda grid: made.append(grid) or whole(grid))
     torch.save(state | {"norm.weight": torch.zeros(9)}, tmp_path / "wrong.pth")
     with pytest.raises(InputError, match="is 9 where this encoder has 8"):
         load_encoder(tmp_path / "wrong.pth")

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from forked import ROOT, Program, finish, popen, rewrite, server
+from forked_programs import ROOT, Program, finish, popen, rewrite, server
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image

@@ -30,7 +30,7 @@ def server():
     """The processes' parent, on one thread. There is but one: conftest.py starts it before a test starts another."""
     context = multiprocessing.get_context("forkserver" if FORKS else "spawn")
     if FORKS:
-        context.set_forkserver_preload(["forked", *PROGRAMS])
+        context.set_forkserver_preload(["forked_programs", *PROGRAMS])
         with mock.patch.dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=os.pathsep.join(sys.path)):
             multiprocessing.forkserver.ensure_running()
     return context

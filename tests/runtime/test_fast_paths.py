@@ -1,4 +1,4 @@
-"""runtime/fast.py: the choice by measurement; that each fast way equals its plain expression is in test_common.py."""
+"""runtime/fast_paths.py: the choice by measurement; test_common.py has that a fast way equals its plain expression."""
 
 import time
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from runtime import fast, process
+from runtime import fast_paths, process
 
 
 @pytest.fixture
@@ -14,8 +14,8 @@ def times(monkeypatch):
     """times(product=…, convolution=…, bf16=…) → what is then measured to be the fastest."""
 
     def choose(**seconds):
-        monkeypatch.setattr(fast, "seconds", lambda: seconds)
-        return fast.measured.__wrapped__()
+        monkeypatch.setattr(fast_paths, "seconds", lambda: seconds)
+        return fast_paths.measured.__wrapped__()
 
     return choose
 
@@ -34,41 +34,41 @@ def test_each_way_is_measured_as_it_would_run(monkeypatch):
     taken, linear, conv2d = [], F.linear, F.conv2d
     monkeypatch.setattr(F, "linear", lambda *a: taken.append(torch.is_autocast_enabled("cpu")) or linear(*a))
     monkeypatch.setattr(F, "conv2d", lambda *a: taken.append("convolution") or conv2d(*a))
-    monkeypatch.setattr(fast, "multiplies_bf16", lambda: True)
+    monkeypatch.setattr(fast_paths, "multiplies_bf16", lambda: True)
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
-    monkeypatch.setattr(fast, "as_convolution", True)
+    monkeypatch.setattr(fast_paths, "as_convolution", True)
     threads = torch.get_num_threads()
-    found = fast.seconds()
+    found = fast_paths.seconds()
     assert taken == [False, "convolution", True] * 3 and list(found) == ["product", "convolution", "bf16"]
     assert all(0 < t < 60 for t in found.values())
-    assert fast.as_convolution and torch.get_num_threads() == threads
+    assert fast_paths.as_convolution and torch.get_num_threads() == threads
 
 
 def test_a_torch_without_onednn_has_one_way(monkeypatch):
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     monkeypatch.setattr(torch.ops, "mkldnn", None)
-    assert list(fast.seconds()) == ["product"]
+    assert list(fast_paths.seconds()) == ["product"]
 
 
 def test_a_machine_is_measured_once_and_a_gpu_not_at_all(monkeypatch):
     calls = []
-    monkeypatch.setattr(fast, "seconds", lambda: calls.append(time.time()) or dict(product=2.0, convolution=1.0))
-    monkeypatch.setattr(fast, "as_convolution", False)
-    fast.measured.cache_clear()
+    monkeypatch.setattr(fast_paths, "seconds", lambda: calls.append(time.time()) or dict(product=2.0, convolution=1.0))
+    monkeypatch.setattr(fast_paths, "as_convolution", False)
+    fast_paths.measured.cache_clear()
     try:
         monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
         monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
-        assert process.start("cuda").type == "cuda" and not calls and not fast.as_convolution
+        assert process.start("cuda").type == "cuda" and not calls and not fast_paths.as_convolution
         for _ in range(2):
             process.start("cpu")
-        assert len(calls) == 1 and fast.as_convolution
+        assert len(calls) == 1 and fast_paths.as_convolution
     finally:
-        fast.measured.cache_clear()
+        fast_paths.measured.cache_clear()
 
 
 def test_what_is_written_down_is_the_same_tensor():
     x = torch.randn(3, 4, requires_grad=True)
-    y = fast.written(x.T)
+    y = fast_paths.written(x.T)
     assert y.is_contiguous() and torch.equal(y, x.T)
     (y * torch.arange(12.0).view(4, 3)).sum().backward()
     assert torch.equal(x.grad, torch.arange(12.0).view(4, 3).T)
@@ -76,13 +76,13 @@ def test_what_is_written_down_is_the_same_tensor():
 
 def test_uploading_to_the_cpu_is_no_copy():
     x = torch.randn(3)
-    assert fast.upload(x, torch.device("cpu")) is x
+    assert fast_paths.upload(x, torch.device("cpu")) is x
 
 
 def test_one_gpu_takes_a_pass_as_one_graph_unless_gradients_are_added_up_or_shared(monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda network, mode: mode)
     cuda, cpu = torch.device("cuda"), torch.device("cpu")
-    assert fast.compiled(None, cuda) == fast.compiled(None, cuda, 1) == "reduce-overhead"
-    assert fast.compiled(None, cuda, 2) is None and fast.compiled(None, cpu) is None
-    monkeypatch.setattr(fast, "world_size", lambda: 2)
-    assert fast.compiled(None, cuda) is None
+    assert fast_paths.compiled(None, cuda) == fast_paths.compiled(None, cuda, 1) == "reduce-overhead"
+    assert fast_paths.compiled(None, cuda, 2) is None and fast_paths.compiled(None, cpu) is None
+    monkeypatch.setattr(fast_paths, "world_size", lambda: 2)
+    assert fast_paths.compiled(None, cuda) is None

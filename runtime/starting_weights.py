@@ -7,18 +7,18 @@ import torch
 from torch import Tensor, nn
 
 from common import ViT, sincos_positions
-from runtime import encoders, files
-from runtime.encoders import Found, parts
+from runtime import encoder_files, files
+from runtime.encoder_files import Found, parts
 from runtime.errors import InputError
 from runtime.ranks import say
 
 # Parts of mae.py's decoder by their names in MAE's official weights, and in Hugging Face's; "decoder_encoder" is what
 # transformers 5 writes.
 DECODER = {f"decoder_{part}": part for part in ("embed", "norm", "pos_embed")} | {"decoder_pred": "predict"}
-for ours, names in encoders.HF_BLOCK.items():
+for ours, names in encoder_files.HF_BLOCK.items():
     for name in names:
         DECODER |= {f"{layer}.#.{name}": f"blocks.#.{ours}" for layer in ("decoder_layers", "decoder_encoder.layer")}
-DECODER |= {f"decoder_blocks.#.{part}": f"blocks.#.{part}" for part in [*encoders.HF_BLOCK, "attn.qkv"]}
+DECODER |= {f"decoder_blocks.#.{part}": f"blocks.#.{part}" for part in [*encoder_files.HF_BLOCK, "attn.qkv"]}
 
 
 def fill(encoder: ViT, path, heads: int | None = None) -> Found:
@@ -26,7 +26,7 @@ def fill(encoder: ViT, path, heads: int | None = None) -> Found:
 
     Positions are interpolated where the image size differs. LayerNorm's epsilon stays the encoder's own, 1e-6.
     """
-    found = encoders.read_encoder(encoders.weights_file(Path(path)), heads)
+    found = encoder_files.read_encoder(encoder_files.weights_file(Path(path)), heads)
     names = "patch_size width depth heads mlp_ratio stem positions layer_scale".split()
     theirs, ours = ({n: bool(e.settings[n]) if n == "layer_scale" else e.settings[n] for n in names}
                     for e in (found.encoder, encoder))  # fmt: skip
@@ -36,7 +36,7 @@ def fill(encoder: ViT, path, heads: int | None = None) -> Found:
         words = " ".join(map(str, ["--mean", *found.encoder.mean, "--std", *found.encoder.std]))
         say(f"{path}: knows images normalised otherwise; {words} would go on with that")
     with torch.random.fork_rng(devices=[]):  # the rest of a method draws what it would draw without these weights
-        encoder.load_state_dict(encoders.resize(found.encoder, encoder.image_size).state_dict())
+        encoder.load_state_dict(encoder_files.resize(found.encoder, encoder.image_size).state_dict())
     file = Path(path, "checkpoint.pt") if Path(path).is_dir() else Path(path)
     return from_checkpoint(found.encoder, file) if file.name == "checkpoint.pt" and file.exists() else found
 
@@ -45,7 +45,7 @@ def from_checkpoint(encoder: ViT, file: Path) -> Found:
     """The encoder of a run, and beside it what the run's checkpoint holds of its method."""
     saved = files.load(file, "give the encoder.safetensors beside it, for the encoder alone")
     try:
-        state, heads = encoders.plain(file, saved["method"]), saved["settings"].get("decoder_heads")
+        state, heads = encoder_files.plain(file, saved["method"]), saved["settings"].get("decoder_heads")
     except (LookupError, TypeError, AttributeError):
         raise InputError(f"{file}: not a checkpoint of train.py; give another --init") from None
     return Found(encoder, {n: x for n, x in state.items() if not re.match(r"(\w*encoder|student)\.", n)}, heads)
@@ -54,7 +54,9 @@ def from_checkpoint(encoder: ViT, file: Path) -> Found:
 def fill_decoder(method: nn.Module, encoder: ViT, found: Found, name: str) -> list[str]:
     """Copy MAE's decoder into a method that has it; a line each on what was taken, what was left, what begins anew."""
     state = {n: x for n, x in found.beside.items() if n.startswith("decoder") or n == "mask_token"}
-    theirs = encoders.with_qkv({encoders.renamed(n.removeprefix("decoder."), DECODER): x for n, x in state.items()})
+    theirs = encoder_files.with_qkv(
+        {encoder_files.renamed(n.removeprefix("decoder."), DECODER): x for n, x in state.items()}
+    )
     why, taken, left = "", [encoder], parts(found.beside)
     if "embed.weight" in theirs:
         left = parts(found.beside.keys() - state.keys())
@@ -81,7 +83,9 @@ def misfit(method: nn.Module, theirs: dict[str, Tensor], found: Found) -> str:
 
     def kind(state: dict[str, Tensor], heads) -> dict:
         width, values = (state[n].shape[:1].numel() if n in state else 0 for n in ("embed.weight", "predict.weight"))
-        return dict(decoder_width=width, decoder_depth=encoders.depth_of(state), decoder_heads=heads, values=values)
+        return dict(
+            decoder_width=width, decoder_depth=encoder_files.depth_of(state), decoder_heads=heads, values=values
+        )
 
     if differs := files.differences(
         kind(theirs, found.decoder_heads or ours.decoder_heads), kind(mine, ours.decoder_heads)

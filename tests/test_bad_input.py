@@ -23,9 +23,9 @@ from test_train import OWN, SMALL, assert_same_bits, log, own
 import mae
 import train
 from common import StepRandom
-from inputs import augment, image_cache, image_sets, images_in_files
+from inputs import augment, image_cache, image_files, image_sets
 from methods import METHODS
-from runtime import encoders, files
+from runtime import encoder_files, files
 from runtime.command_line import build_encoder
 from runtime.errors import InputError
 from runtime.log import Log
@@ -146,7 +146,7 @@ def test_a_plain_pickle_in_place_of_weights_is_one_line(tmp_path):
     (tmp_path / "plain.pickle").write_bytes(pickle.dumps(dict(a=1)))
     with warnings.catch_warnings(record=True) as warned, pytest.raises(InputError, match="no weights without code"):
         warnings.simplefilter("always")
-        encoders.read(tmp_path / "plain.pickle")
+        encoder_files.read(tmp_path / "plain.pickle")
     assert not warned
 
 
@@ -221,7 +221,7 @@ def test_an_enormous_image_is_refused_by_its_header(tmp_path, side):
     path.write_bytes(png_that_claims(side, side))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(InputError, match=r"bomb\.png: does not decode as an image"):
-        images_in_files.decode(path)
+        image_files.decode(path)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000  # kilobytes
 
 
@@ -229,7 +229,7 @@ def test_a_bad_image_whose_name_has_line_ends_is_one_line(tmp_path):
     path = tmp_path / "two\nlines \u2028\x1b[31m é 犬.png"
     path.write_bytes(b"no image")
     with pytest.raises(InputError) as refused:
-        images_in_files.decode(path)
+        image_files.decode(path)
     assert str(refused.value).startswith(f"{tmp_path}/two\\nlines \\u2028\\x1b[31m é 犬.png: does not decode")
 
 
@@ -242,7 +242,7 @@ def test_a_damaged_image_decodes_or_is_named(tmp_path_factory, kind, damage):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow's, of metadata
         try:
-            image = images_in_files.decode(path)
+            image = image_files.decode(path)
         except InputError as error:
             assert str(error).startswith(f"{path}: does not decode") and "\n" not in str(error)
         else:

@@ -7,7 +7,7 @@ import typing
 import numpy as np
 import pytest
 import torch
-from test_map import SHORT
+from test_map_of_tests import SHORT
 from test_train import SMALL, own
 
 from common import StepRandom

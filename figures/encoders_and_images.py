@@ -15,7 +15,7 @@ from common import Attention, Mask, StepRandom, ViT
 from inputs import augment, image_sets
 from inputs.dense_sets import Segments
 from methods import METHODS
-from runtime import encoders, files
+from runtime import encoder_files, files
 from runtime.command_line import build_encoder
 from runtime.errors import InputError
 
@@ -60,7 +60,7 @@ class Run:
     @cached_property
     def encoder(self) -> ViT:
         if self.path.is_file():
-            return encoders.load_encoder(self.path, self.device)
+            return encoder_files.load_encoder(self.path, self.device)
         if not isinstance(self.method.encoder, ViT):
             raise Absent(f"{self.label} keeps no ViT; give a run that does")
         return self.method.encoder
@@ -186,9 +186,9 @@ class Study:
         """The encoders of --reference; where a grid is given, for images so large that they have as many patches."""
         names = [Path(path).name for path in self.args.reference]
         for path, name in zip(self.args.reference, names, strict=True):
-            encoder = encoders.load_encoder(path, self.device)
+            encoder = encoder_files.load_encoder(path, self.device)
             if grid and encoder.grid != grid:
-                encoder = encoders.load_encoder(path, self.device, [side * encoder.patch_size for side in grid])
+                encoder = encoder_files.load_encoder(path, self.device, [side * encoder.patch_size for side in grid])
             yield f"reference {name if names.count(name) == 1 else path}", encoder
 
     @cached_property

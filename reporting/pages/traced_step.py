@@ -19,7 +19,7 @@ from common import StepRandom
 from inputs import builtin_images, image_cache, image_sets
 from methods import METHODS
 from reporting import HERE
-from reporting.pages.settings import PAPER
+from reporting.pages.ablations import PAPER
 from reporting.pages.source import PAGES, Source, source
 from runtime import files
 from runtime.command_line import build_encoder, pretraining_options

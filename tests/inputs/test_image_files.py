@@ -13,8 +13,8 @@ from made_images import ROOT, as_tensor, caches, make_folder, open_both, pixels,
 from PIL import Image
 
 from inputs import (
+    image_files,
     image_sets,
-    images_in_files,
 )
 from runtime.errors import InputError
 
@@ -36,9 +36,9 @@ def test_decode_gives_the_pixels_of_every_mode(tmp_path):
         ("grey.png", picture.convert("L"), np.stack([grey] * 3, axis=2)),
         ("palette.png", palette, np.asarray(palette.convert("RGB"))),
     ]:
-        decoded = images_in_files.decode(encoded(image, tmp_path / name))
+        decoded = image_files.decode(encoded(image, tmp_path / name))
         assert decoded.dtype == torch.uint8 and torch.equal(decoded, as_tensor(expected)), name
-    decoded = images_in_files.decode(encoded(picture, tmp_path / "lossless.webp", lossless=True))
+    decoded = image_files.decode(encoded(picture, tmp_path / "lossless.webp", lossless=True))
     assert torch.equal(decoded, as_tensor(rgb))
 
 
@@ -47,7 +47,7 @@ def test_decode_lossy_modes(tmp_path):
     ramp = np.stack([across, down, np.full((32, 32), 99)], axis=2)
     picture = Image.fromarray(ramp.astype(np.uint8))
     for mode in ("RGB", "CMYK", "L"):
-        decoded = images_in_files.decode(encoded(picture.convert(mode), tmp_path / f"{mode}.JPEG", quality=95)).float()
+        decoded = image_files.decode(encoded(picture.convert(mode), tmp_path / f"{mode}.JPEG", quality=95)).float()
         expected = as_tensor(np.asarray(picture.convert(mode).convert("RGB"))).float()
         assert decoded.shape == (3, 32, 32) and (decoded - expected).abs().mean() < 3, mode
 
@@ -55,14 +55,14 @@ def test_decode_lossy_modes(tmp_path):
 @pytest.mark.parametrize("format", ["PNG", "TIFF"])  # torchvision reads the first, only Pillow the second
 def test_decode_scales_16_bits(tmp_path, format):
     grey = np.array([[0, 257, 300], [32896, 65534, 65535]], dtype=np.uint16)
-    decoded = images_in_files.decode(encoded(Image.fromarray(grey), tmp_path / "deep.png", format=format))
+    decoded = image_files.decode(encoded(Image.fromarray(grey), tmp_path / "deep.png", format=format))
     assert decoded.tolist() == [[[0, 1, 1], [128, 254, 255]]] * 3
 
 
 def test_decode_takes_the_first_frame_of_an_animation(tmp_path):
     frames = [Image.new("RGB", (4, 4), colour) for colour in ((255, 0, 0), (0, 255, 0))]
     frames[0].save(tmp_path / "moving.jpg", format="GIF", save_all=True, append_images=frames[1:])
-    assert images_in_files.decode(tmp_path / "moving.jpg")[:, 0, 0].tolist() == [255, 0, 0]
+    assert image_files.decode(tmp_path / "moving.jpg")[:, 0, 0].tolist() == [255, 0, 0]
 
 
 @pytest.mark.parametrize("content", [b"", b"not an image", "cut"])
@@ -70,7 +70,7 @@ def test_decode_names_what_does_not_decode(tmp_path, content):
     whole = save(tmp_path / "a b é.png", h=32, w=32).read_bytes()
     (tmp_path / "a b é.png").write_bytes(whole[: len(whole) // 2] if content == "cut" else content)
     with pytest.raises(InputError, match=r"a b é\.png: does not decode .*--skip-bad-images\)$"):
-        images_in_files.decode(tmp_path / "a b é.png")
+        image_files.decode(tmp_path / "a b é.png")
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -80,7 +80,7 @@ def test_streaming_equals_resident_in_the_order_asked_for(tmp_path, monkeypatch,
             save(tmp_path / name / f"{i:03}.png", seed=100 * c + i, h=3 + i % 5, w=4 + i % 3)
     resident, streamed = open_both(tmp_path, monkeypatch)
     n = len(resident)
-    orders = [*torch.randperm(n).split(70), torch.randperm(n)[: images_in_files.CHUNK], torch.tensor([5])]
+    orders = [*torch.randperm(n).split(70), torch.randperm(n)[: image_files.CHUNK], torch.tensor([5])]
     for part in (orders, orders[2:]):  # a whole epoch, and one that starts in its middle
         state = torch.get_rng_state()
         got = list(streamed.batches(iter(part), workers=workers))
@@ -206,13 +206,13 @@ def test_greys_of_12_bits_are_scaled_by_the_range_of_the_training_images(tmp_pat
         assert [name for name in caches(cache) if name.startswith("set-range-")], again
         line = "set: greys from 100, which becomes black, to 4090; --range sets others\n"
         assert capsys.readouterr().err.count(line) == (not again)  # said once
-        monkeypatch.setattr(images_in_files.Files, "extremes", lambda _: pytest.fail("looked for twice"))
+        monkeypatch.setattr(image_files.Files, "extremes", lambda _: pytest.fail("looked for twice"))
 
 
 def test_a_given_range_is_taken_and_makes_a_cache_of_its_own(tmp_path, monkeypatch, cache):
     scans = make_scan(tmp_path / "set")
     own = image_sets.open_set(str(tmp_path / "set"))
-    monkeypatch.setattr(images_in_files.Files, "extremes", lambda _: pytest.fail("looked for"))
+    monkeypatch.setattr(image_files.Files, "extremes", lambda _: pytest.fail("looked for"))
     for low, high in ((0, 65535), (-1000, 3000)):
         given = image_sets.open_set(str(tmp_path / "set"), value_range=[low, high])
         assert torch.equal(given.images(torch.tensor([0]))[0], scaled(scans[0], low, high))
@@ -242,15 +242,15 @@ def test_a_damaged_memory_of_the_range_is_found_again(tmp_path, cache):
 def test_floats_constant_greys_and_bad_images_have_a_range_too(tmp_path):
     deep(tmp_path / "a" / "1.tif", [[-2.0, np.nan], [0.5, 3.0]], np.float32)
     (tmp_path / "a" / "0.tif").write_bytes((tmp_path / "a" / "1.tif").read_bytes())
-    files = images_in_files.Files(tmp_path, ["a/0.tif", "a/1.tif"])
+    files = image_files.Files(tmp_path, ["a/0.tif", "a/1.tif"])
     assert files.extremes() == [-2.0, 3.0] and files.survey() == (2 * 12, True)
     (image,) = image_sets.open_set(str(tmp_path)).images(torch.arange(1))
     assert image[0].tolist() == [[0, 102], [127, 255]]  # what is no number counts as 0
     spoil(tmp_path / "a" / "0.tif")
     assert files.extremes() == [-2.0, 3.0]
     deep(tmp_path / "b" / "1.png", [[7, 7]])
-    constant = images_in_files.Files(tmp_path, ["b/1.png"])
+    constant = image_files.Files(tmp_path, ["b/1.png"])
     assert constant.extremes() == [7.0, 8.0]
     save(tmp_path / "c" / "1.png")
-    shallow = images_in_files.Files(tmp_path, ["c/1.png"])
+    shallow = image_files.Files(tmp_path, ["c/1.png"])
     assert shallow.survey()[1] is False and shallow.extremes() == [0.0, 65535.0]

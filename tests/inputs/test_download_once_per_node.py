@@ -11,15 +11,15 @@ import torch
 import torch.distributed as dist
 from made_images import caches, make_folder, pixels, spoil
 
-from inputs import image_cache, image_sets, images_in_files
+from inputs import image_cache, image_files, image_sets
 from runtime.errors import InputError
 
 
 def open_on_rank(rank, folder, meeting, out):
     os.environ["LOCAL_RANK"] = str(rank)
     dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
-    decoded, plain = [], images_in_files.decode
-    images_in_files.decode = lambda *path: decoded.append(path) or plain(*path)
+    decoded, plain = [], image_files.decode
+    image_files.decode = lambda *path: decoded.append(path) or plain(*path)
     sys.stderr = io.StringIO()
     try:
         image_sets.open_set(str(folder))

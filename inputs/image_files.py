@@ -51,7 +51,7 @@ def is_deep(image: Image.Image) -> bool:
 class Files:
     """The images at `paths` below `root`, for a `DataLoader` whose workers ask for one chunk of positions at a time.
 
-    `inputs.hub.Rows` has other places that images lie at: `source`, `name` and `fingerprint` are of files alone.
+    `huggingface_sets.Rows` has other places that images lie at: `source`, `name` and `fingerprint` are of files alone.
     """
 
     def __init__(self, root: Path, paths: list[str], value_range: tuple[float, float] | None = None):

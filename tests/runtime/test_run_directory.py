@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from forked import Program
+from forked_programs import Program
 from test_train import (  # noqa: F401  (`photos` and `environment` are fixtures)
     OWN,
     SMALL,
@@ -19,7 +19,7 @@ from test_train import (  # noqa: F401  (`photos` and `environment` are fixtures
     state,
 )
 
-from runtime import files, run
+from runtime import files, run_directory
 from train import build, options
 
 
@@ -202,7 +202,7 @@ def test_weights_optimizer_and_scale_of_the_loss_are_all_restored(tmp_path):
         args.seed = step  # other weights at the start
         method, optimizer, scaler = build(args, config, Method, torch.device("cpu"))
         args.seed = 0
-        ours = run.Run(args, config, 32, method=method, optimizer=optimizer, scaler=scaler)
+        ours = run_directory.Run(args, config, 32, method=method, optimizer=optimizer, scaler=scaler)
         ours.open()
         if step:
             sum(p.sum() for p in method.parameters() if p.requires_grad).backward()
@@ -220,14 +220,14 @@ def test_only_where_and_how_a_run_goes_on_may_differ_from_how_it_began():
     """Nothing that its images, their order, its weights or its steps depend on."""
     where = {"out", "resume", "data_root", "download", "workers", "device", "compile", "linear"}
     told = {"save_every", "log_every", "probe_every", "log_gradients", "tensorboard", "evaluate"}
-    assert where | told == run.FREE
+    assert where | told == run_directory.FREE
 
 
 def test_the_commit_is_that_of_the_program_and_only_code_makes_it_dirty(tmp_path, monkeypatch):
     place = tmp_path / "program"
     (place / "runtime").mkdir(parents=True)
-    monkeypatch.setattr(run, "__file__", str(place / "runtime/run.py"))
-    assert run.git_state() == {}
+    monkeypatch.setattr(run_directory, "__file__", str(place / "runtime/run_directory.py"))
+    assert run_directory.git_state() == {}
 
     def git(*words):
         me = ["-c", "user.name=me", "-c", "user.email=me@here"]
@@ -239,11 +239,11 @@ def test_the_commit_is_that_of_the_program_and_only_code_makes_it_dirty(tmp_path
     git("add", "-A"), git("commit", "-m", "first")
     clean = dict(commit=git("rev-parse", "HEAD").strip(), dirty=False)
     monkeypatch.chdir(tmp_path)
-    assert run.git_state() == clean
+    assert run_directory.git_state() == clean
     (place / "README.md").write_text("two")
-    assert run.git_state() == clean
+    assert run_directory.git_state() == clean
     (place / "train.py").write_text("two")
-    assert run.git_state() == clean | dict(dirty=True)
+    assert run_directory.git_state() == clean | dict(dirty=True)
 
 
 def test_a_setting_that_an_older_version_lacks_differs_only_if_it_is_on():
@@ -294,9 +294,11 @@ train.Run.save = save
 @pytest.mark.parametrize("parts", [1, 3, 4, 10, 16])
 def test_several_ranks_ask_each_other_after_every_tenth_batch(monkeypatch, parts):
     """Of a step of many batches after each; what another rank has received is then known to all."""
-    ours, asked = run.Run.__new__(run.Run), []
+    ours, asked = run_directory.Run.__new__(run_directory.Run), []
     ours.signal, ours.stopped_by, ours.control, ours.args = 0, 0, "group", SimpleNamespace(accumulate=parts)
-    monkeypatch.setattr(run.dist, "all_reduce", lambda x, *_, group: asked.append(step) or x.fill_(signal.SIGTERM))
+    monkeypatch.setattr(
+        run_directory.dist, "all_reduce", lambda x, *_, group: asked.append(step) or x.fill_(signal.SIGTERM)
+    )
     for step in range(1, 31):
         assert ours.asked_to_stop(step) == bool(asked)
     whole_tens = [step for step in range(1, 31) if step * parts // 10 > (step - 1) * parts // 10]
@@ -325,7 +327,7 @@ run.files.save, train.Run.save = slowly, saved
 def test_handlers_do_not_outlive_the_loop(tmp_path):
     numbers = (signal.SIGTERM, signal.SIGINT)
     before = [signal.getsignal(number) for number in numbers]
-    ours = run.Run.__new__(run.Run)
+    ours = run_directory.Run.__new__(run_directory.Run)
     ours.signal, ours.stopped_by, ours.control, ours.args = 0, 0, None, SimpleNamespace(accumulate=1)
     with ours.listening():
         assert [signal.getsignal(number) for number in numbers] != before

@@ -4,7 +4,7 @@ import io
 from itertools import chain
 from pathlib import Path
 
-from inputs.images_in_files import Files, held_out
+from inputs.image_files import Files, held_out
 from runtime.errors import InputError
 from runtime.ranks import say_once
 

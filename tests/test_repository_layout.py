@@ -17,18 +17,25 @@ FILES = {
     for folder in (".", *FOLDERS, "reporting/pages")
     for path in sorted((ROOT / folder).glob("*.py"))
 }
-GROUND = ("runtime.errors", "runtime.ranks", "runtime.files", "runtime.process", "runtime.fast", "runtime.randomness")
+GROUND = (
+    "runtime.errors",
+    "runtime.ranks",
+    "runtime.files",
+    "runtime.process",
+    "runtime.fast_paths",
+    "runtime.randomness",
+)
 BUILDS_ON = {name: {"mae"} for name in METHODS}  # as its paper does
-BUILDS_ON["cae"] |= {"dvae", "runtime.dalle"}  # tokenizers
-BUILDS_ON["dvae"] |= {"runtime.dalle", "runtime.files"}  # the published one
+BUILDS_ON["cae"] |= {"dvae", "runtime.dalle_weights"}  # tokenizers
+BUILDS_ON["dvae"] |= {"runtime.dalle_weights", "runtime.files"}  # the published one
 
 # What a file of each layer may import of ours; a folder's name stands for all of its files.
 MAY = {
     "ground": {*GROUND},
-    "common": {"runtime.errors", "runtime.ranks", "runtime.fast", "runtime.randomness"},
+    "common": {"runtime.errors", "runtime.ranks", "runtime.fast_paths", "runtime.randomness"},
     "inputs": {"inputs", "common", *GROUND},
     "runtime": {"runtime", "common", "inputs"},
-    "method": {"common", "inputs.augment", "runtime.errors", "runtime.knobs", "runtime.reconstruction"},
+    "method": {"common", "inputs.augment", "runtime.errors", "runtime.knobs", "runtime.reconstruction_pictures"},
     "methods": {*METHODS},
 }
 for folder in FOLDERS[2:]:  # downstream, figures, reporting
@@ -59,15 +66,15 @@ def imports(tree: ast.Module) -> set[str]:
 
 
 def test_imports_are_read_as_they_are_written():
-    text = "import mae, torch\nfrom runtime import files, run\ndef f():\n    from common import ViT"
-    assert imports(ast.parse(text)) == {"mae", "runtime.files", "runtime.run", "common"}
+    text = "import mae, torch\nfrom runtime import files, run_directory\ndef f():\n    from common import ViT"
+    assert imports(ast.parse(text)) == {"mae", "runtime.files", "runtime.run_directory", "common"}
     assert imports(ast.parse("import runtime.log as log")) == {"runtime.log"}
 
 
 @pytest.mark.parametrize("name", FILES)
 def test_imports_run_downwards_only(name):
     kind = layer(name)
-    assert kind in MAY, f"{name}.py: stands in no layer of tests/test_house.py"
+    assert kind in MAY, f"{name}.py: stands in no layer of tests/test_repository_layout.py"
     may = MAY[kind] | (BUILDS_ON[name] if kind == "method" else CALLS.get(name, set()))
     wrong = {x for x in imports(FILES[name]) if not {x, x.split(".")[0]} & may}
     assert not wrong, f"{name}.py must not import {', '.join(sorted(wrong))}"

@@ -8,18 +8,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from forked import Program, finish
+from forked_programs import Program, finish
 from PIL import Image
 from test_train import assert_same_bits, environment, own  # noqa: F401  (a fixture)
 
 import train
 from common import StepRandom
-from downstream import watch
+from downstream import online_probe
 from downstream.protocols import evaluate
 from inputs import image_sets
 from methods import METHODS
 from runtime import files
-from runtime.encoders import load_encoder
+from runtime.encoder_files import load_encoder
 from runtime.errors import InputError
 
 SMALL = (
@@ -83,7 +83,7 @@ def weights(out: Path) -> dict:
 @pytest.fixture
 def fewer(monkeypatch):
     """Probes of five images of either half."""
-    monkeypatch.setattr(watch, "LEAST", 5)
+    monkeypatch.setattr(online_probe, "LEAST", 5)
 
 
 @pytest.mark.parametrize("method", ["mae", "cmae", "conmim"])
@@ -112,7 +112,7 @@ def test_a_probe_is_knn_of_the_encoder_on_images_of_all_classes(photos, tmp_path
         seen.append([s.images(torch.arange(len(s))) for s in sets] + [s.labels.tolist() for s in sets])
         return evaluate(encoder, *sets, **how)
 
-    monkeypatch.setattr(watch, "evaluate", lambda e, a, b, protocols, device, **how: spy(
+    monkeypatch.setattr(online_probe, "evaluate", lambda e, a, b, protocols, device, **how: spy(
         e, a, b, protocols=protocols, device=device, **how))  # fmt: skip
     log = train_here("mae", photos, tmp_path, "--probe-every", 2, "--epochs", 5)
     assert [row["step"] for row in log if "knn" in row] == [6, 12, 15]  # and where the run ends
@@ -149,7 +149,7 @@ def test_a_probe_takes_a_twenty_fifth_of_either_half_within_its_bounds(monkeypat
         whole = dict(zip(("train", "val"), halves, strict=True))
         monkeypatch.setattr(image_sets, "open_for", lambda args, split, n=whole: Fake(n[split]))
         args, config, Method = train.options("--method mae --probe-every 1 --device cpu".split())
-        found = watch.Watch(args, train.build(args, config, Method, torch.device("cpu"))[0], torch.device("cpu"))
+        found = online_probe.Watch(args, train.build(args, config, Method, torch.device("cpu"))[0], torch.device("cpu"))
         assert [*map(len, found.sets)] == taken
 
 

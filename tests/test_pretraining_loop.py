@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from forked import Program, finish
+from forked_programs import Program, finish
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -194,7 +194,9 @@ def test_two_processes_pretrain_as_a_plain_loop_of_two(method, place, tmp_path, 
     words, _, o = prepared(method, ALL, place, "--precision", "fp32", "--out", tmp_path / "run")
     two = Program("train.py", *words, n=2, env=environment, cwd=tmp_path)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch, "manual_seed", torch.random.manual_seed)  # tests/variants changes seeds here, not there
+        patch.setattr(
+            torch, "manual_seed", torch.random.manual_seed
+        )  # tests/processor_variants changes seeds here, not there
         _, plain, o = prepared(method, ALL, place)
         rates, losses = plain_loop(plain, o, ranks=2)
     assert finish(two).returncode == 0, two.stderr

@@ -11,7 +11,7 @@ from common import ViT, sincos_positions
 from runtime import files
 from runtime.command_line import build_encoder
 from runtime.errors import InputError
-from runtime.initial import fill, fill_decoder
+from runtime.starting_weights import fill, fill_decoder
 from train import options
 
 NANO = "--image-size 16 --patch-size 8 --width 8 --depth 2 --heads 2".split()  # as test_encoder_import's
@@ -57,7 +57,7 @@ OTHERS = {  # what differs: the method, its options, the weights, why the decode
     "depth": ("mae", DECODER, official(depth=2), "decoder_depth 2 there, 1 here"),
     "width": ("mae", DECODER, official(width=16), "decoder_width 16 there, 8 here"),
     "target": ("autoencoder", [*DECODER, "--block", "16"], official(), "values 192 there, 768 here"),
-    "kind": ("lcmae", [*DECODER, "--decoder", "conv"], official(), "decoder_depth 1 there, 0 here"),
+    "kind": ("lcmae", ["--decoder-width", "8", "--decoder", "conv"], official(), "decoder_depth 1 there, 0 here"),
     "parts": ("cmae_loc", [*DECODER, "--decoder", "conv"], official(), "its parts are others"),
     "none": ("conmim", ["--mask-cell", "1"], official(), "this method has none of MAE's kind"),
     "positions": (
