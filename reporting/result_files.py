@@ -36,7 +36,7 @@ RENAMED = {  # what a file that old results name is called now
 }
 MEASURED_IN = {"reproduce.py": "reporting/claim_measures.py"}
 # The list of all methods, the other image sets, and how a run starts, is logged and is saved.
-WITHOUT_NUMBERS = re.compile(r"methods\.py|inputs/builtin|runtime/(?!fast_paths|ranks|encoder_files|randomness|optimization)")
+WITHOUT_NUMBERS = re.compile(r"methods\.py|inputs/builtin|runtime/(?!fast|ranks|encoder_|randomness|optimization)")
 # Settings that are not the experiment's: where and how it ran, and the seed, which is beside it.
 ELSEWHERE = "out data_root resume download workers save_every log_every evaluate seed device compile precision"
 
