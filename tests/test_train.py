@@ -93,7 +93,8 @@ def train(photos, environment, tmp_path):
     begun = []
 
     def start(*flags, method="mae", processes=1, out="run", by=None):
-        words = ["--method", method, "--data", photos, "--out", tmp_path / out, *SMALL, *OWN.get(method, []), *flags]
+        words = ["--method", method, "--data", photos, "--out", tmp_path / out, *SMALL]
+        words += own(method, *flags) if method in OWN else flags
         where = dict(env=environment, cwd=tmp_path)
         if by is None:
             begun.append(Program("train.py", *words, n=processes, **where))

@@ -200,7 +200,7 @@ def test_a_tuned_encoder_is_as_fine_tuning_has_left_it(run):
     for i, p in enumerate(classifier.parameters()):
         p.data += i
     training_loop.Progress(run / "tuned", {}, classifier, {}, False).end_epoch(dict(step=1), True)
-    args = argparse.Namespace(run=run, untrained=False, tuned=run / "tuned", seed=0)
+    args = argparse.Namespace(run=run, untrained=False, tuned=run / "tuned", seed=0, mean=None, std=None)
     found = transfer.load(args, dense_recipes.Recipe(), torch.device("cpu"))
     theirs = classifier.encoder.state_dict() | {f"norm.{k}": x for k, x in classifier.head.norm.state_dict().items()}
     assert found.state_dict().keys() == theirs.keys()

@@ -304,14 +304,14 @@ mae.MAE.forward = spoiled
 # what it then trains with.
 FINDS = """
 import sys
-from runtime import fast
+from runtime import fast_paths
 ways = dict(precision=["fp32", "bf16"], linear=["product", "convolution"])
 mine = dict(precision="{0}", linear="{1}")
 first = os.environ.get("RANK", "0") == "0"
-fast.measured = lambda: {{key: next(w for w in both if (w == mine[key]) == first) for key, both in ways.items()}}
+fast_paths.measured = lambda: {{key: next(w for w in both if (w == mine[key]) == first) for key, both in ways.items()}}
 plain = train.loop
 def loop(args, *others):
-    print("trains in", args.precision, args.linear, fast.as_convolution, file=sys.stderr, flush=True)
+    print("trains in", args.precision, args.linear, fast_paths.as_convolution, file=sys.stderr, flush=True)
     plain(args, *others)
 train.loop = loop
 """
