@@ -17,7 +17,7 @@ from torch import nn
 from torchvision.transforms import v2
 
 from common import StepRandom
-from downstream import recipes, training_loop
+from downstream import dense_recipes, recipes, training_loop
 from downstream.recipes import recipe_for
 from inputs import augment
 from runtime.errors import InputError
@@ -286,3 +286,15 @@ def test_whatever_changes_images_or_mixes_them_augments():
     assert not CALM.augments  # and what a frozen encoder makes of them may be kept
     for change in (dict(crop_scale=0.5), dict(randaugment=1), dict(erase=0.5), dict(mixup=0.5), dict(cutmix=0.5)):
         assert replace(CALM, **change).augments, change
+
+
+def test_dense_recipes_are_as_printed():
+    """CAE's Appendix A, ConMIM's Tables 12 and 13, CMAE §4.3."""
+    found = {name: dense_recipes.recipe_for(name, {})[2] for name in dense_recipes.RECIPES}
+    coco = {n: (r.epochs, r.batch_size, r.lr, r.weight_decay, r.decay_at) for n, r in found.items() if not r.steps}
+    assert coco["cae-coco"] == (12, 32, 3e-4, 0.05, (9, 11)) and coco["cae-large-coco"][2] == 2e-4
+    assert coco["conmim-coco"] == (25, 64, 1e-4, 0.1, ()) and coco["cmae-coco"] == (100, 64, 1e-4, 0.1, ())
+    ade = {n: (r.steps, r.batch_size, r.head, r.layer_decay, r.drop_path) for n, r in found.items() if r.steps}
+    assert ade["cae-ade20k"] == ade["cmae-ade20k"] == (160_000, 16, "upernet", 0.65, 0.1)
+    assert ade["cae-large-ade20k"] == (160_000, 16, "upernet", 0.95, 0.15)
+    assert ade["conmim-ade20k"] == (160_000, 16, "upernet", 0.9, 0.1) and coco.keys() | ade.keys() == found.keys()
