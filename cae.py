@@ -9,12 +9,12 @@ patches, which must be what the encoder makes of them (alignment), and a decoder
     question          | paper                | official code                      | here (flag)
     ----------------- | -------------------- | ---------------------------------- | -----------------------------------
     target            | DALL-E tokens (§2.2) | the same                           | tokens of a d-VAE trained first
-    other targets     | VQGAN, CLIP; pixels  | VQGAN, CLIP, a d-VAE of one's own  | pixels, DALL-E (--target)
-    tokenizer's image | not said             | the same crop, by Lanczos          | the same crop, bicubic
+    other targets     | VQGAN, d-VAE; pixels | VQGAN, CLIP, a d-VAE of one's own  | pixels, DALL-E (--target)
+    tokenizer's image | the input image      | the same crop, by Lanczos          | the same crop, bicubic
     crop              | "standard"           | keeps 8 to 100 % of the area       | the same (--crop-scale)
     mask              | 98 of 196, in blocks | BEiT's blocks of 16 or more        | the same, in proportion
     kind of positions | not said             | MAE's, in all three parts          | the same
-    in the regressor  | "for the weights"    | for queries and keys only          | the same
+    in the regressor  | for attention, §2.1  | for queries and keys only          | the same
     its residual      | not said             | is itself normalised               | is not (--official-residual)
     class token       | in the encoder, §4.2 | there only                         | the same
     alignment         | Z_m with Z̄_m         | after norms; Z̄_m one step old      | after norms; Z̄_m of this step
@@ -25,7 +25,7 @@ patches, which must be what the encoder makes of them (alignment), and a decoder
     ViT-L             | not said             | layer scale 1e-5; BEiT's initial   | (--layer-scale 1e-5); MAE's initial
     clipping, last lr | "as BEiT"            | 3 and 1e-5                         | the same, in the recipes
 
-The d-VAE (dvae.py) stands in for DALL-E's weights, which do not come with this file; Table 7's own is as good. Without
+The d-VAE (dvae.py) stands in for DALL-E's weights, which do not come with it; Table 7's is as good for ViT-B. Without
 `--tokenizer` it is trained first. The mask tokens see Z_v and each other, and Z_v stays as it is.
 
     python train.py --method cae    torchrun --nproc_per_node=8 train.py --method cae --data imagenet --data-root DIR

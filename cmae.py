@@ -20,7 +20,7 @@ Changes from mae.py: the second view, the feature decoder, the two heads, the mo
     target colours   | jitter (§4.4)     | grey too, red for blue; blur    | also grey, no blur (--target-blur 0.5)
     feature output   | as F_t's features | 3·p·p wide, in ViT-B its width  | as wide as the encoder
     heads            | not said          | Linear, BN, ReLU, Linear        | the same (--projector-width, -out)
-    initial heads    | not said          | PyTorch's: deviation .021, .015 | MAE's: deviation .029, .033
+    initial heads    | not said          | PyTorch's: projector .021, .015 | MAE's: projector .029, .033
     class token      | not said          | in every part, but in no mean   | the same
     weight decay     | .05               | of BN scales, of no tokens      | of tokens (--no-decay cls_token mask_token)
     shared decoder   | "weight", Tab. 4c | none                            | the pixel decoder's first blocks
