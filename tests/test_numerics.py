@@ -356,7 +356,7 @@ def test_what_a_method_makes_is_where_its_images_are(method, flags, monkeypatch)
 # blocks; temperatures of 0.07 multiply it by up to 14. And the cosine of the gradient with that in float32: least for
 # CMAE, whose heads divide features that are nearly the same in all images by how little they differ. Over seeds CMAE's
 # errors come to 0.021 and its cosines to 0.954 in bf16.
-PRECISIONS = {"bf16": (torch.bfloat16, 0.06, 0.8), "fp16": (torch.float16, 0.008, 0.98)}
+PRECISIONS = {"bf16": (torch.bfloat16, 0.06, 0.8), "fp16": (torch.float16, 0.008, 0.998)}
 
 
 @pytest.mark.training
@@ -371,9 +371,7 @@ def test_half_precision_gives_nearly_the_loss_and_gradient_of_float32(method, pr
         with torch.autocast("cpu", dtype, enabled=enabled):
             losses = model(batch)
         model.zero_grad()
-        # 1024 times, as the scaler would, so that fp16 loses no small ones. CMAE's contrast divides features that are
-        # alike in all images by how little they differ: by some seeds its gradient's direction is that of the rounding.
-        (1024 * losses["reconstruction" if method == "cmae" else "loss"]).backward()
+        (1024 * losses["loss"]).backward()  # as the scaler would, so that fp16 loses no small ones
         gradients.append(torch.cat([w.grad.flatten() for w in model.parameters() if w.grad is not None]))
         results.append(losses)
     assert all(loss.dtype == torch.float32 for loss in results[1].values())
