@@ -63,6 +63,8 @@ def options(argv: list[str] | None = None) -> argparse.Namespace:
         elif args.figure not in figures | {"all"}:
             good = ", ".join(sorted(figures))
             raise InputError(f"--{name}: does nothing to {args.figure}; leave it out, or draw {good}")
+    if args.classes < 2:
+        raise InputError(f"classes {args.classes}: must be at least 2")
     if args.to and (args.figure == "all" or Path(args.to).suffix != ".png"):
         raise InputError(f"to {args.to}: must end in .png, and take one figure, not all")
     return args

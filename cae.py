@@ -21,7 +21,7 @@ patches, which must be what the encoder makes of them (alignment), and a decoder
     drop path         | .1                   | each pass draws its own            | the same
     no decoder        | Table 2              | positions and norm stay            | a linear layer (--decoder-depth 0)
     initial weights   | not said             | xavier; kernel, tokens cut at ±.02 | MAE's
-    ViT-S             | not said             | 12 heads; decoder 768, linear, norm | (--heads 12); decoder 384 wide
+    ViT-S             | not said             | 12 heads; linear and norm, then 768 | (--heads 12); decoder 384 wide
     ViT-L             | not said             | layer scale 1e-5; BEiT's initial   | (--layer-scale 1e-5); MAE's initial
     clipping, last lr | "as BEiT"            | 3 and 1e-5                         | the same, in the recipes
 

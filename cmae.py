@@ -17,7 +17,7 @@ Changes from mae.py: the second view, the feature decoder, the two heads, the mo
     weight of L_c    | 1 (Table 4d)      | 2τ λ_c = 0.14                   | the paper's (the code's: --official-scale)
     mask             | as MAE's (§4.1)   | 65 %, squares of 2 x 2 patches  | the paper's (--mask-ratio, --mask-cell)
     last target norm | as online's, §3.1 | none                            | kept (--no-target-norm)
-    target colours   | jitter (§4.4)     | grey too, red for blue; blur    | also grey, no blur (--target-blur 0.5)
+    target colours   | jitter (§4.4)     | also blur; grey swaps red, blue | also grey, no blur (--target-blur 0.5)
     feature output   | as F_t's features | 3·p·p wide, in ViT-B its width  | as wide as the encoder
     heads            | not said          | Linear, BN, ReLU, Linear        | the same (--projector-width, -out)
     initial heads    | not said          | PyTorch's: projector .021, .015 | MAE's: projector .029, .033

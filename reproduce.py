@@ -75,6 +75,8 @@ def options(argv: list[str] | None = None) -> argparse.Namespace:
         raise InputError(f"{idle[0].replace('_', ' ')}: does nothing here; leave it out")
     if bool(args.measure) != bool(args.run):
         raise InputError("measure: needs a run, and a run a measure; give both")
+    if args.minutes is not None and args.minutes <= 0:
+        raise InputError(f"minutes {args.minutes:g}: must be above 0")
     args.seeds = args.seeds or (3 if args.claims or args.recipes or args.transfer else 1)
     args.results = args.results or HERE / "results"
     return args

@@ -59,7 +59,7 @@ def options() -> tuple[argparse.Namespace, Recipe | None]:
     comments, fields = field_comments(Recipe), ["task", "format"]
     for field in dataclasses.fields(Recipe):
         kind = {"decay_at": int, "jitter": float}.get(field.name, type(field.default))
-        metavar = {"decay_at": "N...", "jitter": "LEAST MOST"}.get(field.name, "N" if kind is int else "X")
+        metavar = {"decay_at": "N...", "jitter": "LEAST MOST"}.get(field.name, {int: "N", str: "NAME"}.get(kind, "X"))
         add_option(group, flag(field.name)[2:], argparse.SUPPRESS, kind, metavar, comments[field.name])
         fields.append(field.name)
     args = parser.parse_args()
