@@ -158,7 +158,7 @@ def test_several_runs_share_the_axes(runs, monkeypatch, tmp_path, capsys):
         ("mae", "semantic-similarity", "give --reference PATH"),
         ("mae", "curves --images 3", "--images: does nothing to curves; leave it out, or draw attention-"),
         ("mae", "features --images 0", "--images: 0: must be at least 1"),
-        ("mae", "class-distances --classes 1", "need two classes"),
+        ("mae", "class-distances --classes 1", "classes 1: must be at least 2"),
         ("mae", "features --classes 9", "--classes: does nothing to features; leave it out, or draw class-distances"),
         ("mae", "decoder-similarity --images 1", "images 1: cannot be compared"),
         ("mae", "all --to x.png", "to x.png: must end in .png, and take one figure"),
