@@ -1,7 +1,7 @@
 """LC-MAE: masked autoencoders from a local contrastive perspective (Yue et al., arXiv 2310.01994v2).
 
 In a sentence: one masked autoencoder sees an image under two masks, and two properties that the paper's §3.2 derives
-from MAE's loss become losses of their own: a patch that is hidden in both views gets outputs of one direction
+from MAE's loss become losses of their own: the two outputs of a patch that is hidden in both views point the same way
 (L_cross), and hidden patches get outputs as alike as the patches are (L_in). No line computes the derivation itself.
 
     x ─┬─ m_1 ─ MAE ─ h ─ projector ─ v ─┬─ L_cross    one MAE, one projector, gradient through both views
@@ -12,34 +12,34 @@ Changes from mae.py: the second mask, the projector, L_cross, L_in, a decoder of
     question           | paper (no code)           | here (flag)
     ------------------ | ------------------------- | ------------------------------------------------------------------
     h                  | pixels (Eq. 1) or tokens  | the predicted pixels; --project tokens: the decoder's last tokens
-    target of L_MAE    | §3.3: MAE's               | patches standardised, as in MAE's code (--norm-pixels)
-    Eq. (1)            | a sum, "MSE", as in MAE   | mean over patches and values, then over the views
+    "l2-normalized"    | h, in "the original" MAE  | not h: as in MAE's code, the target is standardised (--norm-pixels)
+    Eq. (1)            | a sum; a mean in MAE      | mean over patches and values, then over the views
+    projector          | a fully connected layer   | the same, with a bias
     Eq. (5)            | a sum                     | mean over patches masked in both views (none: 0), then over images
     Eq. (6)            | a sum, "mean" in the text | mean over pairs i ≠ j, then over the views
-    weights            | 1 (of the sums)           | 1 (of the means, so that the terms' balance is another)
+    weights            | 1 (of the sums)           | 1 of the means; by the sums L_MAE starts a thousand times L_cross
     L_MAE and L_in     | L_in in a "single" view   | of both views wherever there are two
     rows (b), (d), (f) | two masks for L_cross     | one view, so (g) has twice the masked images of (d), as (a) of (f)
-    x in Eq. (6)       | "original image patches"  | the encoder's input: a patch keeps its own mean and variance
-    6e-4, 2 blocks     | for LC-MAE (§5, §3.3)     | for each row of Table 1, (b) too, which may be MAE's own run (82.9)
+    x in Eq. (6)       | "original image patches"  | the encoder's input, not standardised by patch as L_MAE's target is
+    6e-4, 2 blocks     | for LC-MAE (§5, §3.3)     | for all rows of Table 1; its (b) may be MAE's own run (82.9)
     Gaussian decoder   | about 5 x 5, then an MLP  | weights add to 1 at the border too; only the MLP has a residual
     conv decoder       | kernel 5                  | zeros beyond the border; no residual, no MLP
-    these two decoders | replace MAE's             | its blocks alone, without the class token; the rest of it stays
-    Table A.1          | Asano's image, 5 epochs   | the first image of --data; an epoch is 1,281,167 crops of it
+    these two decoders | replace MAE's             | only its blocks; without the class token
+    Table A.1          | one image, 5 epochs       | the first of --data; epochs of 1,281,167 crops, one of warm-up
 
 Rows of Table 1 are weights of 0 and 1. Row (b), `--cross-weight 0 --in-weight 0`, gives mae.py's losses exactly with
-the same flags. The other tables are of MAE, at a base rate of 1.5e-4 and batch 1024 (§5); Figure 4 tells the 8 blocks:
+mae.py's settings. The other tables are of MAE, at a base rate of 1.5e-4 and batch 1024 (§5), so a peak rate of 6e-4,
+with the 8 blocks of Figure 4 (`--recipe paper`; `evaluate.py` then fine-tunes):
       Table 2      --cross-weight 0 --in-weight 0 --lr 6e-4 --decoder-depth 8 (in its place --decoder average, conv)
-      Table 3      --method autoencoder --block 16 (then 48, 80, 112; MAE itself is --method mae)
+      Table 3      --method autoencoder --block 16 (then 48, 80, 112; MAE is Table 2's first command)
       Table A.1    --method mae --batch-size 1024 --images 1 --repeat 1281167 --epochs 5 --warmup-epochs 1
 The analyses of attention and features (Eq. 7 and 8, Figures 2 to 6) are in figures/.
 
     torchrun --nproc_per_node=8 train.py --method lcmae --data tiny-imagenet --download
 
-Measured on the built-in images, as the deviation of v over images (1: random directions, 0: all
-alike; untrained .200): (c), L_cross alone, .0010, which is the collapse that the paper reports; (d) .569; (g) .284;
-(e) .055, below the untrained one and still falling at the end. In (e) L_MAE acts on h alone, so v may lose what h
-keeps, and the paper does not say what of (e) it finds not to collapse.
-Ten classes of Tiny-ImageNet: in docs/results.md; the paper's settings: not run.
+Measured on ten classes of Tiny-ImageNet (docs/results.md, claims.md); the paper's settings: not run. Deviation of v √d
+over images, v of length 1 (1: random directions, 0: all alike): (c), L_cross alone, .00002, the collapse that the paper
+reports; (g) .32; (e) .018. Of (e) the paper says that each predicted value has its target; but v has none, only h.
 """
 
 from dataclasses import dataclass
@@ -126,7 +126,7 @@ class LCMAE(nn.Module):
         if c.mae_weight:  # Eq. (1)
             losses["reconstruction"] = reconstruction_loss(h, mae.masked_pixels(images, mask, p, c.norm_pixels))
         if c.cross_weight or c.in_weight:
-            v = self.projector(h if c.project == "pixels" else tokens)  # v = p(h(x, m)): (B, M, d)
+            v = self.projector(h if c.project == "pixels" else tokens)  # the paper's v = p(h(x, m)): (B, M, d)
         if c.cross_weight:
             losses["cross"] = cross_view_loss(*v.chunk(2), batch.mask, batch.second)
         if c.in_weight:

@@ -4,17 +4,20 @@
     python train.py --method cmae --data tiny-imagenet --download    one GPU
     torchrun --nproc_per_node=8 train.py --method cmae --data imagenet --data-root DIR --recipe paper
 
-`loop` is the loop that every method runs in. A method makes a batch of uint8 images, with every crop, mask and colour
-that a step draws (`draw`); called as a module, it computes its losses: a dict whose `loss` is the total. The others are
-logged. Optional members: `update_teacher` moves the teacher after each step, `end_epoch` is given all images after each
-epoch but the last, and `prepare` can have another method trained first, in `<out>/<its name>`.
+`loop` is the loop that every method runs in. A method's `draw` makes a batch of uint8 images: crops, masks, colours and
+whatever else a step draws are decided and applied there. Called as a module on that batch, the method draws nothing but
+drop path and returns a dict of losses: `loss` is what is minimised; all are logged, as means over the processes, and
+one that is not finite ends the run. Its `encoder` is what a run is for: the student's ViT, unless the method says
+otherwise. Optional members: `update_teacher` moves the teacher after each step, `end_epoch` is given all images after
+each epoch but the last, and `prepare` can have another method trained first, in `<out>/<its name>`, whose weights
+become part of this method and of its checkpoints.
 
 A run lives in its directory (`--out`): config.json, log.jsonl, checkpoint.pt, encoder.safetensors, pictures, a summary.
 The same command resumes it. Everything random in step t comes from (seed, t) and the order of epoch e from (seed, e).
-So a resumed run ends with the same bits as an uninterrupted one (on a GPU with --deterministic). The number of
-processes, like that of --accumulate's parts, changes no draw but drop path's.
-The host draws the next step while the GPU computes. It waits for the GPU to log, to save, between epochs, with fp16 in
-each step, and in every tenth step, when the processes agree whether to stop.
+So a resumed run ends with the same bits as an uninterrupted one (on a GPU with --deterministic), and neither the number
+of processes nor that of --accumulate's parts changes a draw, except drop path's.
+The host prepares the next step while the GPU computes. The host waits for the GPU only when it logs or saves, between
+epochs, in every tenth step, when the processes agree whether to stop, and with fp16 in every step.
 """
 
 import json
@@ -52,27 +55,27 @@ def main() -> None:
     process.stop()
 
 
-# A list of words → the settings, the method's Config, the method's class.
+# Called with a list of words, it returns the settings, the method's Config and the method's class.
 options = partial(pretraining_options, methods=METHODS)
 
 
 def train(args, config, Method, device: torch.device) -> nn.Module:
-    """Train a method from its first or next step to its last, or until somebody asks to stop; returns the method."""
-    rows_of_rank(args.batch_size, args.accumulate)  # refused before the images are read, which may take long
+    """Train a method from its first or next step to its last and return it. A run that is stopped exits the program."""
+    rows_of_rank(args.batch_size, args.accumulate)  # to refuse a batch that cannot be shared before images are read
     images = image_sets.open_for(args, "train")
-    images = (images.first(args.images) if args.images else images).to(device)  # --images limits pretraining alone
-    augment.find_statistics(args, images, device)
+    images = (images.first(args.images) if args.images else images).to(device)  # files stay on the disk
+    augment.find_statistics(args, images, device)  # of `--mean auto`, into `args`
     plan = Plan(args, len(images))
     method, optimizer, scaler = build(args, config, Method, device)
-    watch = Watch(args, method, device)
+    watch = Watch(args, method, device)  # measures along the way, if asked to; it changes nothing and keeps no state
     run = Run(args, config, len(images), method=method, optimizer=optimizer, scaler=scaler)
-    run.open()
+    run.open()  # loads the checkpoint, if there is one to continue from
     if run.step == 0 and hasattr(method, "prepare"):
         method.prepare(partial(train_first, args, device))
-    learned = sum(p.numel() for p in method.parameters() if p.requires_grad)
-    say(f"{args.method} on {args.data}: {len(images):,} images, {learned:,} parameters, {plan.steps} steps of "
+    trainable = sum(p.numel() for p in method.parameters() if p.requires_grad)
+    say(f"{args.method} on {args.data}: {len(images):,} images, {trainable:,} parameters, {plan.steps} steps of "
         f"{args.batch_size} on {world_size()} x {device.type} in {args.precision}, into {args.out}")  # fmt: skip
-    with augment.views_for(args):
+    with augment.views_for(args):  # `draw` crops to their --image-size and standardises by their --mean and --std
         loop(args, plan, run, images, watch, device)
     if run.stopped_by:
         say(f"stopped at step {run.step} of {plan.steps}; the same command continues from there")
@@ -86,17 +89,17 @@ def loop(args, plan: "Plan", run: Run, images: image_sets.ImageSet, watch: Watch
     """The steps of a run from `run.step` on: each draws a batch, learns from it, moves the teacher, logs and saves."""
     method, optimizer, scaler = run.parts.values()
     network = distribute(method)
-    compiled = fast_paths.compiled(network, device, args.accumulate) if args.compile else network
+    forward = fast_paths.compiled(network, device, args.accumulate) if args.compile else network
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(args.precision)
     autocast = torch.autocast(device.type, dtype, enabled=dtype is not None)
 
     def losses_of(batch) -> dict[str, Tensor]:
         with autocast:
-            return compiled(batch)
+            return forward(batch)
 
     if 0 < run.step < plan.steps and world_size() > 2:
-        # After its first backward pass DDP groups its gradients anew and adds up three or more processes in another
-        # order. The interrupted run was past that point. A pass whose gradients are thrown away brings this one there.
+        # After its first backward pass DDP groups its gradients anew, and then adds up those of three or more processes
+        # in another order. The interrupted run had done so. A pass whose gradients are thrown away does it here.
         index = next(plan.indices(run.step))
         rng = StepRandom(args.seed, run.step, args.batch_size, plan.rows[0], device)
         losses_of(method.draw(images.images(index, device), index, rng))["loss"].backward()
@@ -107,7 +110,7 @@ def loop(args, plan: "Plan", run: Run, images: image_sets.ImageSet, watch: Watch
     meter = Meter(args, run.step, plan.steps, plan.steps_per_epoch, run.log, device)
     with run.listening(), meter.bar:
         for step in range(run.step, plan.steps):
-            rate = learning_rate(step, plan.steps, plan.warmup, args.lr, args.min_lr)
+            rate = learning_rate(step, plan.steps, plan.warmup, args.lr, args.min_lr)  # warm-up, then a cosine
             for group in optimizer.param_groups:
                 group["lr"] = rate
             torch.manual_seed(args.seed + (step * world_size() + rank()) * 1_000_003)  # only drop path draws from torch
@@ -117,13 +120,13 @@ def loop(args, plan: "Plan", run: Run, images: image_sets.ImageSet, watch: Watch
                     network.require_backward_grad_sync = part == args.accumulate - 1
                 batch = method.draw(*next(batches), rng.of(plan.rows[part]))
                 watch.see(step + 1, batch)
-                parts = losses_of(batch)
-                scaler.scale(parts["loss"] / args.accumulate).backward()
-                losses = {k: losses.get(k, 0) + v.detach() / args.accumulate for k, v in parts.items()}
+                found = losses_of(batch)
+                scaler.scale(found["loss"] / args.accumulate).backward()
+                losses = {k: losses.get(k, 0) + v.detach() / args.accumulate for k, v in found.items()}
             if args.clip_grad:
                 scaler.unscale_(optimizer)
                 nn.utils.clip_grad_norm_(method.parameters(), args.clip_grad)
-            scaler.step(optimizer)  # with fp16 it leaves out a step that overflows; rate and teacher go on
+            scaler.step(optimizer)  # with fp16 a step that overflows is left out; rate and teacher go on
             scaler.update()
             optimizer.zero_grad(set_to_none=True)
             if hasattr(method, "update_teacher"):
@@ -145,7 +148,7 @@ def loop(args, plan: "Plan", run: Run, images: image_sets.ImageSet, watch: Watch
 
 
 class Plan:
-    """How long a run is, and which images each process takes in which step. An epoch leaves out what fills no batch."""
+    """How long a run is, and which images each process takes in which step. An epoch drops a partial last batch."""
 
     def __init__(self, args, images: int):
         self.args, self.images, self.n = args, images, images * args.repeat  # n images an epoch
@@ -156,13 +159,13 @@ class Plan:
             raise InputError(f"batch size {args.batch_size}: larger than {epoch}")
         self.steps = args.epochs * self.steps_per_epoch
         self.warmup = round(args.warmup_epochs * self.steps_per_epoch)
-        if args.max_steps and args.max_steps < self.steps:  # warm-up, decay and momentum shrink to fewer steps
+        if args.max_steps and args.max_steps < self.steps:  # the schedules of rate and teacher are compressed, not cut
             self.steps, self.warmup = args.max_steps, round(self.warmup * args.max_steps / self.steps)
 
-    def ends(self, step: int, every: int | None) -> bool:
-        """Whether this step ends the run, or an epoch whose number `every` divides; with None, no step does."""
-        epochs, rest = divmod(step, self.steps_per_epoch)
-        return every is not None and (step == self.steps or (rest == 0 and epochs % every == 0))
+    def ends(self, done: int, every: int | None) -> bool:
+        """Whether after so many steps the run ends, or every `every`-th epoch does; always False if that is None."""
+        epochs, rest = divmod(done, self.steps_per_epoch)
+        return every is not None and (done == self.steps or (rest == 0 and epochs % every == 0))
 
     def indices(self, first: int) -> Iterator[Tensor]:
         """From step `first` on, part after part, the positions in the image set that this process takes."""
@@ -172,7 +175,7 @@ class Plan:
 
 
 def build(args, config, Method, device: torch.device):
-    """The method at its first weights, of the seed and of `--init`, its optimizer, and fp16's scale of the loss."""
+    """The method, whose weights come from the seed and from `--init`; its optimizer; and the scaler that fp16 needs."""
     torch.manual_seed(args.seed)
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -182,7 +185,7 @@ def build(args, config, Method, device: torch.device):
     method = Method(encoder, config)
     if not isinstance(method.encoder, ViT) and (args.init or args.mean or args.std):  # a tokenizer, say
         raise InputError(f"--init, --mean, --std: {args.method} learns no ViT, which they are for; leave them out")
-    if found:  # a teacher is a copy of the encoder; all that is not found is the seed's
+    if found:  # a teacher was copied from the encoder, which is filled; what the file lacks keeps the seed's weights
         say(*fill_decoder(method, encoder, found, args.init))
     method.to(device).train()
     groups = parameter_groups(method, args.weight_decay, tuple(args.no_decay))
@@ -195,14 +198,15 @@ def distribute(method: nn.Module) -> nn.Module:
     if world_size() == 1:
         return method
     network = DistributedDataParallel(method, gradient_as_bucket_view=True)
-    network.broadcast_buffers = False  # they are constants, alike in all; torch 2.14 warns of DDP's argument
+    network.broadcast_buffers = False  # buffers are constants; set here, as torch 2.14 warns of the argument
     return network
 
 
 def train_first(args, device: torch.device, name: str, **settings) -> nn.Module:
-    """Another method, trained on the images and the machine of `args` before its own, in `<out>/<name>`, once.
+    """Train another method first, on the images and the machine of `args`, in `<out>/<name>`, and return it.
 
-    Its batches are no larger than those of `args`, and have as many parts or more: they must fit the same memory.
+    Its batches are no larger than those of `args`, and have as many parts or more: they must fit the same memory. Its
+    rate stays that of its recipe.
     """
     flags = ["--method", name, "--data", args.data, "--recipe", args.recipe, "--out", f"{args.out}/{name}"]
     for option, value in settings.items():
@@ -222,7 +226,7 @@ def train_first(args, device: torch.device, name: str, **settings) -> nn.Module:
 
 def summary(args, encoder: nn.Module, run: Run, device: torch.device) -> None:
     """What a person wants to know at the end: the loss, the pictures, and whether the encoder learned something."""
-    if run.log and run.log.losses:  # only rank 0 has a log, which is empty if it was deleted
+    if run.log and run.log.losses:  # rank 0 has the log, which is empty if the file was deleted
         say("", f"loss      {run.log.losses[0]:.4f} -> {run.log.losses[-1]:.4f}")
     say(f"pictures  {run.directory / 'reconstruction.png'}", f"encoder   {run.directory / 'encoder.safetensors'}")
     if not isinstance(encoder, ViT):  # a tokenizer, say
