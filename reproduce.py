@@ -23,7 +23,7 @@ from inputs import image_sets
 from reporting import HERE
 from reporting.claim_measures import MEASURES
 from reporting.documents import generated, problems
-from reporting.experiments import EPOCHS, TUNE_EPOCHS, Runner, plan
+from reporting.experiments import EPOCHS, Runner, plan
 from runtime import files, process
 from runtime.command_line import Parser, count
 from runtime.errors import InputError
@@ -61,16 +61,10 @@ def options(argv: list[str] | None = None) -> argparse.Namespace:
     add("--out", default="runs/reproduce", metavar="DIR", help="where the runs go [runs/reproduce]")
     add("--results", metavar="DIR", help="where the result files are [results; of the built-in images OUT/results]")
     add("--model", choices=["small", "base"], help="of the gpu budget [small]")
-    add("--epochs", type=count, metavar="N", help=f"of pretraining {EPOCHS}")
-    add("--tune-epochs", type=count, metavar="N", help=f"of fine-tuning and supervised training {TUNE_EPOCHS}")
-    add("--images", type=count, metavar="K", help="a rehearsal: pretrain on the first K; needs --results of its own")
     args = parser.parse_args(argv)
-    if args.images and not args.results:
-        raise InputError("images: makes a rehearsal, which must not lie among the results; give --results")
-    runs = "list methods seeds minutes data_root model epochs tune_epochs images".split()
-    idle = ["model"] if args.budget == "cpu" or args.claims else [] if args.budget else runs
-    idle = "data_root model epochs tune_epochs images".split() if args.recipes or args.budget == "demo" else idle
-    idle = "model epochs tune_epochs images".split() if args.transfer else idle
+    runs = args.budget or args.claims or args.recipes or args.transfer
+    idle = ["model"] * (args.budget != "gpu") + ([] if runs else "list methods seeds minutes data_root".split())
+    idle += ["data_root"] * bool(args.recipes or args.budget == "demo")
     if idle := [name for name in idle if getattr(args, name)]:
         raise InputError(f"{idle[0].replace('_', ' ')}: does nothing here; leave it out")
     if bool(args.measure) != bool(args.run):

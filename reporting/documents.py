@@ -193,7 +193,7 @@ def claims_block(results: Path) -> str:
 def speed_block(results: Path) -> str:
     """What was measured on GPUs; what `bench.py --json` wrote, machine by machine; figures that were only reported."""
     parts = []
-    for file in gpu_files(results):
+    for file in sorted(results.glob("gpu/card-*.json")):
         found, link = json.loads(file.read_text()), f"../results/gpu/{file.name}"
         about = f"{found['device']}, torch {found['versions']['torch']}, [commands and commits]({link})"
         parts += [f"### {found['device']}", about, table("what | figure | aim | reached", figures(found))]
@@ -238,10 +238,6 @@ def figures(found: dict) -> list[list]:
             epochs, top1 = found["epochs"][name.split("-")[1]], record["result"]["top1"]
             rows.append([f"{name} after {epochs} epochs", f"{top1:.1f} %", "", ""])
     return rows
-
-
-def gpu_files(results: Path) -> list[Path]:
-    return sorted(results.glob("gpu/card-*.json"))
 
 
 def printed(found: dict, link: str) -> list[str]:
@@ -332,18 +328,12 @@ def index_block(results: Path) -> str:
 
 
 BLOCKS = {  # document: its generated parts, and the function of the results that writes each
-    "docs/results.md": dict(
-        results=results_block,
-        losses=losses_block,
-        first=first_block,
-        demo=demo_block,
-        recipes=recipes_block,
-        transfer=transfer_block,
-    ),
+    "docs/results.md": dict(results=results_block, losses=losses_block, first=first_block, demo=demo_block,
+                            recipes=recipes_block, transfer=transfer_block),
     "docs/claims.md": {"claims": claims_block},
     "docs/speed.md": {"speed": speed_block},
     "docs/equations.md": {"index": index_block},
-}
+}  # fmt: skip
 
 
 def split(name: str, text: str, part: str) -> tuple[str, str, str]:
@@ -372,7 +362,7 @@ def problems(root: Path, results: Path) -> list[str]:
         text = (root / name).read_text()
         other = [part for part, block in parts.items() if split(name, text, part)[1] != f"\n\n{block(results)}\n\n"]
         found += [f"{name}: its part {part!r} is not what reproduce.py --readme writes" for part in other]
-    for file in sorted(set(results.rglob("*.json")) - {*results.glob("bench/**/*.json"), *gpu_files(results)}):
+    for file in sorted(set(results.rglob("*.json")) - {*results.glob("bench/**/*"), *results.glob("gpu/card-*")}):
         made = read(file)
         old = sorted({name for run in made["runs"] for name in changed(run["sources"])})
         if old and not made.get("stale"):

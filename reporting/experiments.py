@@ -67,8 +67,7 @@ def work_of(folder: str, name: str, budget: str, args) -> Work:
         more = {key: f"reproduce.py --measure {key} --run RUN" for key in its["measured"].split()}
         more |= transfers(name) if folder == "transfer" else {}
         return Work(f"{folder}/{name}", its["method"], {"train": " ".join(train.split())} | more)
-    epochs, tune = args.epochs or EPOCHS[budget], args.tune_epochs or TUNE_EPOCHS[budget]
-    tiny = args.data == "tiny-imagenet"
+    epochs, tiny = EPOCHS[budget], args.data == "tiny-imagenet"
     if budget == "cpu":
         recipe, model, kept = "demo", "", ""
         subset = " --classes 10 --crop-scale 0.2" if tiny else ""
@@ -82,23 +81,21 @@ def work_of(folder: str, name: str, budget: str, args) -> Work:
         method, differs, measured = (VARIANTS[name][key] for key in ("method", "differs", "measured"))
     elif name == BASELINES:  # one step, for the shape of an encoder
         method, differs, measured = "mae", "--max-steps 1", "pixels knn linear attentive finetune"
-    source = f"{args.data}{' --data-root DIR' * tiny}{subset}" + f" --images {args.images}" * bool(args.images)
-    train = f"train.py --method {method} --data {source} --recipe {recipe}{model}"
-    train += f" --epochs {epochs} --warmup-epochs {max(1, epochs // 9)} --no-evaluate {differs} --seed SEED --out RUN"
+    train = f"train.py --method {method} --data {args.data}{' --data-root DIR' * tiny}{subset} --recipe {recipe}{model}"
+    train += f" --epochs {epochs} --warmup-epochs {epochs // 9} --no-evaluate {differs} --seed SEED --out RUN"
     trained = f"--recipe {recipe} --seed SEED"
     protocols = {
         "knn": f"knn{untrained}",
         "linear": f"linear{untrained}",
         "linear-paper": f"linear --paper {trained}",
         "attentive": f"attentive{untrained} {trained}{kept}",
-        "finetune": f"{'supervised' if name == BASELINES else 'finetune'} {trained} --epochs {tune}",
+        "finetune": f"{'supervised' if name == BASELINES else 'finetune'} {trained} --epochs {TUNE_EPOCHS[budget]}",
     }
     commands = {"train": " ".join(train.split())}
     for key in measured.split():
-        commands[key] = (
-            f"evaluate.py --run RUN --protocol {protocols[key]}" if key in protocols
-            else f"reproduce.py --measure {key} --run RUN"
-        )  # fmt: skip
+        commands[key] = f"reproduce.py --measure {key} --run RUN"
+        if key in protocols:
+            commands[key] = f"evaluate.py --run RUN --protocol {protocols[key]}"
     return Work(f"{folder}/{name}" + "-base" * (args.model == "base"), method, commands)
 
 

@@ -1,20 +1,19 @@
 """Is minMIM right and fast on this machine's GPU, and does it learn there? All of it in one command.
 
     python -m reporting.gpu --out DIR --minutes 8 --data-root DIR
-    python -m reporting.gpu --out DIR --collect                      its results into results/gpu, for docs/speed.md
     python -m reporting.gpu --out DIR --device cpu --rehearse        all of it on a CPU, at tiny sizes
 
 The steps come in order of worth. Each is a process of its own, with a limit of time at which it is asked to save and
 end. DIR/results.json has what was found, and is written after each step; DIR/log.txt has the ends of what the steps
 printed. The same command goes on: it leaves out what is done, and does again what failed or was cut. A step that the
 minutes have no room for is not begun. The last steps train for equal times, and share what the steps before them left;
-such a training goes on where --work, with its checkpoints, has stayed.
+such a training goes on where --work, with its checkpoints, has stayed. docs/speed.md shows what results.json has where
+it lies as results/gpu/card-NAME.json.
 """
 
 import argparse
 import json
 import os
-import re
 import shlex
 import signal
 import subprocess
@@ -196,16 +195,6 @@ def summary(args, found: dict) -> str:
     return "\n".join(lines)
 
 
-def collect(out: Path) -> Path:
-    """Copy a session's results to where the documents find them, with the commit where the session had no git."""
-    found = json.loads((out / "results.json").read_text())
-    found["git"] = found["git"] or git_state()
-    name = "-".join(re.findall(r"[a-z0-9]+", found["device"].lower()))
-    file = HERE / f"results/gpu/card-{name}.json"
-    files.write_text(file, json.dumps(found, indent=1) + "\n")
-    return file
-
-
 def options(argv: list[str]) -> argparse.Namespace:
     parser = Parser(description="Is minMIM right and fast on this GPU, and does it learn?", allow_abbrev=False)
     add = parser.add_argument
@@ -216,12 +205,11 @@ def options(argv: list[str]) -> argparse.Namespace:
     add("--device", default="cuda", choices=["cuda", "cpu"], help="a CPU only for --rehearse [cuda]")
     add("--only", nargs="+", choices=STEPS, metavar="STEP", help=f"of {', '.join(STEPS)} these alone")
     add("--rehearse", action="store_true", help="tiny sizes")
-    add("--collect", action="store_true", help="put the results of OUT into results/gpu, and do nothing else")
     args = parser.parse_args(argv)
     args.work = str(Path(args.work or f"{args.out}/work").resolve())
     args.data_root = args.data_root and str(Path(args.data_root).resolve())
     args.data = "tiny-imagenet" if args.data_root else "shapes"
-    if args.device == "cuda" and not torch.cuda.is_available() and not args.collect:
+    if args.device == "cuda" and not torch.cuda.is_available():
         raise InputError("device cuda: no GPU found; rehearse with --device cpu --rehearse")
     return args
 
@@ -229,13 +217,10 @@ def options(argv: list[str]) -> argparse.Namespace:
 def main() -> None:
     if sys.argv[1:2] == ["--watch"]:  # a step of the plan, in a process of its own
         return print(json.dumps(watch(int(sys.argv[2]), sys.argv[3:])))
-    args = options(sys.argv[1:])
-    if args.collect:
-        return print(collect(Path(args.out)))
+    session = Session(options(sys.argv[1:]))
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what runs is ended, and its record written
-    session = Session(args)
     session.run()
-    print(summary(args, session.found))
+    print(summary(session.args, session.found))
 
 
 if __name__ == "__main__":

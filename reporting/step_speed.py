@@ -1,7 +1,6 @@
 """Time, FLOPs and memory of a training step: ours, that of other libraries' MAE at the same work, and on many A100s."""
 
 import argparse
-import dataclasses
 import statistics
 import time
 from collections.abc import Callable
@@ -41,8 +40,8 @@ def build_method(args, name: str) -> torch.nn.Module:
 
 
 def decoder_sizes(args, name: str) -> dict[str, int]:
-    fields = {field.name for field in dataclasses.fields(METHODS[name].Config)}
-    return {key: vars(args)[key] for key in ("decoder_width", "decoder_depth", "decoder_heads") if key in fields}
+    keys = ("decoder_width", "decoder_depth", "decoder_heads")
+    return {key: vars(args)[key] for key in keys if hasattr(METHODS[name].Config, key)}
 
 
 def draw(args, method, B: int, device: torch.device):
@@ -212,12 +211,9 @@ def activations(args, method, B: int) -> int:
         return x
 
     batch = draw(args, method, B, torch.device("cpu"))
+    saving = torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x)
     as_on_a_gpu = mock.patch.object(fast_paths, "PLAIN_SCORES", 0)  # whose attention keeps no scores
-    with (
-        as_on_a_gpu,
-        torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x),
-        torch.autocast("cpu", torch.bfloat16),
-    ):
+    with as_on_a_gpu, saving, torch.autocast("cpu", torch.bfloat16):
         loss = method(batch)["loss"]  # held until all is counted: memory that is free again would be counted once
         assert loss.ndim == 0
         return sum(kept.values())

@@ -100,5 +100,5 @@ def columns(rows: list[dict]) -> str:
 
     cells = [[HEADS[f] for f in fields], *([cell(row.get(f)) for f in fields] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = (" ".join(text.rjust(w) for text, w in zip(line[1:], widths[1:], strict=True)) for line in cells)
-    return "\n".join(f"{line[0].ljust(widths[0])} {rest}" for line, rest in zip(cells, lines, strict=True))
+    lines = ([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])] for line in cells)
+    return "\n".join(map(" ".join, lines))

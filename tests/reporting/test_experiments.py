@@ -139,16 +139,14 @@ def test_seeds_unless_given():
     assert reproduce.options("--claims --seeds 5".split()).seeds == 5
 
 
-def test_rehearsals_need_a_place_of_their_own_and_names_must_be_known():
-    with pytest.raises(InputError, match="give --results"):
-        reproduce.options(["--budget", "cpu", "--images", "64"])
+def test_names_must_be_known_and_options_do_something():
     with pytest.raises(InputError, match=r"'simclr': not among these runs; choose of scratch,mae,cmae,"):
         planned("--budget", "cpu", "--methods", "mae,simclr")
     with pytest.raises(InputError, match="--jobs: 0: must be at least 1"):
         reproduce.options(["--budget", "cpu", "--jobs", "0"])
     for words in (
-        "--budget cpu --model base", "--claims --model small", "--readme --epochs 3", "--check --list",
-        "--budget demo --epochs 3", "--budget demo --images 64 --results x",
+        "--budget cpu --model base", "--claims --model small", "--readme --seeds 3", "--check --list",
+        "--budget demo --data-root D", "--transfer --model base", "--recipes --data-root D",
     ):  # fmt: skip
         with pytest.raises(InputError, match="does nothing here"):
             reproduce.options(words.split())
