@@ -136,14 +136,14 @@ def open_set(
     """Open one split of an image set.
 
     name: one of NAMES, a folder (relative to `root`, if both are given) as `class_folders` describes it, or what
-        `hub.find` takes.
+        `huggingface_sets.find` takes.
     root: where the data lie, for tiny-imagenet and cifar by default the cache folder; there `download` puts them.
     split: "train" or "val"; for CIFAR, "val" is its test set.
     skip_bad_images: leave out images that do not decode, and count them in one line, instead of raising InputError.
     class_level: which level of nested folders the classes are; by default 1, the folders at the top.
     value_range: what becomes black and white in greys of more than 8 bits, by default the lowest and the highest value
         in the training images, which are looked for once.
-    splits, columns: of an hf: set, as `hub.find` takes them.
+    splits, columns: of an hf: set, as `huggingface_sets.find` takes them.
 
     ImageNet always streams; another folder does above RESIDENT_LIMIT bytes of pixels, estimated from the image
     headers of a sample. Under torch.distributed every rank has to call this; the first on each node does the work.

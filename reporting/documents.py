@@ -131,11 +131,10 @@ def recipes_block(results: Path) -> str:
 
 def transfer_block(results: Path) -> str:
     """Dense transfers: each with all encoders that it was made with."""
-    encoders, rows = ["untrained", "supervised", "mae", "cmae"], []
+    encoders, rows = dict(untrained="mae", supervised="mae", mae="mae", cmae="cmae"), []  # and the file of each
     for name, row in TRANSFER.items():
         for score in row["scores"].split():
-            where = {encoder: "cmae" if encoder == "cmae" else "mae" for encoder in encoders}
-            cells = {e: values(results, f"transfer/{where[e]} {name}-{e}.{score}") for e in encoders}
+            cells = {e: values(results, f"transfer/{file} {name}-{e}.{score}") for e, file in encoders.items()}
             cells = [(spell(x, 1) or "not run") if e in row["encoders"].split() else "" for e, x in cells.items()]
             rows.append([f"`{row['words']}`", score.replace("_", " "), *cells])
     files = [results / f"transfer/{name}.json" for name in ("mae", "cmae")]

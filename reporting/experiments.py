@@ -148,15 +148,13 @@ class Runner:
                 if self.over():  # before there is a directory
                     return "left for later"
                 state = self.begin(folder, work)
-            for key, command in work.commands.items():
-                if key in state["measured"]:
-                    continue
+            for key in [key for key in work.commands if key not in state["measured"]]:
                 if self.over():
                     return "left for later"
                 say(f"{name}: {key}")
                 begin = time.monotonic()
                 try:
-                    state["measured"][key] = self.call(command, folder, seed)
+                    state["measured"][key] = self.call(work.commands[key], folder, seed)
                 finally:
                     state["seconds"] += time.monotonic() - begin
                     files.write_text(folder / "reproduce.json", json.dumps(state))

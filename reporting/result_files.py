@@ -14,6 +14,7 @@ import shlex
 import statistics
 import subprocess
 from collections.abc import Iterable
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
@@ -43,12 +44,10 @@ ELSEWHERE = "out data_root resume download workers save_every log_every evaluate
 
 def read(file: Path) -> dict:
     """A result file: {"method", "commands", "config", "runs": a list, one for each seed}."""
-    try:
+    with suppress(ValueError, LookupError, TypeError, AttributeError):
         found = json.loads(file.read_text())
         if {"method", "commands", "config"} <= found.keys() and all("measured" in run for run in found["runs"]):
             return found
-    except (ValueError, LookupError, TypeError, AttributeError):
-        pass
     raise InputError(f"{file}: not a result of reproduce.py; delete it, and run its commands again")
 
 
