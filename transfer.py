@@ -7,9 +7,6 @@
     torchrun --nproc_per_node=8 -- transfer.py --run RUN --recipe cae-coco --data COCO
     python transfer.py --run RUN --task detect --format tiny-imagenet --data tiny-imagenet-200
 
-Segmentation has torchvision's FCN head on the last map of patches or transformers' UperNet on four; detection has
-torchvision's Mask R-CNN on a pyramid of the last map (ViTDet, arXiv 2203.16527, §3) or of four depths (BEiT's).
-
 `--data` is a folder of VOC2012, of ADE20K (ADEChallengeData2016), of COCO, with annotations/instances_train*.json and
 _val*.json, or of Tiny-ImageNet, with a box for each image. COCO's images lie in the folder that such a name ends in, or
 else at paths from DIR. `--make-scenes` writes a small set in both VOC's and COCO's format.
@@ -56,12 +53,11 @@ def options() -> tuple[argparse.Namespace, Recipe | None]:
         if name in ("mean", "std", "device", "precision", "seed"):
             add_option(parser, name, *option)
     group = parser.add_argument_group("in place of the recipe's", argument_default=argparse.SUPPRESS)
-    comments, fields = field_comments(Recipe), ["task", "format"]
-    for field in dataclasses.fields(Recipe):
-        kind = {"decay_at": int, "jitter": float}.get(field.name, type(field.default))
-        metavar = {"decay_at": "N...", "jitter": "LEAST MOST"}.get(field.name, {int: "N", str: "NAME"}.get(kind, "X"))
-        add_option(group, flag(field.name)[2:], argparse.SUPPRESS, kind, metavar, comments[field.name])
-        fields.append(field.name)
+    comments = field_comments(Recipe)
+    for name, text in comments.items():
+        kind = {"decay_at": int, "jitter": float}.get(name, type(getattr(Recipe, name)))
+        metavar = {"decay_at": "N...", "jitter": "LEAST MOST"}.get(name, {int: "N", str: "NAME"}.get(kind, "X"))
+        add_option(group, flag(name)[2:], argparse.SUPPRESS, kind, metavar, text)
     args = parser.parse_args()
     if (args.workers or 0) < 0:
         raise InputError(f"workers {args.workers}: must be at least 0")
@@ -73,7 +69,8 @@ def options() -> tuple[argparse.Namespace, Recipe | None]:
         raise InputError("run, data: none given; give --run, --data and --task or --recipe, or --make-scenes")
     if args.tuned and args.untrained:
         raise InputError("--tuned, --untrained: an encoder is one of both; give one")
-    given = {name: vars(args).pop(name) for name in fields if vars(args).get(name) is not None}
+    own = "task", "format", *comments
+    given = {name: vars(args).pop(name) for name in own if vars(args).get(name) is not None}
     args.task, args.format, recipe = recipe_for(args.recipe, given)
     if args.classes and args.format != "tiny-imagenet":
         raise InputError(f"--classes: does nothing to format {args.format}; leave it out")
@@ -86,11 +83,11 @@ def load(args: argparse.Namespace, recipe: Recipe, device: torch.device) -> ViT:
     if args.untrained:
         encoder = encoder_files.untrained(encoder, args.seed)
     if args.tuned:
-        file, own = Path(args.tuned) / "checkpoint.pt", encoder.state_dict()
+        file = Path(args.tuned) / "checkpoint.pt"
         try:  # in place of its last norm, the head's has learnt
             saved = files.load(file)["classifier"].items()
             saved = {name.removeprefix("encoder.").removeprefix("head."): x for name, x in saved}
-            encoder.load_state_dict(own | {name: saved[name] for name in own.keys() & saved.keys()})
+            encoder.load_state_dict(saved, strict=False)  # it may have no positions, but has a linear layer
         except (LookupError, TypeError, AttributeError, RuntimeError):
             raise InputError(f"{file}: no fine-tuning of {args.run}; give a folder that evaluate.py wrote") from None
     return encoder_files.resize(encoder, recipe.image_size or pair(encoder.image_size)[0]).to(device)
@@ -120,10 +117,8 @@ def main() -> None:
     model = model.to(device)
     how = dict(views=argparse.Namespace(mean=encoder.mean, std=encoder.std), windows=recipe.windows)
     train = Reader(sets[0], recipe.image_size, args.seed, jitter=recipe.jitter, distort=recipe.distort, **how)
-    fine_tune(
-        model, train, recipe, device, args.seed, args.workers, args.precision, args.accumulate,
-        directory=directory / name, resume=args.resume == "auto",
-    )  # fmt: skip
+    kept = dict(directory=directory / name, resume=args.resume == "auto")
+    fine_tune(model, train, recipe, device, args.seed, args.workers, args.accumulate, **kept)
     val = Reader(sets[1], recipe.image_size, **how)
     result = measure(model, val, recipe.batch_size, args.workers, device)
     if rank() == 0:

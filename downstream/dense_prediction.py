@@ -8,6 +8,7 @@ sample comes from the sample's seed. Scores are taken at each image's own size.
 import itertools
 from collections.abc import Iterator
 from dataclasses import asdict
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -19,8 +20,7 @@ from torchvision.models.convnext import LayerNorm2d
 from torchvision.models.detection import MaskRCNN, anchor_utils, faster_rcnn, mask_rcnn
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.segmentation.fcn import FCNHead
-from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign, box_convert, masks_to_boxes
-from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
+from torchvision.ops import FeaturePyramidNetwork, box_convert, masks_to_boxes
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks, save_image
 from tqdm import tqdm
 
@@ -58,21 +58,16 @@ def feature_maps(encoder: ViT, images: Tensor, taps: list[int]) -> list[Tensor]:
 
 
 class BatchNorm(nn.BatchNorm2d):
-    """Over the images of all ranks. `nn.SyncBatchNorm` refuses CPU tensors, and torch's a single value a channel."""
+    """Over the images of all ranks. `nn.SyncBatchNorm` refuses CPU tensors, and torch's a single value a channel.
+
+    `fine_tune` makes it of all of torch's, of which it has the parameters and buffers.
+    """
 
     def forward(self, x: Tensor) -> Tensor:  # (B, C, h, w)
         if not self.training or (world_size() == 1 and x[:, 0].numel() > 1):
             return super().forward(x)
         x = batch_norm(x, self.running_mean, self.running_var, True, self.momentum, self.eps)
         return x * self.weight[:, None, None] + self.bias[:, None, None]
-
-
-def over_ranks(module: nn.Module) -> nn.Module:
-    """The same module, whose batch norms are over all ranks."""
-    for part in module.modules():
-        if type(part) is nn.BatchNorm2d:
-            part.__class__ = BatchNorm  # it has the same parameters and buffers
-    return module
 
 
 class Pyramid(nn.Module):
@@ -84,17 +79,12 @@ class Pyramid(nn.Module):
 
     def __init__(self, D: int, kind: str):
         super().__init__()
-
-        def double(width: int, out: int, bias: bool = True) -> nn.Module:
-            return nn.ConvTranspose2d(width, out, kernel_size=2, stride=2, bias=bias)
-
-        half, quarter, Norm = (D, D, BatchNorm) if kind == "beit" else (D // 2, D // 4, LayerNorm2d)
+        up = partial(nn.ConvTranspose2d, kernel_size=2, stride=2)
+        half, quarter, Norm = (D, D, nn.BatchNorm2d) if kind == "beit" else (D // 2, D // 4, LayerNorm2d)
+        first = up(D, half, bias=kind != "beit")  # batch norm would remove a bias
+        four_times = nn.Sequential(first, Norm(half), nn.GELU(), up(half, quarter))
+        self.levels = nn.ModuleList([four_times, up(D, half), nn.Identity(), nn.MaxPool2d(2)])
         self.widths = [quarter, half, D, D]
-        self.levels = nn.ModuleList([
-            nn.Sequential(  # batch norm would remove a bias
-                double(D, half, bias=Norm is not BatchNorm), Norm(half), nn.GELU(), double(half, quarter)),
-            double(D, half), nn.Identity(), nn.MaxPool2d(2),
-        ])  # fmt: skip
 
     def forward(self, maps: list[Tensor]) -> list[Tensor]:  # one map, or four
         maps = maps * (len(self.levels) // len(maps))
@@ -115,7 +105,7 @@ def upernet(D: int, classes: int) -> nn.ModuleList:
     auxiliary = [theirs.UperNetConvModule(D, C // 2, kernel_size=3, padding=1), nn.Conv2d(C // 2, classes, 1)]
     heads = nn.ModuleList([theirs.UperNetHead(config, [D] * 4), nn.Sequential(*auxiliary)])
     initialize(heads)
-    return over_ranks(heads)
+    return heads
 
 
 class Segmenter(nn.Module):
@@ -125,18 +115,15 @@ class Segmenter(nn.Module):
         super().__init__()
         self.encoder, self.classes, self.precision = encoder, classes, precision
         self.taps, D = four_depths(encoder) if head == "upernet" else [], encoder.width
-        self.pyramid = Pyramid(D, "beit") if self.taps else None
-        self.heads = upernet(D, classes) if self.taps else nn.ModuleList([over_ranks(FCNHead(D, classes))])
+        self.pyramid = Pyramid(D, "beit") if self.taps else nn.Identity()
+        self.heads = upernet(D, classes) if self.taps else nn.ModuleList([FCNHead(D, classes)])
 
     def logits(self, images: Tensor) -> list[Tensor]:
         """(B, 3, S, S) → float32 (B, classes, S, S) of the head and, in training, of the auxiliary one."""
         with torch.autocast(images.device.type, DTYPES[self.precision], enabled=self.precision != "fp32"):
-            maps = feature_maps(self.encoder, images, self.taps)
-            if self.pyramid is None:
-                found = [self.heads[0](maps[0])]
-            else:
-                maps = self.pyramid(maps)
-                found = [self.heads[0](maps)] + ([self.heads[1](maps[2])] if self.training else [])
+            maps = self.pyramid(feature_maps(self.encoder, images, self.taps))
+            seen = [maps, maps[2]][: 1 + self.training] if self.taps else maps
+            found = [head(x) for head, x in zip(self.heads, seen, strict=False)]
         return [F.interpolate(x.float(), images.shape[2:], mode="bilinear") for x in found]
 
     def forward(self, images: Tensor) -> Tensor:
@@ -178,9 +165,8 @@ class Segmenter(nn.Module):
 
     def shown(self, found: Tensor | None, s: Sample) -> dict[str, Tensor]:
         """Masks (n, H, W) and labels (n,) of what was `found` in a sample, or of the truth."""
-        labels = s.planes[0].long() if found is None else found
-        kinds = labels[labels != IGNORE].unique()
-        return dict(labels=kinds, masks=labels == kinds[:, None, None])
+        kinds = torch.arange(self.classes)
+        return dict(labels=kinds, masks=(s.planes[0] if found is None else found) == kinds[:, None, None])
 
 
 def starts(length: int, size: int) -> list[int]:
@@ -213,20 +199,16 @@ class Neck(nn.Module):
 
     def __init__(self, D: int, channels: int, kind: str):
         super().__init__()
-        self.pyramid, self.out_channels = Pyramid(D, kind), channels
-        if kind == "beit":
-            self.out = FeaturePyramidNetwork(self.pyramid.widths, channels, LastLevelMaxPool())
-            return
-        self.out = nn.ModuleList(nn.Sequential(
+        self.pyramid, self.out_channels, self.top_down = Pyramid(D, kind), channels, kind == "beit"
+        widths = self.pyramid.widths
+        self.out = FeaturePyramidNetwork(widths, channels) if self.top_down else nn.ModuleList(nn.Sequential(
             nn.Conv2d(width, channels, 1, bias=False), LayerNorm2d(channels),
             nn.Conv2d(channels, channels, 3, padding=1, bias=False), LayerNorm2d(channels),
-        ) for width in self.pyramid.widths)  # fmt: skip
+        ) for width in widths)  # fmt: skip
 
     def forward(self, maps: list[Tensor]) -> dict[str, Tensor]:
-        levels = {str(k): x for k, x in enumerate(self.pyramid(maps))}
-        if isinstance(self.out, FeaturePyramidNetwork):
-            return self.out(levels)
-        levels = {k: out(x) for (k, x), out in zip(levels.items(), self.out, strict=True)}
+        levels = dict(zip("0123", self.pyramid(maps), strict=True))
+        levels = self.out(levels) if self.top_down else {k: self.out[int(k)](x) for k, x in levels.items()}
         return levels | {"pool": levels["3"][:, :, ::2, ::2]}
 
 
@@ -237,23 +219,20 @@ class Detector(nn.Module):
     pixels.
     """
 
-    def __init__(
-        self, encoder: ViT, classes: int, pyramid: str = "vitdet", precision: str = "fp32", masks: bool = True
-    ):
+    def __init__(self, encoder: ViT, classes: int, pyramid: str = "vitdet", precision: str = "fp32", masks=True):
         super().__init__()
         self.encoder, self.precision = encoder, precision
         self.taps = four_depths(encoder) if pyramid == "beit" else []
         p, size, C = encoder.patch_size, encoder.patch_size * encoder.grid[0], min(256, encoder.width // 2)
         if p % 4 or size % (4 * p):  # or strides would not be whole
-            wanted = f"a multiple of {4 * p}" if p % 4 == 0 else "patches whose side is divisible by 4"
-            raise InputError(f"image size {size}, patches of {p}: cannot be halved and doubled twice; give {wanted}")
+            wanted = f"give a multiple of {4 * p}, with patches of a multiple of 4"
+            raise InputError(f"image size {size}, patches of {p}: cannot be halved and doubled twice; {wanted}")
         regions = min(512, max(32, encoder.patches // 2))  # of an image that the heads learn from
-        levels, anchors = ["0", "1", "2", "3"], tuple((2 * p * 2**k,) for k in range(5))  # eight strides wide
+        anchors = tuple((2 * p * 2**k,) for k in range(5))  # eight strides wide
         self.rcnn = MaskRCNN(
             Neck(encoder.width, C, pyramid),
             rpn_anchor_generator=anchor_utils.AnchorGenerator(anchors, ((0.5, 1.0, 2.0),) * 5),
             rpn_batch_size_per_image=min(256, regions), box_batch_size_per_image=regions,
-            box_roi_pool=MultiScaleRoIAlign(levels, 7, 2), mask_roi_pool=MultiScaleRoIAlign(levels, 14, 2),
             box_head=faster_rcnn.TwoMLPHead(C * 7 * 7, 4 * C),
             box_predictor=faster_rcnn.FastRCNNPredictor(4 * C, 1 + classes),
             mask_head=mask_rcnn.MaskRCNNHeads(C, [C] * 4, 1),
@@ -323,30 +302,29 @@ def detections(images: Instances, found: dict[str, Tensor], i: int) -> list[dict
         for kind, box, score in zip(found["labels"].tolist(), boxes, found["scores"].tolist(), strict=True)
     ]
     if "masks" in found:
-        masks = (found["masks"][:, 0] > 0.5).permute(1, 2, 0).to(torch.uint8).cpu().numpy()
-        results = [r | dict(segmentation=m) for r, m in zip(results, rle.encode(np.asfortranarray(masks)), strict=True)]
+        for result, mask in zip(results, (found["masks"][:, 0] > 0.5).byte().cpu().numpy(), strict=True):
+            result["segmentation"] = rle.encode(np.asfortranarray(mask))
     return results
 
 
 def detection_scores(truth, results: list[dict], masks: bool = True) -> dict[str, float]:
     """COCO's average precision of boxes and masks, in per cent: over IoU .5 to .95, and at .5 and .75."""
     scores = {}
-    for name, kind in dict(box="bbox", mask="segm").items() if masks else [("box", "bbox")]:
+    for name, kind in (("box", "bbox"), ("mask", "segm"))[: 1 + masks]:
         found = (0.0, 0.0, 0.0)
         if results:  # pycocotools does not take none
-            judge = COCOeval(truth, quietly(truth.loadRes, results), kind)
-            for step in (judge.evaluate, judge.accumulate, judge.summarize):
-                quietly(step)
+            with quietly():
+                judge = COCOeval(truth, truth.loadRes(results), kind)
+                judge.evaluate()
+                judge.accumulate()
+                judge.summarize()
             found = 100 * judge.stats[:3]
         scores |= {f"{name}_{score}": float(x) for score, x in zip(("ap", "ap50", "ap75"), found, strict=True)}
     return scores
 
 
-def fine_tune(
-    model: nn.Module, reader: Reader, recipe: Recipe, device: torch.device, seed: int = 0, workers: int = 0,
-    precision: str = "fp32", accumulate: int = 1, **how,
-) -> None:  # fmt: skip
-    """Train heads and encoder in place; `how` is what `optimize` has for its directory."""
+def fine_tune(model, reader: Reader, recipe: Recipe, device, seed=0, workers=0, accumulate=1, **how) -> None:
+    """Train a Segmenter or Detector in place; `how` is what `optimize` has for its directory."""
     n, B = len(reader.images), recipe.batch_size
     check_batch(B, n, accumulate)
     per_epoch = n // B
@@ -354,7 +332,10 @@ def fine_tune(
     what, blocks = type(model).__name__.lower(), model.encoder.blocks
     for i, block in enumerate(blocks):
         block.drop_path = recipe.drop_path * i / max(1, len(blocks) - 1)
-    settings = asdict(recipe) | dict(kind=what, images=n, seed=seed, precision=precision, accumulate=accumulate)
+    for part in model.modules():
+        if type(part) is nn.BatchNorm2d:
+            part.__class__ = BatchNorm
+    settings = asdict(recipe) | dict(kind=what, images=n, seed=seed, precision=model.precision, accumulate=accumulate)
 
     def losses(todo) -> Iterator[Iterator[Tensor]]:
         keys = ([(epoch, i) for i in part.tolist()] for epoch, part in orders(seed, n, B, accumulate, todo))
@@ -364,15 +345,12 @@ def fine_tune(
 
     def rate(step: int) -> float:
         peak = recipe.lr * 0.1 ** sum(step >= epoch * per_epoch for epoch in recipe.decay_at)
-        floor, decay = peak if recipe.decay_at else 0.0, dict(cosine=cosine, linear=linear)[recipe.schedule]
+        floor = peak if recipe.decay_at else 0.0
+        decay = cosine if recipe.schedule == "cosine" else lambda start, end, t: start + (end - start) * t
         return learning_rate(step, steps, int(steps * recipe.warmup), peak, floor, decay)
 
     optimizer = optimizer_for(model, recipe, device)
     optimize(model, optimizer, rate, losses, steps, per_epoch, settings, device, what, **how)
-
-
-def linear(start: float, end: float, progress: float) -> float:
-    return start + (end - start) * progress
 
 
 @torch.no_grad()
@@ -391,12 +369,12 @@ def draw(model: nn.Module, reader: Reader, path, device: torch.device) -> None:
     """A picture of a few images: each as it is, what is true of it, and what the model finds."""
     n = len(reader.images)
     samples = [reader[0, i * n // min(n, SHOWN)] for i in range(min(n, SHOWN))]
-    rows = []
+    views = []
     for s, found in zip(samples, model.eval().predict(samples, device), strict=True):
         image = reader.images.read(s.index)[0]
-        views = [image, *(marked(image, **model.shown(x, s)) for x in (None, found))]
-        rows.append(torch.cat([F.interpolate(x[None].float() / 255, (SIDE, SIDE))[0] for x in views], dim=2))
-    files.write_whole(path, lambda file: save_image(torch.cat(rows, dim=1), file, format="png"))
+        row = image, *(marked(image, **model.shown(x, s)) for x in (None, found))
+        views += [F.interpolate(x[None].float() / 255, (SIDE, SIDE))[0] for x in row]
+    files.write_whole(path, lambda file: save_image(views, file, format="png", nrow=3, padding=0))
 
 
 def marked(image: Tensor, labels: Tensor, masks: Tensor | None = None, boxes: Tensor | None = None, **_) -> Tensor:

@@ -2,7 +2,7 @@
 
 Left out are what the papers add or take from their code: Cascade Mask R-CNN (CMAE's ‡, CAE's Table 5), relative
 positions where pretraining had none (ConMIM, Tables 12 and 13), windowed attention (ConMIM §5.3), tests at several
-scales. Nothing here has been run on ADE20K or COCO yet.
+scales.
 """
 
 import json
@@ -37,19 +37,15 @@ class Recipe:
     pyramid: Literal["vitdet", "beit"] = "vitdet"  # of detection: vitdet (of the last map), or beit (of four depths)
 
     optimizer = "adamw"  # with betas .9 and .999, as ConMIM's
+    peak = property(lambda self: self.lr)
 
     def __post_init__(self):
         check(self)
         if not 0 < self.jitter[0] <= self.jitter[1]:
-            given = " ".join(f"{x:g}" for x in self.jitter)
-            raise InputError(f"jitter {given}: give a smallest and a largest positive scale")
+            raise InputError("jitter {:g} {:g}: give a smallest and a largest positive scale".format(*self.jitter))
         if self.decay_at and not 0 < min(self.decay_at) <= max(self.decay_at) < self.epochs:
             given = " ".join(map(str, self.decay_at))
             raise InputError(f"decay at {given}: must lie between 0 and the {self.epochs} epochs")
-
-    @property
-    def peak(self) -> float:
-        return self.lr
 
 
 # By name, each with the source of its values: as another one of them, but for what it gives itself.

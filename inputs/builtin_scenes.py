@@ -8,6 +8,7 @@ written in VOC's format and in COCO's. A scene is a function of (seed, half, pos
 """
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from inputs import builtin_images
-from inputs.builtin_images import DRAWS, SIZE, Picture, rotation
+from inputs.builtin_images import DRAWS, SIZE, Picture
 from runtime import files
 from runtime.errors import InputError
 
@@ -24,43 +25,34 @@ HALVES = ("train", "val")
 
 
 class Scene(Picture):
-    """Two to four of the built-in objects in one setting, and the pixels (64, 64) that each still covers at the end."""
+    """Two to four of the built-in objects in one setting; `owner` (64, 64): of which each pixel is, from 1, or 0."""
 
     def __init__(self, rng: np.random.Generator):
         super().__init__(rng.random((1, 2 * SIZE**2), dtype=np.float32))  # more than enough
-        self.rng, self.masks, self.solid = rng, [], False  # solid: what is painted belongs to the last object
+        self.rng, self.owner, self.drawing, self.objects = rng, np.zeros((SIZE, SIZE), int), 0, 0
         self.places = rng.permutation([(x, y) for x in (-0.5, 0.5) for y in (-0.4, 0.4)])
         self.kinds = rng.integers(0, len(KINDS), rng.integers(2, 5))
         for kind in self.kinds:
-            draws = rng.random((1, DRAWS), dtype=np.float32)
-            self.numbers[:, :DRAWS], self.drawn = draws, 0
+            self.numbers[:, :DRAWS], self.drawn = rng.random((1, DRAWS), dtype=np.float32), 0
             getattr(builtin_images, KINDS[kind])(self)  # calls `scene`, then `paint` for each part
-            self.solid = False
+            self.drawing = 0  # what is painted next belongs to no object
         self.image = self.finish()[0].transpose(1, 2, 0)
+        self.masks = [self.owner == 1 + k for k in range(self.objects)]
 
     def scene(self, settings, tilt, low=-0.3, high=0.4):
         """The first object brings the setting; each gets a quarter of the picture, roughly, and less than full size."""
-        if not self.masks:
+        if self.objects == 0:
             super().scene(settings, tilt, low, high)
-        self.masks.append(np.zeros((SIZE, SIZE), bool))
-        self.solid = True
-        x, y = self.places[len(self.masks) - 1] + self.rng.uniform(-0.15, 0.15, 2)
-        size = self.rng.uniform(0.45, 0.75)
-        dx, dy = self.frame[0] - np.float32(x), self.frame[1] - np.float32(y)
-        cos, sin = rotation(self.uniform(-tilt / 2, tilt / 2))
-        mirror = self.rng.choice([-1, 1])
-        self.glow = 1 + 0.08 * self.texture + (self.light[0] * dx + self.light[1] * dy) / np.float32(size)
-        self.x = np.float32(mirror / size) * (cos * dx + sin * dy)
-        self.y = np.float32(1 / size) * (cos * dy - sin * dx)
-        self.pixels = SIZE / 2 * size
+        x, y = np.float32(self.places[self.objects] + self.rng.uniform(-0.15, 0.15, 2))
+        size = np.float32(self.rng.uniform(0.45, 0.75))
+        self.x, self.y, self.pixels = (self.frame[0] - x) / size, (self.frame[1] - y) / size, SIZE / 2 * size
+        self.glow = 1 + 0.08 * self.texture + self.light[0] * self.x + self.light[1] * self.y
+        self.objects = self.drawing = self.objects + 1
 
     def paint(self, d, colour, bulge=0.25, surface=0.0):
         """Paint, and let what is painted hide what was there: a pixel belongs to a part that covers half of it."""
         super().paint(d, colour, bulge, surface)
-        inside = np.broadcast_to(d < 0, (1, SIZE, SIZE))[0]
-        self.masks = [mask & ~inside for mask in self.masks]
-        if self.solid:
-            self.masks[-1] |= inside
+        self.owner[np.broadcast_to(d < 0, (1, SIZE, SIZE))[0]] = self.drawing
 
 
 def run_lengths(mask: np.ndarray) -> list[int]:
@@ -74,10 +66,9 @@ def write(folder: Path, n: int, seed: int) -> None:
     """Write n scenes to learn from and a quarter as many to test on, the same ones in VOC's and in COCO's format."""
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise InputError(f"{folder}: is there already; give a new folder to --make-scenes")
-    parts = "JPEGImages SegmentationClass ImageSets/Segmentation annotations".split()
-    images, labels, lists, coco = parts = [folder / part for part in parts]
+    images, labels = folder / "JPEGImages", folder / "SegmentationClass"
     try:
-        for part in parts:
+        for part in (images, labels):
             part.mkdir(parents=True)
         files.write_text(folder / "labels.txt", "\n".join(("background", *KINDS)) + "\n")
         for half, (split, count) in enumerate(zip(HALVES, (n, -(-n // 4)), strict=True)):
@@ -86,26 +77,23 @@ def write(folder: Path, n: int, seed: int) -> None:
             for i, name in enumerate(tqdm(names, split, unit="scene", leave=False)):
                 scene = Scene(np.random.default_rng((seed, half, i)))
                 Image.fromarray(scene.image).save(images / f"{name}.jpg", quality=95)
-                classes = sum(mask * (1 + kind) for mask, kind in zip(scene.masks, scene.kinds, strict=True))
-                png = Image.fromarray(classes.astype(np.uint8))
+                png = Image.fromarray(np.append(0, 1 + scene.kinds).astype(np.uint8)[scene.owner])
                 png.putpalette([0, 0, 0, 128, 0, 0, 0, 128, 0, 128, 128, 0, 0, 0, 128])  # VOC's first five colours
                 png.save(labels / f"{name}.png")
                 about["images"].append(dict(id=i, file_name=f"JPEGImages/{name}.jpg", height=SIZE, width=SIZE))
-                about["annotations"] += annotations(scene, i, len(about["annotations"]))
-            files.write_text(lists / f"{split}.txt", "\n".join(names) + "\n")
-            files.write_text(coco / f"instances_{split}.json", json.dumps(about) + "\n")
+                about["annotations"] += annotations(scene, i)
+            files.write_text(folder / f"ImageSets/Segmentation/{split}.txt", "\n".join(names) + "\n")
+            files.write_text(folder / f"annotations/instances_{split}.json", json.dumps(about) + "\n")
     except OSError as error:
         raise InputError(f"{folder}: cannot be written ({error.strerror}); give another to --make-scenes") from None
 
 
-def annotations(scene: Scene, image: int, first: int) -> list[dict]:
-    """COCO's account of a scene's objects that show; their ids begin after `first`."""
-    found = []
-    for mask, kind in zip(scene.masks, scene.kinds.tolist(), strict=True):
+def annotations(scene: Scene, image: int) -> Iterator[dict]:
+    """COCO's account of a scene's objects that show."""
+    for k, mask in enumerate(scene.masks):
         if mask.any():
             rows, columns = mask.nonzero()
             box = [int(n) for n in (columns.min(), rows.min(), np.ptp(columns) + 1, np.ptp(rows) + 1)]
             code = dict(size=list(mask.shape), counts=run_lengths(mask))
-            about = dict(id=1 + first + len(found), image_id=image, category_id=1 + kind, bbox=box, area=len(rows))
-            found.append(about | dict(iscrowd=0, segmentation=code))
-    return found
+            about = dict(id=1 + 4 * image + k, image_id=image, category_id=1 + int(scene.kinds[k]))
+            yield about | dict(bbox=box, area=len(rows), iscrowd=0, segmentation=code)

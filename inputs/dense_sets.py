@@ -44,11 +44,8 @@ class Sample(NamedTuple):
     seed: int = 0  # of what a head draws for this image
 
 
-def fit(
-    image: Tensor, planes: Tensor, fill: int, size: int, rng: np.random.Generator | None, jitter=(1.0, 1.0),
-    distort: bool = False, windows: bool = False,
-):  # fmt: skip
-    """Scale an image to fit the square. With `rng`: its planes too, by a jittered scale; crop, mirror, distort colours.
+def fit(image: Tensor, planes: Tensor, fill: int, size: int, rng, jitter=(1.0, 1.0), distort=False, windows=False):
+    """Scale an image to fit the square. With NumPy's `rng`: its planes too, by a jittered scale; crop, mirror, distort.
 
     For `windows` its shorter side fits, and the longer one is cropped in training only.
     """
@@ -117,11 +114,10 @@ class Segments:
 
     def __init__(self, root: Path, split: str, kind: str = "voc"):
         self.reduce = kind == "ade"  # its labels 0, 1, 2 … mean IGNORE, 0, 1 …
-        if kind == "ade":
+        if self.reduce:
             part = {"train": "training", "val": "validation"}[split]
             images, labels, self.classes = root / "images" / part, root / "annotations" / part, 150
-            names = sorted(path.stem for path in images.glob("*.jpg"))
-            if not names:
+            if not (names := sorted(path.stem for path in images.glob("*.jpg"))):
                 raise InputError(f"{images}: no images; give the folder ADEChallengeData2016")
         else:
             images, labels, known = root / "JPEGImages", root / "SegmentationClass", root / "labels.txt"
@@ -164,7 +160,8 @@ class Instances:
         try:
             self.coco = COCO()
             self.coco.dataset = boxes or json.loads(self.file.read_text())
-            quietly(self.coco.createIndex)
+            with quietly():
+                self.coco.createIndex()
             self.categories = sorted(self.coco.cats)  # COCO's ids have gaps; ours are 1 … K in their order
             objects = {a["image_id"] for a in self.coco.anns.values() if not a.get("iscrowd")}
         except (OSError, ValueError, LookupError, TypeError, AttributeError):
@@ -195,16 +192,14 @@ class Instances:
         return image, torch.from_numpy(np.stack(masks)) if masks else image.new_empty(0, *image.shape[1:]), kinds
 
 
-def quietly(function, *arguments):
+def quietly():
     """pycocotools prints what it does; standard output is for the result."""
-    with contextlib.redirect_stdout(io.StringIO()):
-        return function(*arguments)
+    return contextlib.redirect_stdout(io.StringIO())
 
 
 def coco_file(root: Path, split: str) -> tuple[Path, Path, None]:
     """The annotation file of a split, and the folder that its images lie in."""
-    files = sorted(root.glob(f"annotations/instances_{split}*.json"))
-    if not files:
+    if not (files := sorted(root.glob(f"annotations/instances_{split}*.json"))):
         raise InputError(f"{root}: has no annotations/instances_{split}*.json; give a folder in COCO's format")
     folder = root / files[0].stem.removeprefix("instances_")
     return files[0], folder if folder.is_dir() else root, None
@@ -213,12 +208,11 @@ def coco_file(root: Path, split: str) -> tuple[Path, Path, None]:
 def flaw(annotation: dict, coco) -> str | None:
     """What is wrong with an annotation, if anything; pycocotools would take four numbers, two points, for a box."""
     try:
-        image, (x, y, w, h) = coco.imgs.get(annotation["image_id"]), annotation["bbox"]
-        outlines, _, _ = annotation["segmentation"], annotation["area"], annotation["iscrowd"]
-        if image is None:
-            return f"is of image {annotation['image_id']}, which is not listed"
-        if annotation["category_id"] not in coco.cats:
-            return f"is of category {annotation['category_id']}, which is not listed"
+        (x, y, w, h), outlines, _, _ = (annotation[key] for key in ("bbox", "segmentation", "area", "iscrowd"))
+        for what, listed in (("image", coco.imgs), ("category", coco.cats)):
+            if (number := annotation[f"{what}_id"]) not in listed:
+                return f"is of {what} {number}, which is not listed"
+        image = coco.imgs[annotation["image_id"]]
         if min(w, h, x + w, y + h, image["width"] - x, image["height"] - y) < 0:
             return f"has the box {annotation['bbox']}, outside of its image"
         if not outlines:
@@ -234,25 +228,22 @@ def tiny_imagenet_boxes(root: Path, split: str, classes: int | None = None) -> t
 
     Of the first `classes` classes, if that is given; of the training images those that are there.
     """
-    lists = sorted(root.glob("train/*/*_boxes.txt"))[:classes]
-    if not lists:
+    if not (lists := sorted(root.glob("train/*/*_boxes.txt"))[:classes]):
         raise InputError(f"{root}: has no train/CLASS/CLASS_boxes.txt; give the folder tiny-imagenet-200")
-    kinds = {file.name.removesuffix("_boxes.txt"): 1 + k for k, file in enumerate(lists)}
+    kinds = {file.parent.name: 1 + k for k, file in enumerate(lists)}
     about = dict(images=[], annotations=[], categories=[dict(id=k, name=name) for name, k in kinds.items()])
     lists = lists if split == "train" else [root / "val/val_annotations.txt"]
-    rows = [(file, line) for file in lists for line in lines(file)]
-    for i, (file, line) in enumerate(rows):
+    for i, (file, line) in enumerate((path, line) for path in lists for line in lines(path)):
         try:  # only in the list for tests does the class stand after the image
             name, *kind, left, top, right, bottom = line.split()
+            (kind,) = kind if split == "val" else [file.parent.name]
             x, y, w, h = int(left), int(top), int(right) + 1 - int(left), int(bottom) + 1 - int(top)
-            kind = kind[0] if split == "val" else file.name.removesuffix("_boxes.txt")
-        except (ValueError, IndexError):
+        except ValueError:
             raise InputError(f"{file}: holds {line!r}; must be an image, its class and four numbers") from None
         image = file.parent / "images" / name
         if (classes and kind not in kinds) or (split == "train" and not image.exists()):
             continue
-        outline = [[x, y, x + w, y, x + w, y + h, x, y + h]]
-        box = dict(bbox=[x, y, w, h], area=w * h, segmentation=outline, iscrowd=0)
         about["images"].append(dict(id=i, file_name=str(image.relative_to(root)), width=64, height=64))
+        box = dict(bbox=[x, y, w, h], area=w * h, segmentation=[[x, y, x + w, y, x + w, y + h, x, y + h]], iscrowd=0)
         about["annotations"].append(box | dict(id=1 + i, image_id=i, category_id=kinds.get(kind, kind)))
     return root / split, root, about

@@ -53,7 +53,7 @@ def test_masks_are_where_the_objects_are_in_the_image():
 
     class Marked(builtin_scenes.Scene):
         def paint(self, d, colour, bulge=0.25, surface=0.0):
-            if self.solid and len(self.masks) == len(self.kinds):
+            if self.drawing == len(self.kinds):
                 colour, bulge, surface = np.float32([50, 0, 50])[None, :, None, None], 0, 0.0
             super().paint(d, colour, bulge, surface)
 
