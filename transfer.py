@@ -24,11 +24,10 @@ import torch
 from common import ViT, pair
 from downstream.dense_prediction import Detector, Segmenter, draw, fine_tune, measure
 from downstream.dense_recipes import RECIPES, Recipe, recipe_for
-from downstream.recipes import flag
 from inputs import builtin_scenes
 from inputs.dense_sets import Instances, Reader, Segments
 from runtime import encoder_files, files, process
-from runtime.command_line import OPTIONS, Help, Parser, add_option, count, field_comments, settle
+from runtime.command_line import OPTIONS, Help, Parser, add_fields, add_option, count, settle
 from runtime.errors import InputError
 from runtime.ranks import rank, world_size
 
@@ -52,12 +51,7 @@ def options() -> tuple[argparse.Namespace, Recipe | None]:
     for name, *option in OPTIONS["what to train on what"] + OPTIONS["machine"]:
         if name in ("mean", "std", "device", "precision", "seed"):
             add_option(parser, name, *option)
-    group = parser.add_argument_group("in place of the recipe's", argument_default=argparse.SUPPRESS)
-    comments = field_comments(Recipe)
-    for name, text in comments.items():
-        kind = {"decay_at": int, "jitter": float}.get(name, type(getattr(Recipe, name)))
-        metavar = {"decay_at": "N...", "jitter": "LEAST MOST"}.get(name, {int: "N", str: "NAME"}.get(kind, "X"))
-        add_option(group, flag(name)[2:], argparse.SUPPRESS, kind, metavar, text)
+    add_fields(parser.add_argument_group("in place of the recipe's"), Recipe, unset=True)
     args = parser.parse_args()
     if (args.workers or 0) < 0:
         raise InputError(f"workers {args.workers}: must be at least 0")
@@ -69,7 +63,7 @@ def options() -> tuple[argparse.Namespace, Recipe | None]:
         raise InputError("run, data: none given; give --run, --data and --task or --recipe, or --make-scenes")
     if args.tuned and args.untrained:
         raise InputError("--tuned, --untrained: an encoder is one of both; give one")
-    own = "task", "format", *comments
+    own = "task", "format", *(field.name for field in dataclasses.fields(Recipe))
     given = {name: vars(args).pop(name) for name in own if vars(args).get(name) is not None}
     args.task, args.format, recipe = recipe_for(args.recipe, given)
     if args.classes and args.format != "tiny-imagenet":

@@ -5,6 +5,8 @@ batch norm, which sees one part of a step on all ranks. Mask R-CNN's losses are 
 sample comes from the sample's seed. Scores are taken at each image's own size.
 """
 
+import contextlib
+import io
 import itertools
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -28,9 +30,9 @@ from common import ViT, cosine, initialize
 from downstream.classifier import batch_norm, embed
 from downstream.dense_recipes import Recipe
 from downstream.training_loop import DTYPES, check_batch, optimize, optimizer_for
-from inputs.dense_sets import IGNORE, COCOeval, Instances, Reader, Sample, Segments, quietly, rle
+from inputs.dense_sets import IGNORE, Instances, Reader, Sample, Segments
 from runtime import files
-from runtime.errors import InputError
+from runtime.errors import InputError, library
 from runtime.optimization import learning_rate
 from runtime.randomness import orders
 from runtime.ranks import rank, sum_over_ranks, world_size
@@ -45,10 +47,7 @@ def four_depths(encoder: ViT) -> list[int]:
 
 
 def feature_maps(encoder: ViT, images: Tensor, taps: list[int]) -> list[Tensor]:
-    """Normalised images (B, 3, S, S) → float32 (B, D, h, w), the patches after each block of `taps`.
-
-    Where there are none: after the last block and the final norm, alone.
-    """
+    """Normalised images (B, 3, S, S) → float32 (B, D, h, w) after each block of `taps`, or once after the last norm."""
     x, bias, found = embed(encoder, images), encoder.relative_bias(), []
     for i, block in enumerate(encoder.blocks):
         x = block(x, bias)
@@ -58,10 +57,7 @@ def feature_maps(encoder: ViT, images: Tensor, taps: list[int]) -> list[Tensor]:
 
 
 class BatchNorm(nn.BatchNorm2d):
-    """Over the images of all ranks. `nn.SyncBatchNorm` refuses CPU tensors, and torch's a single value a channel.
-
-    `fine_tune` makes it of all of torch's, of which it has the parameters and buffers.
-    """
+    """Over the images of all ranks. `nn.SyncBatchNorm` refuses CPU tensors, and torch's a single value a channel."""
 
     def forward(self, x: Tensor) -> Tensor:  # (B, C, h, w)
         if not self.training or (world_size() == 1 and x[:, 0].numel() > 1):
@@ -92,15 +88,9 @@ class Pyramid(nn.Module):
 
 
 def upernet(D: int, classes: int) -> nn.ModuleList:
-    """transformers' UperNet head and its auxiliary FCN, for a pyramid of width D; 512 and 256 channels from a ViT-S up.
-
-    Matrices are initialised as CMAE says (§4.3), by Xavier's rule.
-    """
-    try:
-        from transformers.models.upernet import modeling_upernet as theirs
-    except ImportError:
-        raise InputError('transformers: not installed, and UperNet needs it; pip install ".[upernet]"') from None
-    C = min(512, 2 * D)
+    """transformers' UperNet head and its auxiliary FCN, matrices initialised as CMAE says (§4.3), by Xavier's rule."""
+    theirs = library("transformers.models.upernet.modeling_upernet", "upernet", "UperNet")
+    C = min(512, 2 * D)  # the papers' 512, and 256 in the auxiliary head, from a ViT-S up
     config = SimpleNamespace(pool_scales=(1, 2, 3, 6), hidden_size=C, num_labels=classes)
     auxiliary = [theirs.UperNetConvModule(D, C // 2, kernel_size=3, padding=1), nn.Conv2d(C // 2, classes, 1)]
     heads = nn.ModuleList([theirs.UperNetHead(config, [D] * 4), nn.Sequential(*auxiliary)])
@@ -118,7 +108,7 @@ class Segmenter(nn.Module):
         self.pyramid = Pyramid(D, "beit") if self.taps else nn.Identity()
         self.heads = upernet(D, classes) if self.taps else nn.ModuleList([FCNHead(D, classes)])
 
-    def logits(self, images: Tensor) -> list[Tensor]:
+    def forward(self, images: Tensor) -> list[Tensor]:
         """(B, 3, S, S) → float32 (B, classes, S, S) of the head and, in training, of the auxiliary one."""
         with torch.autocast(images.device.type, DTYPES[self.precision], enabled=self.precision != "fp32"):
             maps = self.pyramid(feature_maps(self.encoder, images, self.taps))
@@ -126,17 +116,11 @@ class Segmenter(nn.Module):
             found = [head(x) for head, x in zip(self.heads, seen, strict=False)]
         return [F.interpolate(x.float(), images.shape[2:], mode="bilinear") for x in found]
 
-    def forward(self, images: Tensor) -> Tensor:
-        return self.logits(images)[0]
-
     def loss(self, samples: list[Sample], device) -> Tensor:
-        """Cross entropy, averaged over all pixels, of which those without a label have none, as in mmsegmentation.
-
-        Of the auxiliary head .4 times as much.
-        """
+        """Cross entropy over all pixels, 0 where no label is, as in mmsegmentation; .4 times the auxiliary head's."""
         images = torch.stack([s.image for s in samples]).to(device)
         labels = torch.stack([s.planes[0] for s in samples]).to(device).long()
-        losses = [F.cross_entropy(x, labels, ignore_index=IGNORE, reduction="sum") for x in self.logits(images)]
+        losses = [F.cross_entropy(x, labels, ignore_index=IGNORE, reduction="sum") for x in self(images)]
         return sum(weight * loss for weight, loss in zip((1.0, 0.4), losses, strict=False)) / labels.numel()
 
     def predict(self, samples: list[Sample], device) -> list[Tensor]:
@@ -146,7 +130,7 @@ class Segmenter(nn.Module):
             places = itertools.product(*(starts(side, S) for side in s.image.shape[1:]))
             windows = [(slice(None), slice(top, top + S), slice(left, left + S)) for top, left in places]
             total = torch.zeros(2, self.classes, *s.image.shape[1:], device=device)  # of logits, and their number
-            for window, x in zip(windows, self(torch.stack([s.image[w] for w in windows]).to(device)), strict=True):
+            for window, x in zip(windows, self(torch.stack([s.image[w] for w in windows]).to(device))[0], strict=True):
                 total[0][window] += x
                 total[1][window] += 1
             mean = (total[0] / total[1])[None, :, : s.fitted[0], : s.fitted[1]]
@@ -163,10 +147,10 @@ class Segmenter(nn.Module):
             raise InputError("labels: none in the images to test on; give images whose pixels have labels")
         return segmentation_scores(matrix)
 
-    def shown(self, found: Tensor | None, s: Sample) -> dict[str, Tensor]:
-        """Masks (n, H, W) and labels (n,) of what was `found` in a sample, or of the truth."""
-        kinds = torch.arange(self.classes)
-        return dict(labels=kinds, masks=(s.planes[0] if found is None else found) == kinds[:, None, None])
+    def shown(self, image: Tensor, s: Sample, found: Tensor | None = None) -> Tensor:
+        """The image with a colour for each class that was `found`, or else that is truly there."""
+        masks = (s.planes[0] if found is None else found) == torch.arange(self.classes)[:, None, None]
+        return draw_segmentation_masks(image, masks, 0.6)
 
 
 def starts(length: int, size: int) -> list[int]:
@@ -193,8 +177,7 @@ def segmentation_scores(matrix: Tensor) -> dict:
 class Neck(nn.Module):
     """A pyramid's four maps, all `out_channels` wide, and a fifth, every other place of the fourth, for proposals only.
 
-    By lateral and top-down convolutions where the maps come from four depths; else each by convolutions of 1 and 3,
-    with layer norms over the channels.
+    "beit" has lateral and top-down convolutions, "vitdet" convolutions of 1 and 3 with layer norms, level by level.
     """
 
     def __init__(self, D: int, channels: int, kind: str):
@@ -225,8 +208,7 @@ class Detector(nn.Module):
         self.taps = four_depths(encoder) if pyramid == "beit" else []
         p, size, C = encoder.patch_size, encoder.patch_size * encoder.grid[0], min(256, encoder.width // 2)
         if p % 4 or size % (4 * p):  # or strides would not be whole
-            wanted = f"give a multiple of {4 * p}, with patches of a multiple of 4"
-            raise InputError(f"image size {size}, patches of {p}: cannot be halved and doubled twice; {wanted}")
+            raise InputError(f"image size {size}, patches of {p}: give a multiple of {4 * p}, and patches of one of 4")
         regions = min(512, max(32, encoder.patches // 2))  # of an image that the heads learn from
         anchors = tuple((2 * p * 2**k,) for k in range(5))  # eight strides wide
         self.rcnn = MaskRCNN(
@@ -278,11 +260,14 @@ class Detector(nn.Module):
             dist.all_gather_object(every, results)
         return detection_scores(images.coco, [result for part in every for result in part], images.masks)
 
-    def shown(self, found: dict | None, s: Sample) -> dict[str, Tensor]:
-        """What was `found` with a score of a half at least, or the truth."""
-        if found is None:
-            return target(s.planes, s.kinds)
-        return {name: x.cpu()[found["scores"].cpu() >= 0.5] for name, x in found.items()}
+    def shown(self, image: Tensor, s: Sample, found: dict | None = None) -> Tensor:
+        """The image with the boxes and masks that were `found` with a score of a half or more, or else the truth."""
+        sure = slice(None) if found is None else found["scores"].cpu() >= 0.5
+        found = {name: x.cpu()[sure] for name, x in (found or target(s.planes, s.kinds)).items()}
+        colors = [(37 * k % 256, 97 * k % 256, 173 * k % 256) for k in (found["labels"] + 1).tolist()]
+        if "masks" in found and colors:
+            image = draw_segmentation_masks(image, found["masks"].flatten(0, -3) > 0.5, 0.6, colors)
+        return draw_bounding_boxes(image, found["boxes"], colors=colors) if colors else image
 
 
 def target(masks: Tensor, kinds: Tensor) -> dict[str, Tensor]:
@@ -297,6 +282,7 @@ def target(masks: Tensor, kinds: Tensor) -> dict[str, Tensor]:
 def detections(images: Instances, found: dict[str, Tensor], i: int) -> list[dict]:
     """What was found in image i of a set, as COCO's results."""
     boxes = box_convert(found["boxes"], "xyxy", "xywh").tolist()
+    rle = library("pycocotools.mask", "coco", "detection")
     results = [
         dict(image_id=images.ids[i], category_id=images.categories[kind - 1], bbox=box, score=score)
         for kind, box, score in zip(found["labels"].tolist(), boxes, found["scores"].tolist(), strict=True)
@@ -309,12 +295,12 @@ def detections(images: Instances, found: dict[str, Tensor], i: int) -> list[dict
 
 def detection_scores(truth, results: list[dict], masks: bool = True) -> dict[str, float]:
     """COCO's average precision of boxes and masks, in per cent: over IoU .5 to .95, and at .5 and .75."""
-    scores = {}
+    scores, judging = {}, library("pycocotools.cocoeval", "coco", "detection")
     for name, kind in (("box", "bbox"), ("mask", "segm"))[: 1 + masks]:
         found = (0.0, 0.0, 0.0)
         if results:  # pycocotools does not take none
-            with quietly():
-                judge = COCOeval(truth, truth.loadRes(results), kind)
+            with contextlib.redirect_stdout(io.StringIO()):  # which is for the result
+                judge = judging.COCOeval(truth, truth.loadRes(results), kind)
                 judge.evaluate()
                 judge.accumulate()
                 judge.summarize()
@@ -334,7 +320,7 @@ def fine_tune(model, reader: Reader, recipe: Recipe, device, seed=0, workers=0, 
         block.drop_path = recipe.drop_path * i / max(1, len(blocks) - 1)
     for part in model.modules():
         if type(part) is nn.BatchNorm2d:
-            part.__class__ = BatchNorm
+            part.__class__ = BatchNorm  # which has the same parameters and buffers
     settings = asdict(recipe) | dict(kind=what, images=n, seed=seed, precision=model.precision, accumulate=accumulate)
 
     def losses(todo) -> Iterator[Iterator[Tensor]]:
@@ -372,14 +358,6 @@ def draw(model: nn.Module, reader: Reader, path, device: torch.device) -> None:
     views = []
     for s, found in zip(samples, model.eval().predict(samples, device), strict=True):
         image = reader.images.read(s.index)[0]
-        row = image, *(marked(image, **model.shown(x, s)) for x in (None, found))
+        row = image, model.shown(image, s), model.shown(image, s, found)
         views += [F.interpolate(x[None].float() / 255, (SIDE, SIDE))[0] for x in row]
     files.write_whole(path, lambda file: save_image(views, file, format="png", nrow=3, padding=0))
-
-
-def marked(image: Tensor, labels: Tensor, masks: Tensor | None = None, boxes: Tensor | None = None, **_) -> Tensor:
-    """uint8 image (3, H, W) with masks (n, H, W) or (n, 1, H, W) and boxes (n, 4), in a colour for each label (n,)."""
-    colors = [(37 * k % 256, 97 * k % 256, 173 * k % 256) for k in (labels + 1).tolist()]
-    if masks is not None and colors:
-        image = draw_segmentation_masks(image, masks.flatten(0, -3) > 0.5, 0.6, colors)
-    return draw_bounding_boxes(image, boxes, colors=colors) if boxes is not None and colors else image

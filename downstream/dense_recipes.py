@@ -24,7 +24,7 @@ class Recipe:
     batch_size: Size = 16  # images a step, over all processes
     lr: Positive = 5e-4  # peak learning rate
     warmup: Share = 0.1  # share of the steps in which the rate grows from 0
-    schedule: Literal["cosine", "linear"] = "cosine"  # of the rate to zero: cosine, or linear
+    schedule: Literal["cosine", "linear"] = "cosine"  # of the rate to zero
     decay_at: tuple[int, ...] = ()  # after so many epochs a tenth of the rate, in place of a schedule
     weight_decay: Weight = 0.05  # not on vectors, biases and the class token
     layer_decay: Part = 1.0  # learning rate of a block, as a share of the next one's

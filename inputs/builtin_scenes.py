@@ -55,13 +55,6 @@ class Scene(Picture):
         self.owner[np.broadcast_to(d < 0, (1, SIZE, SIZE))[0]] = self.drawing
 
 
-def run_lengths(mask: np.ndarray) -> list[int]:
-    """COCO's uncompressed code of a mask (H, W): lengths of runs of 0, 1, 0, … down the columns, from left to right."""
-    flat = mask.T.ravel().astype(np.int8)
-    changes = np.flatnonzero(np.diff(flat, prepend=0))
-    return np.diff(changes, prepend=0, append=flat.size).tolist()
-
-
 def write(folder: Path, n: int, seed: int) -> None:
     """Write n scenes to learn from and a quarter as many to test on, the same ones in VOC's and in COCO's format."""
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
@@ -89,11 +82,12 @@ def write(folder: Path, n: int, seed: int) -> None:
 
 
 def annotations(scene: Scene, image: int) -> Iterator[dict]:
-    """COCO's account of a scene's objects that show."""
+    """COCO's account of a scene's objects that show, their masks as lengths of runs of 0, 1, 0, … down the columns."""
     for k, mask in enumerate(scene.masks):
         if mask.any():
             rows, columns = mask.nonzero()
             box = [int(n) for n in (columns.min(), rows.min(), np.ptp(columns) + 1, np.ptp(rows) + 1)]
-            code = dict(size=list(mask.shape), counts=run_lengths(mask))
-            about = dict(id=1 + 4 * image + k, image_id=image, category_id=1 + int(scene.kinds[k]))
-            yield about | dict(bbox=box, area=len(rows), iscrowd=0, segmentation=code)
+            changes = np.flatnonzero(np.diff(mask.T.ravel(), prepend=0))
+            runs = np.diff(changes, prepend=0, append=mask.size).tolist()
+            about = dict(id=1 + 4 * image + k, image_id=image, category_id=1 + int(scene.kinds[k]), area=len(rows))
+            yield about | dict(bbox=box, iscrowd=0, segmentation=dict(size=[SIZE, SIZE], counts=runs))

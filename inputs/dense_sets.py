@@ -20,14 +20,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from inputs import augment, image_files
-from runtime.errors import InputError
-
-try:
-    from pycocotools import mask as rle
-    from pycocotools.coco import COCO
-    from pycocotools.cocoeval import COCOeval
-except ImportError:  # refused where detection is asked for
-    rle = COCO = COCOeval = None
+from runtime.errors import InputError, library
 
 IGNORE = 255  # a pixel of no class
 # mmsegmentation's photometric distortion: factors of brightness, contrast, saturation; the hue in full turns.
@@ -67,10 +60,9 @@ def fit(image: Tensor, planes: Tensor, fill: int, size: int, rng, jitter=(1.0, 1
 
 
 class Reader(torch.utils.data.Dataset):
-    """(epoch, i) → the Sample of image i, its augmentation a function of (seed, epoch, i); without a seed, none.
+    """(epoch, i) → the Sample of image i, augmented as a function of (seed, epoch, i); without a seed, not at all.
 
-    `views` is for `augment.views_for`, which a process that reads may not inherit; `how` are the other parameters of
-    `fit`.
+    `views` is for `augment.views_for`, which a process that reads may not inherit, `how` for `fit`.
     """
 
     def __init__(self, images, size: int, seed: int | None = None, views=None, **how):
@@ -89,11 +81,8 @@ class Reader(torch.utils.data.Dataset):
         return Sample(i, square, planes, kinds, tuple(image.shape[1:]), fitted, seed)
 
     def batches(self, orders, workers: int) -> Iterator[list[Sample]]:
-        loader = DataLoader(
-            self, batch_sampler=orders, collate_fn=list, num_workers=workers, generator=torch.Generator(),
-            worker_init_fn=image_files.leave_signals_to_parent,
-        )  # fmt: skip
-        for batch in loader:
+        how = dict(num_workers=workers, worker_init_fn=image_files.leave_signals_to_parent)
+        for batch in DataLoader(self, batch_sampler=orders, collate_fn=list, generator=torch.Generator(), **how):
             for sample in batch:
                 if isinstance(sample, InputError):
                     raise sample
@@ -139,8 +128,7 @@ class Segments:
         if labels.dtype != np.uint8 or labels.shape != tuple(image.shape[1:]):
             what = f"{labels.dtype} values of shape {labels.shape}"
             raise InputError(f"{file}: holds {what}; must be 8-bit indices, {tuple(image.shape[1:])} as the image")
-        if self.reduce:
-            labels = labels - np.uint8(1)  # 0 becomes 255
+        labels = labels - np.uint8(self.reduce)  # 0 becomes 255
         if (wrong := labels[(labels >= self.classes) & (labels != IGNORE)]).size:
             raise InputError(f"{file}: has label {wrong[0]}; labels must be below {self.classes}, or {IGNORE} for none")
         return image, torch.from_numpy(labels)[None], torch.empty(0, dtype=torch.int64)
@@ -152,15 +140,13 @@ class Instances:
     fill = 0
 
     def __init__(self, root: Path, split: str, kind: str = "coco", classes: int | None = None):
-        if COCO is None:
-            raise InputError('pycocotools: not installed, and detection needs it; pip install ".[coco]"')
+        self.coco = library("pycocotools.coco", "coco", "detection").COCO()
         self.masks = kind == "coco"  # else they are the boxes, filled
         found = coco_file(root, split) if self.masks else tiny_imagenet_boxes(root, split, classes)
         self.file, self.folder, boxes = found
         try:
-            self.coco = COCO()
             self.coco.dataset = boxes or json.loads(self.file.read_text())
-            with quietly():
+            with contextlib.redirect_stdout(io.StringIO()):  # what pycocotools says of its doings
                 self.coco.createIndex()
             self.categories = sorted(self.coco.cats)  # COCO's ids have gaps; ours are 1 … K in their order
             objects = {a["image_id"] for a in self.coco.anns.values() if not a.get("iscrowd")}
@@ -190,11 +176,6 @@ class Instances:
         if any(mask.shape != image.shape[1:] for mask in masks):
             raise InputError(f"{file}: not of the size that its annotations are for")
         return image, torch.from_numpy(np.stack(masks)) if masks else image.new_empty(0, *image.shape[1:]), kinds
-
-
-def quietly():
-    """pycocotools prints what it does; standard output is for the result."""
-    return contextlib.redirect_stdout(io.StringIO())
 
 
 def coco_file(root: Path, split: str) -> tuple[Path, Path, None]:

@@ -268,14 +268,20 @@ def build_parser(name: str | None, methods: dict[str, type]) -> "Parser":
             add_option(group, *option)
     if Method:
         group = parser.add_argument_group(f"{name}: the method's own (tables and sections are the paper's)")
-        comments = field_comments(Method.Config)
-        for field in dataclasses.fields(Method.Config):
-            kind = type(field.default)
-            metavar = {int: "N", float: "X", str: "HOW", bool: None}[kind]
-            if typing.get_origin(field.type) is typing.Literal:
-                metavar = "|".join(typing.get_args(field.type))
-            add_option(group, field.name.replace("_", "-"), field.default, kind, metavar, comments[field.name])
+        add_fields(group, Method.Config)
     return parser
+
+
+def add_fields(group, Config, unset: bool = False) -> None:
+    """An option for each field of a Config, or `unset`, which leaves out of the result what is not given."""
+    comments = field_comments(Config)
+    for field in dataclasses.fields(Config):
+        kind, given = type(field.default), typing.get_args(field.type)
+        metavar = {int: "N", float: "X", str: "HOW", bool: None, tuple: "N..." if ... in given else "LEAST MOST"}[kind]
+        if typing.get_origin(field.type) is typing.Literal:
+            metavar = "|".join(given)
+        kind, default = given[0] if kind is tuple else kind, argparse.SUPPRESS if unset else field.default
+        add_option(group, field.name.replace("_", "-"), default, kind, metavar, comments[field.name])
 
 
 def add_option(group, name: str, default, kind, metavar: str | None, text: str) -> None:

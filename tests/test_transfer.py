@@ -213,11 +213,12 @@ def test_a_tuned_encoder_is_as_fine_tuning_has_left_it(run):
 
 def test_missing_libraries_are_named(run, folder, monkeypatch, capsys):
     words = "--run", run, "--data", folder, "--device", "cpu"
-    monkeypatch.setattr(dense_sets, "COCO", None)
-    with pytest.raises(InputError, match=r"pip install .*\[coco\]"):
+    monkeypatch.setitem(sys.modules, "pycocotools.coco", None)
+    said = r"^pycocotools: not installed, and detection needs it; pip install .*\[coco\]"
+    with pytest.raises(InputError, match=said):
         call(monkeypatch, capsys, *words, *DETECT)
-    monkeypatch.setitem(sys.modules, "transformers.models.upernet", None)
-    with pytest.raises(InputError, match=r"pip install .*\[upernet\]"):
+    monkeypatch.setitem(sys.modules, "transformers.models.upernet.modeling_upernet", None)
+    with pytest.raises(InputError, match=r"^transformers: not installed, .*pip install .*\[upernet\]"):
         call(monkeypatch, capsys, *words, *SEGMENT, "--head", "upernet")
 
 

@@ -278,7 +278,7 @@ def test_upernets_auxiliary_head_is_transformers_on_the_third_map_and_weighs_two
     images = torch.randn(2, 3, 32, 32)
     maps = model.pyramid(dense_prediction.feature_maps(model.encoder, images, model.taps))
     torch.testing.assert_close(model.heads[1](maps[2]), theirs(maps))
-    assert len(model.logits(images)) == 1  # the auxiliary one is for training
+    assert len(model(images)) == 1  # the auxiliary one is for training
     model.train()
     samples = [
         dense_sets.Sample(i, x, torch.randint(0, 3, (1, 32, 32)), None, (32, 32), (32, 32))
@@ -300,7 +300,7 @@ def test_a_segmenters_loss_is_the_mean_over_all_pixels_and_none_where_there_is_n
     samples = [dense_sets.Sample(i, torch.randn(3, 32, 32), labels[i], None, (32, 32), (32, 32)) for i in (0, 1)]
     loss, total = model.loss(samples, "cpu"), 0.0
     for s in samples:
-        shares = model(s.image[None])[0].detach().double().softmax(dim=0)
+        shares = model(s.image[None])[0][0].detach().double().softmax(dim=0)
         for row, column in (s.planes[0] != dense_sets.IGNORE).nonzero().tolist():
             total -= shares[s.planes[0, row, column], row, column].log().item()
     assert loss.item() == pytest.approx(total / (2 * 32 * 32), rel=1e-5)
@@ -313,7 +313,7 @@ def test_scores_are_taken_at_an_images_own_size_without_the_padding():
     image = (255 * labels).repeat(3, 1, 1)
     square, planes, fitted = dense_sets.fit(image, labels, 255, 32, None)
     model = dense_prediction.Segmenter(small_vit(), 2)
-    model.forward = lambda images: torch.stack([-images[:, 0], images[:, 0]], dim=1)
+    model.forward = lambda images: [torch.stack([-images[:, 0], images[:, 0]], dim=1)]
     samples = [dense_sets.Sample(0, square, planes, None, (40, 20), fitted)]
     assert model.measure(None, iter([samples]), "cpu")["pixel_accuracy"] > 95
 
@@ -341,15 +341,15 @@ def test_windows_are_put_together_in_their_places_and_averaged():
     square, planes, fitted = dense_sets.fit((255 * labels).repeat(3, 1, 1), labels, 255, 32, None, windows=True)
     assert square.shape == (3, 96, 32) and fitted == (96, 32)
     model = dense_prediction.Segmenter(small_vit(), 2)
-    model.forward = lambda images: torch.stack([-images[:, 0], images[:, 0]], dim=1)
+    model.forward = lambda images: [torch.stack([-images[:, 0], images[:, 0]], dim=1)]
     sample = dense_sets.Sample(0, square, planes, None, (60, 20), fitted)
     assert (model.predict([sample, sample], "cpu")[1] == labels[0]).float().mean() > 0.95
     votes = torch.tensor([3.0, -1, -1, -1, -1])[:, None, None].expand(-1, 32, 32)  # of windows at 0, 21, 42, 63, 64
-    model.forward = lambda images: torch.stack([votes, 0 * votes], dim=1)
+    model.forward = lambda images: [torch.stack([votes, 0 * votes], dim=1)]
     (found,) = model.predict([sample._replace(size=(96, 32))], "cpu")
     assert found[:32].unique().tolist() == [0] and found[32:].unique().tolist() == [1]  # 3 - 1 > 0 where two overlap
     image = torch.cat([torch.full((3, 16, 32), -1.0), torch.full((3, 32, 32), 2.0)], dim=1)  # two windows from row 16
-    model.forward = lambda images: torch.stack([images[:, 0], 0 * images[:, 0]], dim=1)
+    model.forward = lambda images: [torch.stack([images[:, 0], 0 * images[:, 0]], dim=1)]
     (found,) = model.predict([sample._replace(image=image, size=(96, 64), fitted=(48, 32))], "cpu")
     assert found[31].unique().tolist() == [1] and found[32].unique().tolist() == [0]  # .75 · -1 + .25 · 2 < 0
 

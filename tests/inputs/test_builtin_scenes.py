@@ -5,8 +5,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from PIL import Image
 
 from inputs import builtin_scenes
@@ -76,17 +74,3 @@ def test_scenes_are_a_function_of_the_seed(folder, tmp_path):
 
     assert pixels(folder) == pixels(tmp_path / "again") != pixels(tmp_path / "other")
     assert len(list((folder / "JPEGImages").glob("val_*.jpg"))) == 6
-
-
-@given(st.integers(1, 7), st.integers(1, 7), st.integers(0, 2**32 - 1))
-def test_run_lengths_are_cocos(h, w, seed):
-    mask = np.random.default_rng(seed).random((h, w)) < 0.5
-    runs, value, count = [], False, 0
-    for x in range(w):
-        for y in range(h):
-            if mask[y, x] != value:
-                runs.append(count)
-                value, count = not value, 0
-            count += 1
-    assert builtin_scenes.run_lengths(mask) == [*runs, count]
-    assert (rle.decode(rle.frPyObjects(dict(size=[h, w], counts=[*runs, count]), h, w)) == mask).all()
