@@ -47,7 +47,7 @@ def four_depths(encoder: ViT) -> list[int]:
 
 
 def feature_maps(encoder: ViT, images: Tensor, taps: list[int]) -> list[Tensor]:
-    """Normalised images (B, 3, S, S) → float32 (B, D, h, w) after each block of `taps`, or once after the last norm."""
+    """Normalised images (B, 3, S, S) → float32 (B, D, h, w) after each block of `taps`; if none, of the last norm."""
     x, bias, found = embed(encoder, images), encoder.relative_bias(), []
     for i, block in enumerate(encoder.blocks):
         x = block(x, bias)
@@ -90,7 +90,7 @@ class Pyramid(nn.Module):
 def upernet(D: int, classes: int) -> nn.ModuleList:
     """transformers' UperNet head and its auxiliary FCN, matrices initialised as CMAE says (§4.3), by Xavier's rule."""
     theirs = library("transformers.models.upernet.modeling_upernet", "upernet", "UperNet")
-    C = min(512, 2 * D)  # the papers' 512, and 256 in the auxiliary head, from a ViT-S up
+    C = min(512, 2 * D)  # 512, and 256 in the auxiliary head, from a ViT-S up
     config = SimpleNamespace(pool_scales=(1, 2, 3, 6), hidden_size=C, num_labels=classes)
     auxiliary = [theirs.UperNetConvModule(D, C // 2, kernel_size=3, padding=1), nn.Conv2d(C // 2, classes, 1)]
     heads = nn.ModuleList([theirs.UperNetHead(config, [D] * 4), nn.Sequential(*auxiliary)])
@@ -117,7 +117,7 @@ class Segmenter(nn.Module):
         return [F.interpolate(x.float(), images.shape[2:], mode="bilinear") for x in found]
 
     def loss(self, samples: list[Sample], device) -> Tensor:
-        """Cross entropy over all pixels, 0 where no label is, as in mmsegmentation; .4 times the auxiliary head's."""
+        """Mean cross entropy over all pixels, 0 where no label is (as mmsegmentation), plus .4 of the auxiliary head's."""
         images = torch.stack([s.image for s in samples]).to(device)
         labels = torch.stack([s.planes[0] for s in samples]).to(device).long()
         losses = [F.cross_entropy(x, labels, ignore_index=IGNORE, reduction="sum") for x in self(images)]
