@@ -117,7 +117,7 @@ class Segmenter(nn.Module):
         return [F.interpolate(x.float(), images.shape[2:], mode="bilinear") for x in found]
 
     def loss(self, samples: list[Sample], device) -> Tensor:
-        """Mean cross entropy over all pixels, 0 where no label is (as mmsegmentation), plus .4 of the auxiliary head's."""
+        """Mean cross entropy of all pixels, 0 where no label is, as mmsegmentation; plus .4 of the auxiliary head's."""
         images = torch.stack([s.image for s in samples]).to(device)
         labels = torch.stack([s.planes[0] for s in samples]).to(device).long()
         losses = [F.cross_entropy(x, labels, ignore_index=IGNORE, reduction="sum") for x in self(images)]
