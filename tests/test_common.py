@@ -100,8 +100,9 @@ def test_draws_differ_between_steps_seeds_and_images():
 def test_streams_of_neighbouring_seeds_and_steps_share_nothing():
     """62-bit numbers are all different by chance: a stream that is another's, or begins within it, shares some."""
     pairs = list(itertools.product([*range(8), 1000, 2**16, 2**31, 2**32 - 1], range(8)))
-    streams = [rng(seed, step, total=50).integers(0, 2**62, 4).flatten().tolist() for seed, step in pairs]
-    assert len(set().union(*streams)) == len(pairs) * 200
+    begun = [rng(seed, step, total=50) for seed, step in pairs]
+    streams = [one.integers(0, 2**62, 4).flatten().tolist() for one in (*begun, *(one.child() for one in begun))]
+    assert len(set().union(*streams)) == 2 * len(pairs) * 200
 
 
 def test_orders_of_neighbouring_epochs_share_nothing_with_each_other_or_with_a_step():

@@ -132,13 +132,14 @@ def test_what_does_nothing_or_cannot_be_is_refused_in_one_line(run, monkeypatch,
     assert sorted(os.listdir(run)) == ["config.json", "encoder.pt"]
 
 
-def test_every_option_arrives(run, monkeypatch):
-    found = {}
-    monkeypatch.setattr(evaluate, "evaluate", lambda *_, **options: found.update(options) or {"knn": {}})
+def test_every_option_arrives(run, monkeypatch, capsys):
+    found, used = {}, {"knn": dict(precision="fp32")}
+    monkeypatch.setattr(evaluate, "evaluate", lambda *_, **options: found.update(options) or used)
     options = dict(features="cls", batch_size=3, precision="bf16", k=7, tau=0.2)
     words = [word for name, value in options.items() for word in ("--" + name.replace("_", "-"), value)]
     call(monkeypatch, "--run", run, "--protocol", "knn", *words)
     assert found == options | dict(directory=run / "knn")
+    assert json.loads(capsys.readouterr().out)["precision"] == "fp32"  # what was used, not what was asked for
 
 
 def test_flags_go_before_the_runs_settings(run, monkeypatch, capsys):

@@ -242,6 +242,8 @@ def test_epochs_end_and_are_saved_when_they_should(place, tmp_path, monkeypatch,
     assert capsys.readouterr().err.count("told, autocast: True") == 2 and saved == [4, 6]
     train_here([*words.split(), str(tmp_path / "shorter"), "--max-steps", "3"])
     assert [(done, of) for done, of, _ in ended[2:]] == [(1, 1.5)] and saved[2:] == [3]
+    args, *_ = train.options([*words.split(), "elsewhere", "--max-steps", "99"])
+    assert train.Plan(args, 26).steps == 6  # never more than the epochs have
 
 
 @pytest.mark.parametrize("told", [True, False])
@@ -265,13 +267,13 @@ def test_options_that_change_no_number_arrive(told, place, tmp_path, monkeypatch
     assert len(compiled) == told and deterministic == [True] * told
 
 
-def test_pictures_are_of_the_validation_images(place, tmp_path, monkeypatch):
-    sets, pictures = [], train.Pictures
-    monkeypatch.setattr(train, "Pictures", lambda images, *more: sets.append(images) or pictures(images, *more))
+def test_pictures_are_of_the_validation_images_and_drawn_by_the_seed(place, tmp_path, monkeypatch):
+    asked, pictures = [], train.Pictures
+    monkeypatch.setattr(train, "Pictures", lambda *words: asked.append(words) or pictures(*words))
     words = f"--method mae --data {place}/photos {TINY} {KNOBS['mae']} --max-steps 1 --batch-size 13 --no-evaluate"
-    train_here([*words.split(), "--precision", "fp32", "--out", str(tmp_path / "run")])
-    (images,) = sets
-    assert len(images) == 20  # of training 26
+    train_here([*words.split(), *"--seed 7 --precision fp32 --out".split(), str(tmp_path / "run")])
+    ((images, _, seed, *_),) = asked
+    assert len(images) == 20 and seed == 7  # of training 26
 
 
 def test_the_summary_is_of_the_run_s_encoder_and_of_one_at_the_first_weights_of_its_seed(

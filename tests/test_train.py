@@ -183,6 +183,8 @@ def test_a_run_leaves_its_files_and_says_where(train, tmp_path, method):
     if method != "dvae":
         assert encoder["settings"]["width"] == 16 and "blocks.1.attn.qkv.weight" in encoder["state_dict"]
     assert Image.open(run / "reconstruction.png").size == (8 * 34 * 4 + 8, ROWS[method] * 34 * 4 + 8)
+    learned = sum(moment["exp_avg"].numel() for moment in state(run)["optimizer"]["state"].values())
+    assert f" {learned:,} parameters, " in done.stderr  # a teacher's, say, are not among them
     assert "loss" in done.stderr and str(run / "reconstruction.png") in done.stderr
     assert "it/s" not in done.stderr and re.search(r"12/12 .*images/s", done.stderr)  # the bar
 
@@ -256,9 +258,9 @@ def test_a_tokenizer_that_is_trained_first_sees_no_other_images(monkeypatch):
         skip_bad_images=True, workers=3, max_steps=7, precision="bf16", compile=False, seed=5, deterministic=True,
         log_every=4,
     )  # fmt: skip
-    vars(args).update(shared, batch_size=8)
+    vars(args).update(shared, batch_size=2)
     command.train_first(args, torch.device("cpu"), "dvae")
-    assert vars(seen[3]).items() >= shared.items() and seen[3].batch_size == 8  # no more than the method's
+    assert vars(seen[3]).items() >= shared.items() and seen[3].batch_size == 8  # an image for each part
 
 
 @pytest.mark.slow
@@ -787,16 +789,20 @@ def test_init_gives_every_method_the_encoder_and_its_teacher_a_copy_and_changes_
         return build(args, config, Method, torch.device("cpu"))[0]
 
     given = {key: torch.randn(x.shape) for key, x in made().encoder.state_dict().items()}
-    torch.save(dict(model=given), tmp_path / "mae.pth")  # as MAE's official weights are
     before = made().state_dict()
-    method = made("--init", str(tmp_path / "mae.pth"), "--heads", "2")
-    copies = 0
-    for key, x in method.state_dict().items():
-        owner, _, rest = key.partition(".")
-        owned = owner in ("encoder", "student", "momentum_encoder", "slow_encoder")
-        assert torch.equal(x, given[rest] if owned else before[key]), key
-        copies += owned and owner not in ("encoder", "student")
-    assert copies == (len(given) if name in ("cmae", "cmae_loc", "conmim") else 0)
+    for patches in (16, 36):  # of images of this size, and of 48 pixels, for which positions are interpolated
+        given["pos_embed"] = torch.randn(1, 1 + patches, 16)
+        torch.save(dict(model=given), tmp_path / "mae.pth")  # as MAE's official weights are
+        method = made("--init", str(tmp_path / "mae.pth"), "--heads", "2")
+        if patches == 36:
+            given["pos_embed"] = method.encoder.pos_embed
+        copies = 0
+        for key, x in method.state_dict().items():
+            owner, _, rest = key.partition(".")
+            owned = owner in ("encoder", "student", "momentum_encoder", "slow_encoder")
+            assert torch.equal(x, given[rest] if owned else before[key]), key
+            copies += owned and owner not in ("encoder", "student")
+        assert copies == (len(given) if name in ("cmae", "cmae_loc", "conmim") else 0)
 
 
 def test_cmaes_small_vit_is_built_by_its_flags():

@@ -83,6 +83,8 @@ def test_the_attentive_probe_sees_patches_and_the_class_token_only_if_asked_to()
 @pytest.mark.parametrize("features", ["mean", "cls"])
 def test_a_linear_head_stands_on_the_final_norm_and_a_tuned_one_brings_its_own(features, positions):
     encoder, images = small_vit(positions=positions), torch.randn(3, 3, 16, 16)
+    if positions == "sincos":
+        encoder.pos_embed[:, 0] = torch.randn(8)  # the class token has a place too, in weights of others
     recipe = replace(CALM, features=features, norm="pretrained")
 
     def pool(x):
@@ -108,6 +110,7 @@ def test_what_learns_under_each_protocol():
     tuned = head | {"head.norm.weight", "head.norm.bias"}
     assert names("linear") == names("partial", 0) == head
     assert names("partial", 1) == tuned | block[1]
+    assert set(trainable_parameters(classifier_of("partial", replace(CALM, norm="pretrained")))) == tuned | block[1]
     assert names("partial", 2) == names("finetune") == names("supervised") == tuned | {"encoder." + n for n in encoder}
     attention = "query q.weight q.bias k.weight v.weight v.bias proj.weight proj.bias".split()
     assert names("attentive") == head | {"head." + name for name in attention}

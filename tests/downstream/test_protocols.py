@@ -153,7 +153,8 @@ def test_every_field_has_its_words_and_arrives_by_its_option(monkeypatch):
     assert options["recipe"] == Recipe(**given, base_lr=own) and report["recipe"] == "demo" and report["lr"] == 0.2
     words = "--run x --protocol finetune --data shapes --base-lr 0.3".split()
     monkeypatch.setattr("sys.argv", ["evaluate.py", *words])
-    assert evaluate.task_options(evaluate.options(), {})[0]["recipe"].base_lr == 0.3
+    options, report = evaluate.task_options(evaluate.options(), {})
+    assert options["recipe"].base_lr == 0.3 and report["lr"] == 0.3 * options["recipe"].batch_size / 256
     words = "--run x --protocol attentive --data imagenet --attend-cls".split()
     monkeypatch.setattr("sys.argv", ["evaluate.py", *words])
     options, report = evaluate.task_options(evaluate.options(), dict(method="cae"))

@@ -28,6 +28,9 @@ def test_second_start_reads_the_cache(tmp_path, cache, monkeypatch):
     assert torch.equal(
         image_sets.open_set(str(tmp_path / "set")).images(torch.arange(4)), first.images(torch.arange(4))
     )
+    monkeypatch.setattr(image_cache, "FORMAT", b"another version's\n")  # which leaves this one's files alone
+    image_sets.open_set(str(tmp_path / "set"))
+    assert len(caches(cache)) == 2
 
 
 def test_pixels_are_mapped_so_that_a_machine_s_processes_share_them(tmp_path, cache):

@@ -46,13 +46,15 @@ def test_images_of_equal_area_and_different_shape_keep_their_shapes(tmp_path, mo
 
 
 def test_only_a_sample_is_measured_and_imagenet_always_streams(tmp_path, monkeypatch):
-    make_folder(tmp_path / "train", n=100, h=4, w=5)
+    make_folder(tmp_path / "train", ("cat",), n=50, h=4, w=5)
+    make_folder(tmp_path / "train", ("dog",), n=50, h=8, w=5)
     make_folder(tmp_path / "val", n=1)
-    files = image_files.Files(tmp_path, [f"train/cat/{i:03}.png" for i in range(100)])
-    assert files.survey(sample=7) == (100 * 3 * 4 * 5, False)
+    paths = [f"train/{name}/{i:03}.png" for name in ("cat", "dog") for i in range(50)]
+    files = image_files.Files(tmp_path, paths)
+    assert files.survey(sample=6) == (100 * 3 * 6 * 5, False)  # from all over the set
     spoil(tmp_path / "train" / "cat" / "000.png")
     (tmp_path / "train" / "cat" / "000.png").write_bytes(b"")
-    assert files.survey()[0] == 100 * 3 * 4 * 5  # what has no header does not count
+    assert files.survey(sample=2)[0] == 100 * 3 * 8 * 5  # what has no header does not count
     monkeypatch.setattr(Image, "open", lambda path: pytest.fail("measured"))
     assert not image_sets.open_set("imagenet", tmp_path).resident
 
