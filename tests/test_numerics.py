@@ -353,16 +353,17 @@ def test_what_a_method_makes_is_where_its_images_are(method, flags, monkeypatch)
 # ------------------------------------------------------------------------------------------------------ half precision
 
 # Relative error of a loss whose every product is rounded to 8 bits (2⁻⁸ = 0.4 %) or to 11 (2⁻¹¹ = 0.05 %), after two
-# blocks; temperatures of 0.07 multiply it by up to 14. And the cosine of the gradient with that in float32: least for
-# CMAE, whose heads divide features that are nearly the same in all images by how little they differ. Over seeds CMAE's
-# errors come to 0.021 and its cosines to 0.954 in bf16.
-PRECISIONS = {"bf16": (torch.bfloat16, 0.06, 0.8), "fp16": (torch.float16, 0.008, 0.998)}
+# blocks; temperatures of 0.07 multiply it by up to 14. And the cosine of the gradient with that in float32. Over a
+# hundred seeds the errors come to 0.033 and 0.006, the cosines to 0.996 and 0.9993.
+PRECISIONS = {"bf16": (torch.bfloat16, 0.06, 0.98), "fp16": (torch.float16, 0.008, 0.998)}
 
 
 @pytest.mark.training
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("method", METHODS)
-def test_half_precision_gives_nearly_the_loss_and_gradient_of_float32(method, precision):
+def test_half_precision_gives_nearly_the_loss_and_gradient_of_float32(method, precision, monkeypatch):
+    """With softplus for ReLU: a rounding may switch a unit of ReLU on or off, and with it a part of the gradient."""
+    monkeypatch.setattr(torch.nn.functional, "relu", torch.nn.functional.softplus)
     dtype, near, parallel = PRECISIONS[precision]
     model = copy.deepcopy(MODELS[method])
     batch = batch_for(model, B=8, seed=3)
