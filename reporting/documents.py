@@ -44,6 +44,11 @@ def names_of(results: Path, folder: str) -> list[str]:
     return [f"{folder}/{file.stem}" for row in ROWS for file in files if file.stem.split("-")[0] == row]
 
 
+def setting(config: dict) -> str:
+    size = f"{config['classes']} classes of " if "classes" in config else ""
+    return f"{size}{config['data']}, {config['model']} encoder, {config['epochs']} epochs"
+
+
 def commits(runs: list[dict]) -> str:
     return ", ".join(sorted({(run.get("commit") or "?")[:7] + "*" * bool(run.get("dirty")) for run in runs}))
 
@@ -69,13 +74,11 @@ def results_block(results: Path) -> str:
         if not rows:
             parts.append(f"`python reproduce.py --budget {folder}`: not run yet.")
             continue
-        config = found["config"]
-        size = f"{config['classes']} classes of " if "classes" in config else ""
         head = "method | seeds | kNN | linear | attentive | fine-tuned | loss | minutes | commit, log"
         parts += [
-            f"`python reproduce.py --budget {folder}`: {size}{config['data']}, {config['model']} encoder, "
-            f"{config['epochs']} epochs, on {' or '.join(sorted(machines))}. Top-1 in per cent, mean ± standard "
-            "deviation over seeds; minutes of a seed with its evaluation; * some files had changes after the commit.",
+            f"`python reproduce.py --budget {folder}`: {setting(found['config'])}, on {' or '.join(sorted(machines))}. "
+            "Top-1 in per cent, mean ± standard deviation over seeds; minutes of a seed with its evaluation; * some "
+            "files had changes after the commit.",
             table(head, rows), *(f"† {', '.join(names)}: {why}." for why, names in notes.items()),
         ]  # fmt: skip
     return "\n\n".join(parts)

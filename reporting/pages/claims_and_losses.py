@@ -3,7 +3,7 @@
 from html import escape
 
 from reporting import HERE
-from reporting.documents import spell, verdict
+from reporting.documents import setting, spell, verdict
 from reporting.result_files import read, values
 
 RESULTS = HERE / "results"
@@ -17,14 +17,24 @@ COLOURS = ("var(--accent)", "var(--stop)", "var(--link)", "var(--keyword)", "var
 
 
 def measured(claim: dict) -> dict[str, str]:
-    """A claim of reporting/claims.json with its verdict and its numbers, from lower to higher."""
+    """A claim of reporting/claims.json with its verdict, numbers from lower to higher, and how they were measured."""
     found = [values(RESULTS, side) for side in claim["sides"]]
-    numbers = " → ".join(spell(x) for x in found) if all(found) else ""
     measures = dict.fromkeys(MEASURES.get(side.split()[1], "") for side in claim["sides"])
+    numbers, how = "", ""
+    if all(found):
+        numbers = " → ".join(spell(x) for x in found)
+        files = [read(RESULTS / f"{side.split()[0]}.json") for side in claim["sides"]]
+        minutes = [round(run["seconds"] / 60) for file in files for run in file["runs"]]
+        how = f"{' or '.join(dict.fromkeys(recipe(file['config']) for file in files))}; a run took {min(minutes)} to "
+        how += f"{max(minutes)} minutes of a CPU with its evaluation"
     return dict(
         verdict=verdict(found[0], found[-1]), statement=claim["statement"], numbers=numbers, paper=claim["reported"],
-        where=f"{claim['paper']}, {claim['where']}", measure=" and ".join(filter(None, measures)),
+        where=f"{claim['paper']}, {claim['where']}", measure=" and ".join(filter(None, measures)), how=how,
     )  # fmt: skip
+
+
+def recipe(config: dict) -> str:
+    return f"{config['recipe']} recipe, {setting(config)}"
 
 
 def curve(method: str) -> str:
@@ -33,7 +43,8 @@ def curve(method: str) -> str:
     if not files:
         return ""
     found = read(files[0])
-    rows, caption = found["runs"][0]["loss"], f"losses by epoch, results/{files[0].relative_to(RESULTS)}"
+    rows, where = found["runs"][0]["loss"], f"results/{files[0].relative_to(RESULTS)}"
+    caption = f"losses by epoch: {recipe(found['config'])}; {where}"
     caption += f" ({found['stale']})" if "stale" in found else ""
     parts = [part for part in rows[0] if part != "epoch"]
     top, last = max(row[part] for row in rows for part in parts), rows[-1]["epoch"] or 1

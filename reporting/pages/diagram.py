@@ -76,7 +76,8 @@ def lanes(lines: list[str], depths: dict[str, int]) -> dict[str, int]:
             last = chain.index(new[-1])
             end = depths[chain[last + 1]] - 1 if last + 1 < len(chain) else depths[new[-1]]
             span = range(depths[new[0]], max(end, depths[new[-1]]) + 1)
-            lane = next(i for i in range(99) if not any((i, depth) in taken for depth in span))
+            left = places.get(chain[0], 0)  # a branch goes to the right
+            lane = next(i for i in range(left, 99) if not any((i, depth) in taken for depth in span))
             taken |= {(lane, depth) for depth in span}
             places |= dict.fromkeys(new, lane)
     return places
@@ -98,9 +99,10 @@ def arrow(a: str, b: str, places: dict, depths: dict, boxes: dict) -> str:
     (x, y), (u, v) = ((places[n] * ACROSS + 4 + WIDTH / 2, depths[n] * DOWN + 8) for n in (a, b))
     if v > y:
         y += HEIGHT
-        past = u == x and depths[b] - depths[a] > 1  # around the boxes between
-        bend = f"C{x + 80} {y + 30} {u + 80} {v - 30}" if past else f"C{x} {(y + v) / 2} {u} {(y + v) / 2}"
-        if not past and depths[b] - depths[a] > 1:  # down the side first, then over
+        bend = f"C{x} {(y + v) / 2} {u} {(y + v) / 2}"
+        if u == x and any(places[n] == places[a] and depths[a] < depths[n] < depths[b] for n in boxes):  # around them
+            bend = f"C{x + 80} {y + 30} {u + 80} {v - 30}"
+        elif u != x and depths[b] - depths[a] > 1:  # down the side first, then over
             bend = f"V{v - DOWN + HEIGHT} C{x} {v - 10} {u} {v - 20}"
     else:  # up again: along the side
         y, v, x, u = y + HEIGHT / 2, v + HEIGHT / 2, x + WIDTH / 2, u + WIDTH / 2

@@ -11,7 +11,8 @@ from PIL import Image
 from torch import Tensor
 
 import cmae_loc
-from common import StepRandom, ViT, pair
+import mae
+from common import Mask, StepRandom, ViT, pair
 from figures import measures
 from figures.plots import batch_pictures, picture_names
 from inputs import augment
@@ -60,7 +61,21 @@ def made(step: Step) -> str:
         (maps,) = measures.attention_maps([attention], lambda: method.encoder(images))
         maps = maps[:, :, 0, 1:].mean(dim=1).unflatten(1, method.encoder.grid)
         rows["attention of the class token in the last block, mean over heads"] = shades(maps, images.shape[2:])
+    mask = next((x for x in step.batch if isinstance(x, Mask)), None)
+    if mask and mask.masked.numel() and isinstance(getattr(method, "decoder", None), mae.Decoder):
+        rows["attention of the framed hidden patch in the decoder's last block"] = decoding(method, images, mask)
     return strips(rows, caption)
+
+
+def decoding(method, images: Tensor, mask: Mask) -> Tensor:
+    """Which patches one hidden patch of each image looks at in the decoder, mean over heads, with a frame around it."""
+    p, (_, width) = method.encoder.patch_size, method.encoder.grid
+    with mock.patch.object(measures, "centred", lambda views, _: views):  # they are cropped and normalised already
+        *_, maps = measures.decoder_maps(method, images, mask)
+    place = mask.masked[:, 0]
+    maps = maps.mean(dim=1)[torch.arange(len(place)), 1 + place, 1:].unflatten(1, method.encoder.grid)
+    frames = torch.stack([place // width, place % width, *2 * [torch.ones_like(place)]], dim=1) * p * ZOOM
+    return outlined(enlarged(shades(maps, images.shape[2:])), frames, ORANGE)
 
 
 def enlarged(pictures: Tensor) -> Tensor:

@@ -35,7 +35,7 @@ class Setting:
     losses: str
     chips: dict[int, list[traced_step.Chip]]
     idle: set[int]
-    legend: dict[str, int]
+    legend: dict[str, str]  # of the letters of its chips
 
 
 def build(out: str, runs: str = "runs") -> None:
@@ -43,9 +43,7 @@ def build(out: str, runs: str = "runs") -> None:
     directory = Path(out)
     directory.mkdir(parents=True, exist_ok=True)
     templates = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    templates.globals |= dict(
-        pages=PAGES, methods=METHODS, measured=claims_and_losses.measured, meanings=traced_step.MEANINGS
-    )
+    templates.globals |= dict(pages=PAGES, methods=METHODS, measured=claims_and_losses.measured)
 
     def write(file: str, template: str, **values) -> None:
         files.write_text(directory / file, templates.get_template(template).render(**values))
@@ -79,15 +77,12 @@ def steps(runs: Path) -> tuple[dict[str, list[Setting]], dict[str, dict[int, str
             chips, pages = traced_step.chips(step, other), {name: label}
             if not changes:
                 pages["common"], below[name] = f"a step of {name}", shown(name, step, runs)
-            sizes = {
-                letter: size for letter, size in traced_step.letters(step).items() if re.fullmatch(r"[A-Za-z]+", letter)
-            }
             losses = ", ".join(f"{key} {value:.4g}" for key, value in step.losses.items())
             for page, title in pages.items():
                 here = {line: row for (at, line), row in chips.items() if at == page}
                 ran = step.ran.get(page, set())
                 idle = traced_step.idle(source(page), ran, before.setdefault(page, ran))
-                found[page].append(Setting(title, losses, here, idle, sizes))
+                found[page].append(Setting(title, losses, here, idle, traced_step.legend(step, here.values())))
     return found, below
 
 
@@ -104,7 +99,7 @@ def page_of(name: str, settings: list[Setting], below: dict[int, str]) -> dict:
     of, page = source(name), annotations.read(name)
     first = settings[0] if settings else Setting("", "", {}, set(), {})
     return dict(
-        name=name, page=page, of=of, rows=rows(of, page.notes, first, below), settings=settings, legend=first.legend,
+        name=name, page=page, of=of, rows=rows(of, page.notes, first, below), settings=settings,
         diagram=diagram.draw(page.diagram), curve=claims_and_losses.curve(name), sentence=sentence(of),
         switches=switches(settings),
     )  # fmt: skip
@@ -128,10 +123,11 @@ def rows(of: Source, sections: list[annotations.Note], setting: Setting, below: 
     for number, (text, html) in enumerate(zip(of.lines, of.html, strict=True), 1):
         if number in places:
             found.append(Row(places[number]))
+        indent = len(text) - len(text.lstrip())
         found[-1].lines.append(dict(
             number=number, html=html, names=names.get(number, []), chips=setting.chips.get(number, []),
-            idle=number in setting.idle, indent=len(text) - len(text.lstrip()), noted=number in places,
-            below=below.get(number, ""),
+            idle=number in setting.idle, indent=indent, noted=number in places,
+            below=below.get(number, ""), drawn=number <= of.tree.body[0].end_lineno and indent >= 4,
         ))  # fmt: skip
         total = found[-1] if '"loss":' in text else total
     if total:
@@ -146,7 +142,7 @@ def switches(settings: list[Setting]) -> str:
         base = settings[0].chips
         lines = [n for n in sorted(base.keys() | setting.chips.keys()) if base.get(n) != setting.chips.get(n)]
         chips = {n: setting.chips.get(n, []) for n in lines}
-        found.append(dict(name=setting.name, losses=setting.losses, idle=sorted(setting.idle), chips=chips))
+        found.append(vars(setting) | dict(idle=sorted(setting.idle), chips=chips))
     return compact(found)
 
 

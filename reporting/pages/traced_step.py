@@ -5,7 +5,7 @@ import dataclasses
 import re
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import product
 from pathlib import Path
@@ -221,8 +221,9 @@ MEANINGS = dict(
     B="images", N="patches", D="channels of the encoder", P="values of a patch", V="visible patches",
     M="masked patches", d="channels of what is contrasted", width="channels of the decoder", codes="codes", K="codes",
     b="pixels a side of a block", hidden="channels at first", H="pixels a side of an image (W too)",
-    h="patches a side (w too)", p="pixels", heads="heads of the encoder",
+    h="patches a side (w too)", p="pixels a side of a patch", heads="heads of the encoder",
 )  # fmt: skip
+SHIFT = "pixels, more than any shift"
 
 
 def letters(step: Step) -> dict[str, int]:
@@ -251,6 +252,13 @@ def letters(step: Step) -> dict[str, int]:
     found |= {"3·p": 3 * base["p"]} if vit else {}
     found |= {"H+p": base["H"] + base["p"]} if hasattr(method, "shifts") else {}
     return found
+
+
+def legend(step: Step, rows: Iterable[list["Chip"]]) -> dict[str, str]:
+    """What the letters of these chips stand for, and N."""
+    used = {"N"}.union(*(re.findall(r"[A-Za-z]+", chip.shape) for row in rows for chip in row))
+    meanings = MEANINGS | (dict(p=SHIFT) if hasattr(step.method, "shifts") else {})
+    return {letter: f"{size} {meanings[letter]}" for letter, size in letters(step).items() if letter in used}
 
 
 class Chip(NamedTuple):

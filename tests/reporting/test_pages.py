@@ -175,9 +175,17 @@ def test_sides_of_pictures_and_grids_have_letters_of_their_own(steps):
     assert {"(B, K, h, w)", "(B, hidden, 2·h, 2·w)"} <= shapes["dvae"]
 
 
-def test_every_letter_of_a_legend_says_what_it_is(steps):
+def test_a_legend_has_the_letters_of_the_page_s_shapes_and_says_what_they_are(steps):
     for step, _ in steps.values():
         assert {letter for letter in traced_step.letters(step) if letter.isalpha()} <= traced_step.MEANINGS.keys()
+    legends = {}
+    for name in ("mae", "cmae"):
+        for page in (name, "common"):
+            rows = [row for (at, _), row in traced_step.chips(*steps[name]).items() if at == page]
+            legends[name, page] = traced_step.legend(steps[name][0], rows)
+    assert set(legends["cmae", "cmae"]) == set("BNDPVMdHp") and "h" in legends["cmae", "common"]
+    assert legends["cmae", "cmae"]["p"].startswith("9 pixels, more than any shift")
+    assert legends["mae", "common"]["p"] == "8 pixels a side of a patch" and "width" not in legends["mae", "common"]
 
 
 def test_what_does_not_run_is_idle_and_nothing_else():
@@ -286,18 +294,37 @@ def test_pictures_are_the_batch_s_the_boxes_and_what_a_method_makes(steps):
     assert [name for name in rows if any("heat map" in row for row in rows[name])] == ["cmae_loc"]
     for name, (step, _) in steps.items():
         made, attends = pictures.made(step), name != "dvae"  # which has no ViT
-        assert made.count("data:image/webp") == len(step.method.picture(step.batch)) + attends, name
+        decodes = name in ("mae", "cmae", "cmae_loc", "lcmae")  # what is hidden, from what is visible
+        assert made.count("data:image/webp") == len(step.method.picture(step.batch)) + attends + decodes, name
         assert made.count("attention of the class token") == attends, name
+        assert made.count("attention of the framed hidden patch") == decodes, name
 
 
 def test_attention_is_the_class_token_s_to_the_patches(steps, monkeypatch):
     step, seen = steps["mae"][0], {}
     monkeypatch.setattr(pictures, "strips", lambda rows, _: seen.update(rows))
     pictures.made(step)
-    *_, shown = seen.values()
+    shown = seen["attention of the class token in the last block, mean over heads"]
     with torch.no_grad():
         heat = cmae_loc.class_attention(step.method.encoder, step.batch.images).unflatten(1, step.method.encoder.grid)
     torch.testing.assert_close(shown, pictures.shades(heat, (64, 64)), atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_attention_of_the_decoder_is_that_of_the_framed_hidden_patch(steps):
+    method, (images, mask) = steps["mae"][0].method, steps["mae"][0].batch
+    shown, seen, last = pictures.decoding(method, images, mask), [], method.decoder.blocks[-1].attn
+    hook = last.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0]))
+    method(steps["mae"][0].batch)
+    hook.remove()
+    weights = pictures.measures.attention_weights(last, seen[0])  # of the class token, the visible, then the masked
+    first = weights[:, :, 1 + mask.visible.shape[1], 1:].mean(dim=1)
+    heat = torch.zeros(len(images), 64).scatter(1, mask.order(), first).unflatten(1, (8, 8))
+    sides = torch.tensor([[16, 16]]).expand(len(images), 2)
+    corners = 16 * torch.stack([mask.masked[:, 0] // 8, mask.masked[:, 0] % 8], dim=1)
+    expected = pictures.enlarged(pictures.shades(heat, (64, 64)))
+    expected = pictures.outlined(expected, torch.cat([corners, sides], dim=1), pictures.ORANGE)
+    torch.testing.assert_close(shown, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_both_windows_lie_where_the_views_are_cut_from_the_master(steps, monkeypatch):
@@ -345,6 +372,8 @@ def test_claims_have_the_verdicts_of_the_document():
         found = claims_and_losses.measured(claim)
         assert f"- **{found['verdict']}** {found['where']}: {found['statement']}." in document
         assert f"| {found['paper']} |" in document and found["numbers"] in document
+        recipe = r"demo recipe, .*nano encoder, \d+ epochs; a run took \d+ to \d+ minutes"
+        assert re.match(recipe if found["numbers"] else "$", found["how"]), claim
         if any(side.endswith("top1") for side in claim["sides"]):
             assert "top-1 accuracy" in found["measure"], claim
 
@@ -358,13 +387,15 @@ def test_the_curve_stands_beside_the_last_line_that_returns_a_loss():
 
 def test_a_curve_has_its_numbers_at_its_ticks(tmp_path, monkeypatch):
     losses = [dict(epoch=1, loss=4.0), dict(epoch=8, loss=1.0)]
-    text = json.dumps(dict(method="mae", commands={}, config={}, runs=[dict(measured={}, loss=losses)], stale="old"))
+    config = dict(recipe="demo", classes=10, data="x", model="nano", epochs=8)
+    run = dict(measured={}, loss=losses)
+    text = json.dumps(dict(method="mae", commands={}, config=config, runs=[run], stale="old"))
     (tmp_path / "cpu").mkdir()
     (tmp_path / "cpu/mae.json").write_text(text)
     monkeypatch.setattr(claims_and_losses, "RESULTS", tmp_path)
     assert claims_and_losses.curve("cmae") == ""
     svg = claims_and_losses.curve("mae")
-    assert "results/cpu/mae.json (old)" in svg
+    assert "demo recipe, 10 classes of x, nano encoder, 8 epochs; results/cpu/mae.json (old)" in svg
     assert re.findall(r">([\d.]+)</text>", svg) == ["0", "0", "2", "4", "4", "8"]
     assert 'points="50.5,8.0 208.0,66.5"' in svg and "loss 4 → 1" in svg  # an eighth of 180 from 28; a quarter of 78 up
 

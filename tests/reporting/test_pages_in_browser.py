@@ -43,7 +43,7 @@ def test_notes_stand_beside_their_lines_and_nothing_overflows(seen):
             assert page["gap"] <= 20 and not page["cut"], page
         if page["width"] == 390:
             assert page["above"], page
-        assert not page["wide"] and page["scroll"] <= 0, page
+        assert not page["wide"] and page["scroll"] <= 0 and not page["wrapped"], page
     assert sum(page["notes"] for page in seen[0]["found"]) > 2 * 100
 
 
@@ -56,6 +56,7 @@ def test_a_setting_is_chosen_and_left_again(seen):
     assert again == plain and plain["changed"] == 0
     assert other["changed"] > 0 and other["idle"] > plain["idle"]  # without contrast most of the step does not run
     assert "contrast" in plain["losses"] and "contrast" not in other["losses"]
+    assert "d = 256 " in plain["legend"] and "d = 256 " not in other["legend"]
 
 
 def test_a_name_is_hovered_and_followed_and_an_equation_found(seen):

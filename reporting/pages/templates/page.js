@@ -45,6 +45,7 @@ function step(number) {
   for (const [line, chips] of plain) { $(`#L${line} .chips`)?.remove(); if (chips) $(`#L${line}`).append(chips); }
   plain.clear();
   $(".losses").textContent = switches[number].losses;
+  $(".legend").replaceChildren(...Object.entries(switches[number].legend).flatMap(([letter, about]) => [make("span", {}, make("b", {}, letter), ` = ${about}`), " "]));
   choice.selectedIndex = number;
   for (const button of document.querySelectorAll("[data-step]")) button.setAttribute("aria-pressed", +button.dataset.step === number);
   const idle = new Set(switches[number].idle);
