@@ -442,6 +442,10 @@ def test_pictures_show_the_image_the_truth_and_what_is_found(folder, tmp_path):
     first, truth, found = np.split(np.array(Image.open(tmp_path / "a.png")).astype(int), 3, axis=1)
     assert first.shape == (6 * 256, 256, 3) and np.array_equal(truth, found) and not np.array_equal(first, truth)
     assert np.array_equal(first[:256:4, ::4], images.read(0)[0].permute(1, 2, 0).numpy())
+    model.predict = lambda samples, device: [(s.planes[0] == 0).long() for s in samples]
+    dense_prediction.draw(model, reader, tmp_path / "a.png", "cpu")
+    _, same, wrong = np.split(np.array(Image.open(tmp_path / "a.png")).astype(int), 3, axis=1)
+    assert np.array_equal(truth, same) and (truth != wrong).any(axis=2).mean() > 0.9
     instances = dense_sets.Instances(folder, "val")
     model, reader = dense_prediction.Detector(small_vit(64), 4), dense_sets.Reader(instances, 64)
     perfect = dict((s.index, found) for found, s in truth_as_found(instances, 64))

@@ -55,6 +55,10 @@ def test_masks_are_where_the_objects_are_in_the_image():
                 colour, bulge, surface = np.float32([50, 0, 50])[None, :, None, None], 0, 0.0
             super().paint(d, colour, bulge, surface)
 
+        def bush(self, y, size):
+            assert self.drawing == 0  # it is no part of an object, behind it or in front
+            super().bush(y, size)
+
     for seed in range(5):
         plain, marked = (Kind(np.random.default_rng(seed)) for Kind in (builtin_scenes.Scene, Marked))
         glare = (marked.image[..., 0] == 255) & (marked.image[..., 2] == 255)

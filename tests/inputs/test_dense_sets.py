@@ -93,6 +93,7 @@ def test_of_tiny_imagenet_the_first_classes_alone_can_be_taken(tiny):
         ("train/n02/n02_boxes.txt", "n02_0.JPEG\t1\t2\t3\tx", "must be an image, its class and four numbers"),
         ("train/n02/n02_boxes.txt", "n02_0.JPEG\t50\t2\t3\t9", "outside of its image"),
         ("train/n02/n02_boxes.txt", "", "names nothing"),
+        ("val/val_annotations.txt", "val_0.JPEG\t1\t2\t3\t4", "must be an image, its class and four numbers"),
         ("val/val_annotations.txt", "val_0.JPEG\tn09\t1\t2\t3\t4", "category n09, which is not listed"),
         ("val/val_annotations.txt", "val_0.JPEG\tn02\t70\t2\t99\t4", "outside of its image"),
     ],
