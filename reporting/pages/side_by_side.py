@@ -14,10 +14,6 @@ class Block(NamedTuple):
     name: str
     lines: list[tuple[int, str, bool, int]]
 
-    def drawn(self, i: int) -> bool:
-        """Whether line i belongs to a table or drawing of the header, which is not wrapped."""
-        return self.name == "header" and 0 <= i < len(self.lines) and self.lines[i][3] >= 4
-
 
 def blocks(page: str) -> dict[str, range]:
     """Name → lines, without a gap: the header, imports, each definition, each method of a class."""

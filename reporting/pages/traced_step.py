@@ -223,7 +223,6 @@ MEANINGS = dict(
     b="pixels a side of a block", hidden="channels at first", H="pixels a side of an image (W too)",
     h="patches a side (w too)", p="pixels a side of a patch", heads="heads of the encoder",
 )  # fmt: skip
-SHIFT = "pixels, more than any shift"
 
 
 def letters(step: Step) -> dict[str, int]:
@@ -257,7 +256,7 @@ def letters(step: Step) -> dict[str, int]:
 def legend(step: Step, rows: Iterable[list["Chip"]]) -> dict[str, str]:
     """What the letters of these chips stand for, and N."""
     used = {"N"}.union(*(re.findall(r"[A-Za-z]+", chip.shape) for row in rows for chip in row))
-    meanings = MEANINGS | (dict(p=SHIFT) if hasattr(step.method, "shifts") else {})
+    meanings = MEANINGS | (dict(p="pixels, more than any shift") if hasattr(step.method, "shifts") else {})
     return {letter: f"{size} {meanings[letter]}" for letter, size in letters(step).items() if letter in used}
 
 
