@@ -10,7 +10,7 @@ patches' features, recognise its own image among the batch, as a momentum encode
 The released code multiplies L_c by 2τ = 0.14, which the paper does not say. The paper's recipe, the default here, thus
 weighs L_c 7.1 times as strongly as the released code; `--official-scale` follows the code. The demo recipe sets it.
 
-Changes from mae.py: the second view, the feature decoder, the two heads, the momentum branch, L_c.
+Changes from mae.py: two views of a larger crop, the feature decoder, the two heads, the momentum branch, L_c.
 
     question         | paper             | official code                   | here (flag)
     ---------------- | ----------------- | ------------------------------- | -------------------------------------------
@@ -18,9 +18,9 @@ Changes from mae.py: the second view, the feature decoder, the two heads, the mo
     mask             | as MAE's (§4.1)   | 65 %, squares of 2 x 2 patches  | the paper's (--mask-ratio, --mask-cell)
     last target norm | as online's, §3.1 | none                            | kept (--no-target-norm)
     target colours   | jitter (§4.4)     | also blur; grey swaps red, blue | also grey, no blur (--target-blur 0.5)
-    feature output   | as F_t's features | 3·p·p wide, in ViT-B its width  | as wide as the encoder
-    heads            | not said          | Linear, BN, ReLU, Linear        | the same (--projector-width, -out)
-    initial heads    | not said          | PyTorch's: projector .021, .015 | MAE's: projector .029, .033
+    feature output   | as F_t's features | a patch's 768 values            | as wide as the encoder
+    layers of heads  | not said (§3.3)   | Linear, BN, ReLU, Linear        | the same (--projector-width, -out)
+    initial heads    | not said          | PyTorch's: deviation .021, .015 | MAE's: .029, .033 (projector's two layers)
     class token      | not said          | in every part, but in no mean   | the same
     weight decay     | .05               | of BN scales, of no tokens      | of tokens (--no-decay cls_token mask_token)
     shared decoder   | "weight", Tab. 4c | none                            | the pixel decoder's first blocks

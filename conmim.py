@@ -8,13 +8,13 @@ each of these, its own among all patches of the same image, as a slowly progress
 
     question        | paper                | official code                     | here (flag)
     --------------- | -------------------- | --------------------------------- | ------------------------------------
-    mask            | 75 %, cells of 32 px | the same, or 75 of 196 in blocks  | (--masking block --mask-ratio 0.382)
-    mask token      | in pixels (Alg. 1)   | replaces embeddings               | as the code; positions come after
+    mask of ViT-B   | 75 %, cells of 32 px | the same, or 75 of 196 in blocks  | (--masking block --mask-ratio 0.382)
+    mask token      | for pixels? (Alg. 1) | replaces embeddings               | as the code; positions come after
     positions       | "mostly" as BEiT, §4 | relative alone                    | absolute (--positions relative)
     crop            | likewise             | keeps 8 to 100 % of the area      | the same (--crop-scale)
     colour jitter   | no probability       | .8                                | always (--jitter 0.8)
     greyscale       | not in Table 10      | .2                                | none (--gray 0.2)
-    solarise, blur  | not said             | threshold .5; σ .1-2 at 224 px    | the same, σ in proportion
+    solarise, blur  | .2, .1 (Table 10)    | threshold .5; σ .1-2 at 224 px    | the same, σ in proportion
     projector       | MoCo v3's (§4)       | sees class tokens, each GPU alone | without, all GPUs (--project-class)
     norm of f       | L2 (not in Alg. 1)   | L2                                | L2
     keys' layout    | (N, D, K) in Alg. 1  | transposed                        | transposed
@@ -22,12 +22,12 @@ each of these, its own among all patches of the same image, as a slowly progress
     kept weights    | not said             | the slow copy's                   | the trained (--keep-slow)
     layer scale     | "mostly" as BEiT, §4 | .1 (ViT-L's command: 1e-5)        | none (--layer-scale 0.1)
     weight decay    | .05                  | not on the class token            | on it (--no-decay cls_token)
-    initial weights | likewise             | BEiT's                            | MAE's
+    initial weights | "mostly" as BEiT, §4 | BEiT's                            | MAE's
     clipping        | 3 (Table 10)         | 1 in ViT-L's, its one, command    | 3
 
 The loss is the mean over the masked patches of all images; an image's K keys are its N patches.
-Table 4's instance-level row is `contrast="instance", masking="none"`: the keys are the images of the batch, crop and
-flip stay shared, and the mean of the tokens enters the projector. Table 5 has keys of a GPU (128 images), here of
+Table 4's instance-level row is read as `contrast="instance", masking="none"`: keys are the images of the batch, crop
+and flip stay shared, the mean of the tokens enters the projector. Table 5 has keys of a GPU (128 images), here of
 all ranks (`--accumulate 16` makes it 128). The threshold of its filter is not said; similarity to "the anchor" is read
 as the cosine with f(x̂)_j. Equal inputs (Table 6) are read as one view. Tables 4 to 9 are of 300 epochs.
 
@@ -261,7 +261,7 @@ class ConMIM(nn.Module):
         return torch.stack([augment.denormalize(x.float()) for x in rows]).clamp(0, 1)
 
 
-SCORES = 2**28  # similarities at a time, 1 GiB; the 196 patches of 512 images have 28 times as many among them
+SCORES = 2**28  # similarities at a time, 1 GiB; 148 hidden patches of 512 images have 28 times as many with all keys
 
 
 def cosines(anchors: Tensor, keys: Tensor) -> Tensor:
