@@ -1,5 +1,6 @@
 """Training: what is learned, restarts, parts of a step, ranks, precision; layer decay, LARS, which optimizer."""
 
+import copy
 import itertools
 import json
 import math
@@ -24,16 +25,16 @@ from runtime.errors import InputError
 @pytest.mark.parametrize("protocol, blocks", PROTOCOLS)
 def test_a_small_set_is_learned_and_a_repeat_learns_the_same(protocol, blocks):
     optimizer = {"linear": "lars", "attentive": "sgd"}.get(protocol, "adamw")
-    rate = {"lars": 40.0, "sgd": 0.3, "adamw": 0.01}[optimizer]
+    rate = {"lars": 40.0, "sgd": 0.1, "adamw": 0.01}[optimizer]
     recipe = replace(CALM, epochs=12, optimizer=optimizer, lr=rate, drop_path=0.1)
-    val = Images(60, seed=9)
+    val, encoder = Images(60, seed=9), small_vit(width=32)  # of 8 numbers by chance, some hold no colour
 
     def score():
-        classifier = trained(protocol, recipe, blocks, Images(48))
+        classifier = trained(protocol, recipe, blocks, Images(48), copy.deepcopy(encoder))
         return protocols.of_all(classifier.logits, val, 16, CPU)
 
     scores, y = score()
-    assert protocols.accuracy(scores, y)["top1"] > 70  # 33 by chance
+    assert protocols.accuracy(scores, y)["top1"] > 90  # 33 by chance; of 20 seeds the least is 98
     assert torch.equal(score()[0], scores)
 
 
