@@ -650,7 +650,7 @@ def test_warm_up_leaves_time_to_train():
 
     assert warmup("") == warmup("--epochs 200") == warmup("--epochs 11") == 10
     assert warmup("--epochs 10") == 1 and warmup("--epochs 5") == 0.5
-    assert warmup("--epochs 5 --warmup-epochs 4") == warmup("--epochs=5 --warmup-epochs=4") == 4
+    assert warmup("--epochs 5 --warmup-epochs 6") == warmup("--epochs=5 --warmup-epochs=6") == 6  # given is given
 
 
 def test_settings_come_from_defaults_then_recipe_then_flags():

@@ -33,17 +33,17 @@ def clock(monkeypatch):
 
 
 def test_a_line_counts_images_and_seconds_since_the_last_and_epochs_in_parts(tmp_path, clock):
-    """A run that goes on after step 20 of 50, of 16 images each, eight steps an epoch."""
-    meter = Meter(SimpleNamespace(batch_size=16, log_every=10), 20, 50, 8, Log(tmp_path / "log.jsonl", {}, 0), CPU)
-    assert meter.bar.n == 20 and meter.bar.total == 50
-    for step in range(21, 51):
+    """A run that goes on after step 20 of 48, of 16 images each, eight steps an epoch. The last has a line too."""
+    meter = Meter(SimpleNamespace(batch_size=16, log_every=10), 20, 48, 8, Log(tmp_path / "log.jsonl", {}, 0), CPU)
+    assert meter.bar.n == 20 and meter.bar.total == 48
+    for step in range(21, 49):
         clock[0] += 0.5 if step <= 30 else 0.25
         meter.update(step, losses(1 / step), 0.1, {})
-    assert [row["step"] for row in rows(tmp_path)] == [30, 40, 50]
+    assert [row["step"] for row in rows(tmp_path)] == [30, 40, 48]
     assert [row["images_per_second"] for row in rows(tmp_path)] == [32, 64, 64]
-    assert [row["seconds"] for row in rows(tmp_path)] == [5, 7.5, 10]
-    assert [row["epoch"] for row in rows(tmp_path)] == [3.75, 5, 6.25]
-    assert rows(tmp_path)[0]["part"] == pytest.approx(1 / 60) and meter.bar.n == 50
+    assert [row["seconds"] for row in rows(tmp_path)] == [5, 7.5, 9.5]
+    assert [row["epoch"] for row in rows(tmp_path)] == [3.75, 5, 6]
+    assert rows(tmp_path)[0]["part"] == pytest.approx(1 / 60) and meter.bar.n == 48
 
 
 def test_the_first_and_the_last_loss_are_kept_also_of_a_run_that_goes_on(tmp_path):
