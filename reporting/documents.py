@@ -215,7 +215,7 @@ def speed_block(results: Path) -> str:
 
 
 def figures(found: dict) -> list[list]:
-    """What reporting/gpu.py has measured, the figure, what was aimed at, and whether it is reached."""
+    """What reporting/check_gpu.py has measured, the figure, what was aimed at, and whether it is reached."""
     rows = []
 
     def row(what: str, value: float | None, sign: str, aim: float, unit: str) -> None:

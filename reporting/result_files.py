@@ -52,7 +52,7 @@ def read(file: Path) -> dict:
 
 
 def result(found: dict, name: str) -> dict:
-    """What a step of reporting/gpu.py has found, if it is done."""
+    """What a step of reporting/check_gpu.py has found, if it is done."""
     record = found["steps"].get(name, {})
     return record["result"] if record.get("state") == "ok" else {}
 

@@ -1,4 +1,4 @@
-"""reporting/gpu.py: what fits, what is done again, what a cut leaves, how waiting is measured; on a CPU."""
+"""reporting/check_gpu.py: what fits, what is done again, what a cut leaves, how waiting is measured; on a CPU."""
 
 import json
 import os
@@ -8,13 +8,13 @@ import time
 import pytest
 
 from methods import METHODS
-from reporting import documents, gpu, whole_run_speed
+from reporting import check_gpu, documents, whole_run_speed
 from runtime.errors import InputError
 from runtime.log import Meter
 
 
 def options(out, more=""):
-    return gpu.options(f"--out {out} --device cpu --rehearse {more}".split())
+    return check_gpu.options(f"--out {out} --device cpu --rehearse {more}".split())
 
 
 def done(**results):
@@ -22,9 +22,12 @@ def done(**results):
 
 
 def test_a_step_is_begun_where_there_is_time_for_it_and_what_is_done_takes_none(tmp_path, monkeypatch, capsys):
-    begun, session = [], gpu.Session(options(tmp_path, "--minutes 1 --only others data knn-mae knn-cmae linear-mae"))
+    begun, session = (
+        [],
+        check_gpu.Session(options(tmp_path, "--minutes 1 --only others data knn-mae knn-cmae linear-mae")),
+    )
     session.found |= done(knn_mae={}, data=dict(train=9), learn_cmae=dict(said="done"))
-    monkeypatch.setattr(gpu.Session, "do", lambda self, step: begun.append(step.name))
+    monkeypatch.setattr(check_gpu.Session, "do", lambda self, step: begun.append(step.name))
     session.run()
     assert begun == ["knn-cmae"]  # no room for `others`, no encoder for linear-mae
     said = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
@@ -34,27 +37,27 @@ def test_a_step_is_begun_where_there_is_time_for_it_and_what_is_done_takes_none(
 
 def test_two_trainings_share_what_is_left_and_keep_their_lengths(tmp_path):
     found = done(data=dict(train=50_000), epochs_mae=dict(seconds=4), epochs_cmae=dict(seconds=8))
-    gpu.share_out(found, 2 * (200 + gpu.START + sum(gpu.PROBES.values())))
+    check_gpu.share_out(found, 2 * (200 + check_gpu.START + sum(check_gpu.PROBES.values())))
     assert found["epochs"] == dict(mae=90, cmae=45)  # 90 % of 200 seconds by 2 and 4 seconds an epoch
-    gpu.share_out(found, 9999)
+    check_gpu.share_out(found, 9999)
     assert found["epochs"] == dict(mae=90, cmae=45)
-    args = gpu.options(f"--out {tmp_path} --device cpu".split())
-    steps = {step.name: step for step in gpu.plan(args, found)}
-    assert steps["learn-mae"].seconds == steps["learn-cmae"].seconds == gpu.START + 180
-    assert list(steps) == gpu.STEPS and "--epochs 90 --warmup-epochs 10" in steps["learn-mae"].command
+    args = check_gpu.options(f"--out {tmp_path} --device cpu".split())
+    steps = {step.name: step for step in check_gpu.plan(args, found)}
+    assert steps["learn-mae"].seconds == steps["learn-cmae"].seconds == check_gpu.START + 180
+    assert list(steps) == check_gpu.STEPS and "--epochs 90 --warmup-epochs 10" in steps["learn-mae"].command
     found["steps"]["learn-mae"] = dict(state="cut")  # goes on in any time
-    again = {step.name: step for step in gpu.plan(args, found)}["learn-mae"]
-    assert again.seconds == gpu.START and again.limit == steps["learn-mae"].limit > steps["learn-mae"].seconds
+    again = {step.name: step for step in check_gpu.plan(args, found)}["learn-mae"]
+    assert again.seconds == check_gpu.START and again.limit == steps["learn-mae"].limit > steps["learn-mae"].seconds
     slow = done(data=dict(train=50_000), epochs_mae=dict(seconds=4))
-    gpu.share_out(slow, 9999)
+    check_gpu.share_out(slow, 9999)
     assert "epochs" not in slow
 
 
 def test_a_call_ends_at_its_limit_with_all_that_it_started(tmp_path, monkeypatch):
-    monkeypatch.setattr(gpu, "GRACE", 1)
+    monkeypatch.setattr(check_gpu, "GRACE", 1)
     child = "import subprocess, sys; p = subprocess.Popen(['sleep', '60']); print(p.pid, flush=True); p.wait()"
     begin = time.monotonic()
-    state = gpu.call(f'-c "{child}"', 2, tmp_path / "log", tmp_path)
+    state = check_gpu.call(f'-c "{child}"', 2, tmp_path / "log", tmp_path)
     assert state == "cut" and time.monotonic() - begin < 30
     pid = int((tmp_path / "log").read_text())
     for _ in range(100):  # until whoever inherits it has noticed
@@ -63,18 +66,18 @@ def test_a_call_ends_at_its_limit_with_all_that_it_started(tmp_path, monkeypatch
         time.sleep(0.1)
     else:
         pytest.fail("what the step had started goes on")
-    assert gpu.call('-c "raise SystemExit(3)"', 60, tmp_path / "log", tmp_path) == "failed"
-    assert gpu.call('-c "print(1)"', 60, tmp_path / "log", tmp_path) == "ok"
+    assert check_gpu.call('-c "raise SystemExit(3)"', 60, tmp_path / "log", tmp_path) == "failed"
+    assert check_gpu.call('-c "print(1)"', 60, tmp_path / "log", tmp_path) == "ok"
 
 
 def test_a_result_is_a_file_or_the_last_line(tmp_path):
     log, report = tmp_path / "log", tmp_path / "report"
     log.write_text('bar 10%\r{"top1": 5}\n\n')
-    assert gpu.harvest(log, report) == dict(top1=5)
+    assert check_gpu.harvest(log, report) == dict(top1=5)
     log.write_text("...\n3 failed, 4 passed\n")
-    assert gpu.harvest(log, report) == dict(said="3 failed, 4 passed")
+    assert check_gpu.harvest(log, report) == dict(said="3 failed, 4 passed")
     report.write_text('{"rows": []}')
-    assert gpu.harvest(log, report) == dict(rows=[])
+    assert check_gpu.harvest(log, report) == dict(rows=[])
 
 
 def test_a_step_waits_as_long_as_its_draws_take(tmp_path, monkeypatch):
@@ -92,7 +95,9 @@ def test_a_step_waits_as_long_as_its_draws_take(tmp_path, monkeypatch):
     monkeypatch.setattr(METHODS["mae"], "draw", slow)
     monkeypatch.setattr(Meter, "update", Meter.update)
     monkeypatch.setattr(sys, "argv", sys.argv)
-    words = f"--method mae --data shapes {gpu.TINY} --images 64 --batch-size 8 --epochs 18 --device cpu --no-evaluate"
+    words = (
+        f"--method mae --data shapes {check_gpu.TINY} --images 64 --batch-size 8 --epochs 18 --device cpu --no-evaluate"
+    )
     found = whole_run_speed.watch(
         8, [*words.split(), "--precision", "fp32", "--log-every", "8", "--out", str(tmp_path)]
     )
@@ -128,9 +133,9 @@ def test_figures_stand_beside_their_aims_in_the_document(tmp_path):
 
 
 def test_without_a_gpu_only_a_rehearsal_runs(tmp_path, monkeypatch):
-    monkeypatch.setattr(gpu.torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(check_gpu.torch.cuda, "is_available", lambda: False)
     with pytest.raises(InputError, match="no GPU found; rehearse"):
-        gpu.options(["--out", str(tmp_path)])
+        check_gpu.options(["--out", str(tmp_path)])
 
 
 @pytest.mark.slow
@@ -138,15 +143,17 @@ def test_a_rehearsal_does_everything_and_goes_on_where_it_was_cut(tmp_path, monk
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # its steps have limits, and cores that other tests share
 
     def run(more="--minutes 14"):
-        monkeypatch.setattr(sys, "argv", f"gpu --out {tmp_path} --device cpu --rehearse {more}".split())
-        gpu.main()
+        monkeypatch.setattr(sys, "argv", f"check_gpu --out {tmp_path} --device cpu --rehearse {more}".split())
+        check_gpu.main()
         return json.loads((tmp_path / "results.json").read_text()), capsys.readouterr().out
 
     found, printed = run()
     states = {name: record["state"] for name, record in found["steps"].items()}
-    assert states == dict.fromkeys(gpu.STEPS, "ok"), (tmp_path / "log.txt").read_text()
-    assert [row["name"] for row in gpu.result(found, "fast")["rows"]][:2] == ["mae", "cmae"]
-    assert gpu.result(found, "epochs-mae")["seconds"] > 0 and 0 < gpu.result(found, "knn-cmae")["top1"] <= 100
+    assert states == dict.fromkeys(check_gpu.STEPS, "ok"), (tmp_path / "log.txt").read_text()
+    assert [row["name"] for row in check_gpu.result(found, "fast")["rows"]][:2] == ["mae", "cmae"]
+    assert (
+        check_gpu.result(found, "epochs-mae")["seconds"] > 0 and 0 < check_gpu.result(found, "knn-cmae")["top1"] <= 100
+    )
     assert str(tmp_path) not in (tmp_path / "results.json").read_text()
     assert len(printed.splitlines()) < 60 and max(map(len, printed.splitlines())) <= 80
     again, printed = run("--only knn-mae data")

@@ -1,7 +1,7 @@
 """Is minMIM right and fast on this machine's GPU, and does it learn there? All of it in one command.
 
-    python -m reporting.gpu --out DIR --minutes 8 --data-root DIR
-    python -m reporting.gpu --out DIR --device cpu --rehearse        all of it on a CPU, at tiny sizes
+    python -m reporting.check_gpu --out DIR --minutes 8 --data-root DIR
+    python -m reporting.check_gpu --out DIR --device cpu --rehearse        all of it on a CPU, at tiny sizes
 
 The steps come in order of worth. Each is a process of its own, with a limit of time at which it is asked to save and
 end. DIR/results.json has what was found, and is written after each step; DIR/log.txt has the ends of what the steps
@@ -75,7 +75,7 @@ def plan(args, found: dict) -> list[Step]:
     for method in METHODS:
         length = f"--repeat {repeat} --epochs {3 + 120 // max(1, per_epoch)} --max-steps {2 * per_epoch + 120}"
         words = f"{train}{method} {length} --resume never --out {work}/epochs-{method}"
-        steps.append(Step(f"epochs-{method}", 70, 120, f"-m reporting.gpu --watch {per_epoch} {words}"))
+        steps.append(Step(f"epochs-{method}", 70, 120, f"-m reporting.check_gpu --watch {per_epoch} {words}"))
     steps.append(Step("others", 140, 280, f"{bench} cmae_loc cae conmim lcmae --json {work}/others.json"))
     for method in METHODS:
         epochs, run = found.get("epochs", {}).get(method, 0), f"{work}/learn-{method}"
