@@ -57,7 +57,7 @@ def unpatchify(patches: Tensor, p: int, grid: tuple[int, int]) -> Tensor:
 def normalize_patches(patches: Tensor, eps: float = 1e-6) -> Tensor:
     """MAE's per-patch normalised target, t̂ = (t - mean) / √(var + eps); the variance divides by P-1, as torch's."""
     P = patches.shape[-1]
-    unbiased = (P - 1) / P  # layer norm's variance divides by P; it is eight times as fast as var_mean
+    unbiased = (P - 1) / P  # layer norm divides by P, but is eight times as fast as torch.var_mean
     return F.layer_norm(written(patches.float()), (P,), eps=eps * unbiased) * math.sqrt(unbiased)
 
 
@@ -119,14 +119,14 @@ def random_mask(rng: StepRandom, grid: tuple[int, int], ratio: float, cell: int 
 def block_mask(rng: StepRandom, grid: tuple[int, int], count: int, smallest: int = 16, tries: int = 10) -> Mask:
     """BEiT's block-wise mask, continued as in CAE until exactly `count` patches of every image are hidden.
 
-    A block's area is uniform between `smallest` and the number of missing patches, also where fewer than `smallest` are
-    missing; its aspect ratio is log-uniform in [0.3, 1/0.3]. A block that is as high or as wide as the grid, or hides
-    nothing new or more than is missing, is drawn again. After `tries` failures in a row `smallest` is halved.
+    A block's area is uniform between `smallest` and the number of missing patches, whichever of them is larger; its
+    aspect ratio is log-uniform in [0.3, 1/0.3]. A block that is as high or as wide as the grid, or hides nothing new or
+    more than is missing, is drawn again. After `tries` failures in a row `smallest` is halved.
     """
     if not 0 < count < math.prod(grid):
         raise InputError(f"{count} masked patches of {math.prod(grid)} leave nothing visible or nothing masked")
     draws = rng.child()  # of its own, since ranks may need different numbers of tries
-    B = len(range(rng.total)[rng.rows])
+    B = len(range(rng.total)[rng.rows])  # this rank's images of the global batch
     hidden, missing = np.zeros((B, *grid), dtype=bool), np.full(B, count)
     least, failures = np.full(B, smallest), np.zeros(B, dtype=int)
     while len(i := missing.nonzero()[0]):  # the images that are not finished
@@ -304,7 +304,7 @@ class ViT(nn.Module):
     `stem` is "linear" (a ViT) or "conv" (CMAE*). `drop_path` grows linearly over the blocks from 0 to its value.
     `positions` are "sincos", or "relative": tokens get none, and a learned table that all blocks share adds to the
     attention of each head a number for every offset between two patches (BEiT's, as in ConMIM's code).
-    `mean` and `std` (3,) are those by which its images are normalised; None: ImageNet's.
+    `mean` and `std` are triples, those by which its images are normalised; None: ImageNet's.
     """
 
     def __init__(

@@ -19,27 +19,27 @@ Changes from mae.py: the second mask, the projector, L_cross, L_in, a decoder of
     Eq. (6)            | a sum, "mean" in the text | mean over pairs i ≠ j, then over the views
     weights            | 1 (of the sums)           | 1 of the means; by the sums L_MAE starts a thousand times L_cross
     L_MAE and L_in     | L_in in a "single" view   | of both views wherever there are two
-    rows (b), (d), (f) | two masks for L_cross     | one view, so (g) has twice the masked images of (d), as (a) of (f)
+    rows (b), (d), (f) | two masks for L_cross     | one view: half the masked images of (a), (c), (e) and (g)
     x in Eq. (6)       | "original image patches"  | the encoder's input, not standardised by patch as L_MAE's target is
-    6e-4, 2 blocks     | for LC-MAE (§5, §3.3)     | for all rows of Table 1; its (b) may be MAE's own run (82.9)
-    Gaussian decoder   | about 5 x 5, then an MLP  | weights add to 1 at the border too; only the MLP has a residual
+    base 6e-4, depth 2 | for LC-MAE (§5, §3.3)     | for all rows of Table 1; (b) may be Table 2's MAE run (both 82.9)
+    Gaussian decoder   | about 5 x 5, then an MLP  | of all tokens, masked too; sums to 1 at borders; residual: MLP only
     conv decoder       | kernel 5                  | zeros beyond the border; no residual, no MLP
     these two decoders | replace MAE's             | only its blocks; without the class token
     Table A.1          | one image, 5 epochs       | the first of --data; epochs of 1,281,167 crops, one of warm-up
 
-Rows of Table 1 are weights of 0 and 1. Row (b), `--cross-weight 0 --in-weight 0`, gives mae.py's losses exactly with
-mae.py's settings. The other tables are of MAE, at a base rate of 1.5e-4 and batch 1024 (§5), so a peak rate of 6e-4,
+Rows of Table 1 are weights of 0 and 1. Row (b), `--cross-weight 0 --in-weight 0`, at mae.py's settings gives exactly
+mae.py's losses. The other tables are of MAE, at a base rate of 1.5e-4 and batch 1024 (§5), so a peak rate of 6e-4,
 with the 8 blocks of Figure 4 (`--recipe paper`; `evaluate.py` then fine-tunes):
-      Table 2      --cross-weight 0 --in-weight 0 --lr 6e-4 --decoder-depth 8 (in its place --decoder average, conv)
+      Table 2      --cross-weight 0 --in-weight 0 --lr 6e-4 --decoder-depth 8 (or, for it, --decoder average, conv)
       Table 3      --method autoencoder --block 16 (then 48, 80, 112; MAE is Table 2's first command)
       Table A.1    --method mae --batch-size 1024 --images 1 --repeat 1281167 --epochs 5 --warmup-epochs 1
 The analyses of attention and features (Eq. 7 and 8, Figures 2 to 6) are in figures/.
 
     torchrun --nproc_per_node=8 train.py --method lcmae --data tiny-imagenet --download
 
-Measured on ten classes of Tiny-ImageNet (docs/results.md, claims.md); the paper's settings: not run. Deviation of v √d
+Measured on ten classes of Tiny-ImageNet (docs/results.md, claims.md); the paper's settings: not run. Deviation of √d v
 over images, v of length 1 (1: random directions, 0: all alike): (c), L_cross alone, .00002, the collapse that the paper
-reports; (g) .32; (e) .018. Of (e) the paper says that each predicted value has its target; but v has none, only h.
+reports; (g) .32; (e) .018, a collapse of v too: in (e), the paper says, each value has its target, but only h has one.
 """
 
 from dataclasses import dataclass

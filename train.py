@@ -4,20 +4,20 @@
     python train.py --method cmae --data tiny-imagenet --download    one GPU
     torchrun --nproc_per_node=8 train.py --method cmae --data imagenet --data-root DIR --recipe paper
 
-`loop` is the loop that every method runs in. A method's `draw` makes a batch of uint8 images: crops, masks, colours and
-whatever else a step draws are decided and applied there. Called as a module on that batch, the method draws nothing but
-drop path and returns a dict of losses: `loss` is what is minimised; all are logged, as means over the processes, and
-one that is not finite ends the run. Its `encoder` is what a run is for: the student's ViT, unless the method says
-otherwise. Optional members: `update_teacher` moves the teacher after each step, `end_epoch` is given all images after
-each epoch but the last, and `prepare` can have another method trained first, in `<out>/<its name>`, whose weights
-become part of this method and of its checkpoints.
+`loop` is the loop that every method runs in. A method's `draw` turns uint8 images into a batch: crops, masks, colours
+and whatever else a step draws are decided and applied there. Called as a module on that batch, the method draws nothing
+but drop path and returns a dict of losses: `loss` is what is minimised, all are logged as means over the processes. A
+`loss` that is not finite ends the run when it next logs or saves, before anything is saved. A method's `encoder` is
+what a run is for: the student's ViT, unless the method says otherwise. Optional members: `update_teacher` moves the
+teacher after each step, `end_epoch` is given the whole image set after each epoch but the last, and `prepare` can have
+another method trained first, in `<out>/<its name>`, whose weights become part of this method and of its checkpoints.
 
 A run lives in its directory (`--out`): config.json, log.jsonl, checkpoint.pt, encoder.safetensors, pictures, a summary.
 The same command resumes it. Everything random in step t comes from (seed, t) and the order of epoch e from (seed, e).
-So a resumed run ends with the same bits as an uninterrupted one (on a GPU with --deterministic), and neither the number
-of processes nor that of --accumulate's parts changes a draw, except drop path's.
-The host prepares the next step while the GPU computes. The host waits for the GPU only when it logs or saves, between
-epochs, in every tenth step, when the processes agree whether to stop, and with fp16 in every step.
+So a resumed run ends with the same bits as an uninterrupted one of as many processes (on a GPU only with
+--deterministic). Neither the number of processes nor that of --accumulate's parts changes a draw, except drop path's.
+The host prepares the next step while the GPU computes. It waits for the GPU only where it logs, saves or measures, and
+in `end_epoch`.
 """
 
 import json
@@ -63,11 +63,11 @@ def train(args, config, Method, device: torch.device) -> nn.Module:
     """Train a method from its first or next step to its last and return it. A run that is stopped exits the program."""
     rows_of_rank(args.batch_size, args.accumulate)  # to refuse a batch that cannot be shared before images are read
     images = image_sets.open_for(args, "train")
-    images = (images.first(args.images) if args.images else images).to(device)  # files stay on the disk
+    images = (images.first(args.images) if args.images else images).to(device)  # if in memory; files stay on the disk
     augment.find_statistics(args, images, device)  # of `--mean auto`, into `args`
     plan = Plan(args, len(images))
     method, optimizer, scaler = build(args, config, Method, device)
-    watch = Watch(args, method, device)  # measures along the way, if asked to; it changes nothing and keeps no state
+    watch = Watch(args, method, device)  # measures along the way, if asked to; no step depends on it
     run = Run(args, config, len(images), method=method, optimizer=optimizer, scaler=scaler)
     run.open()  # loads the checkpoint, if there is one to continue from
     if run.step == 0 and hasattr(method, "prepare"):
@@ -77,7 +77,7 @@ def train(args, config, Method, device: torch.device) -> nn.Module:
         f"{args.batch_size} on {world_size()} x {device.type} in {args.precision}, into {args.out}")  # fmt: skip
     with augment.views_for(args):  # `draw` crops to their --image-size and standardises by their --mean and --std
         loop(args, plan, run, images, watch, device)
-    if run.stopped_by:
+    if run.stopped_by:  # the number of a signal, the same on all processes
         say(f"stopped at step {run.step} of {plan.steps}; the same command continues from there")
         process.stop()
         sys.exit(128 + run.stopped_by)
@@ -99,7 +99,7 @@ def loop(args, plan: "Plan", run: Run, images: image_sets.ImageSet, watch: Watch
 
     if 0 < run.step < plan.steps and world_size() > 2:
         # After its first backward pass DDP groups its gradients anew, and then adds up those of three or more processes
-        # in another order. The interrupted run had done so. A pass whose gradients are thrown away does it here.
+        # in another order. The interrupted run had done so too. A pass whose gradients are thrown away does it here.
         index = next(plan.indices(run.step))
         rng = StepRandom(args.seed, run.step, args.batch_size, plan.rows[0], device)
         losses_of(method.draw(images.images(index, device), index, rng))["loss"].backward()
@@ -108,12 +108,12 @@ def loop(args, plan: "Plan", run: Run, images: image_sets.ImageSet, watch: Watch
     pictures = Pictures(image_sets.open_for(args, "val"), method, args.seed, args.image_size, device)
 
     meter = Meter(args, run.step, plan.steps, plan.steps_per_epoch, run.log, device)
-    with run.listening(), meter.bar:
+    with run.listening(), meter.bar:  # to SIGTERM and Ctrl-C, of which `asked_to_stop` tells
         for step in range(run.step, plan.steps):
             rate = learning_rate(step, plan.steps, plan.warmup, args.lr, args.min_lr)  # warm-up, then a cosine
             for group in optimizer.param_groups:
                 group["lr"] = rate
-            torch.manual_seed(args.seed + (step * world_size() + rank()) * 1_000_003)  # only drop path draws from torch
+            torch.manual_seed(args.seed + (step * world_size() + rank()) * 1_000_003)  # only drop path draws from it
             rng, losses = StepRandom(args.seed, step, args.batch_size, device=device), {}
             for part in range(args.accumulate):
                 if world_size() > 1:  # gradients are averaged over the processes once a step, in its last part
@@ -140,7 +140,7 @@ def loop(args, plan: "Plan", run: Run, images: image_sets.ImageSet, watch: Watch
             meter.update(done, losses, rate, watch.measured(probe=plan.ends(done, args.probe_every)))
             stopping = run.asked_to_stop(done)
             if stopping or plan.ends(done, args.save_every):
-                meter.check_finite(method, done)
+                meter.check_finite(method, done)  # all losses so far, and the weights
                 run.save(done)
                 pictures.draw(run)
             if stopping:
@@ -152,7 +152,7 @@ class Plan:
 
     def __init__(self, args, images: int):
         self.args, self.images, self.n = args, images, images * args.repeat  # n images an epoch
-        self.rows = rows_of_rank(args.batch_size, args.accumulate)  # of the global batch, in each part of a step
+        self.rows = rows_of_rank(args.batch_size, args.accumulate)  # this process's, for each part of a step
         self.steps_per_epoch = self.n // args.batch_size
         if self.steps_per_epoch == 0:
             epoch = f"an epoch, {self.n} images of {args.data}; see --repeat"
@@ -163,7 +163,7 @@ class Plan:
             self.steps, self.warmup = args.max_steps, round(self.warmup * args.max_steps / self.steps)
 
     def ends(self, done: int, every: int | None) -> bool:
-        """Whether after so many steps the run ends, or every `every`-th epoch does; always False if that is None."""
+        """Whether after so many steps the run ends, or an epoch that `every` divides; never if `every` is None."""
         epochs, rest = divmod(done, self.steps_per_epoch)
         return every is not None and (done == self.steps or (rest == 0 and epochs % every == 0))
 
