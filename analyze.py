@@ -52,14 +52,13 @@ def options(argv: list[str] | None = None) -> argparse.Namespace:
     add("--data", metavar="SET", help="show images of this set, named as for train.py, not of the first run's set")
     add("--data-root", metavar="DIR", help="the folder of the set")
     add("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"], help="where to compute")
-    for name, default, kind, metavar, figures, text in OPTIONS:
+    for name, _, kind, metavar, figures, text in OPTIONS:
         text = text if name == "images" else f"{', '.join(sorted(figures))}: {text}"
-        add_option(parser, name, [] if default == [] else None, kind, metavar, text)
+        add_option(parser, name, argparse.SUPPRESS, kind, metavar, text)
     args = parser.parse_args(argv)
     for name, default, _, _, figures, _ in OPTIONS:
-        key = name.replace("-", "_")
-        if getattr(args, key) in (None, []):
-            setattr(args, key, default)
+        if name not in args:
+            setattr(args, name, default)
         elif args.figure not in figures | {"all"}:
             good = ", ".join(sorted(figures))
             raise InputError(f"--{name}: does nothing to {args.figure}; leave it out, or draw {good}")
@@ -74,7 +73,7 @@ def draw(name: str, study: Study, file: Path) -> None:
     """One figure to its PNG, and its numbers to the JSON beside it."""
     import matplotlib
 
-    with matplotlib.rc_context(plots.STYLE), augment.views_for(study.runs[0].settings):
+    with matplotlib.rc_context(fname=plots.STYLE), augment.views_for(study.runs[0].settings):
         study.shown.clear()
         figure, numbers = FIGURES[name](study)
         files.write_whole(file, lambda out: figure.savefig(out, format="png"), "; give another --to")

@@ -7,6 +7,7 @@ have a figure is told so by `Absent`: runs are asked for a decoder or a regresso
 import re
 import statistics
 import textwrap
+from pathlib import Path
 from unittest import mock
 
 import torch
@@ -18,18 +19,11 @@ import mae
 from common import Mask, pair, patchify, unpatchify
 from figures import measures
 from figures.encoders_and_images import Absent, Study, spaced
-from figures.measures import centred
 from inputs import augment
 from runtime.command_line import field_comments
 
 WIDTH = 9.0  # inches, of 100 pixels
-STYLE = {  # colours differ in lightness, lines and classes also in their markers, so that grey prints tell them apart
-    "savefig.dpi": 100, "font.size": 10, "axes.titlesize": 10, "figure.titlesize": 12, "legend.frameon": False,
-    "axes.grid": True, "grid.alpha": 0.3, "axes.spines.top": False, "axes.spines.right": False,
-    "image.cmap": "cividis", "lines.markersize": 5,
-    "axes.prop_cycle": "cycler(color=['#0b3c6f', '#d55e00', '#009e73', '#cc79a7', '#56b4e9', '#8a6d00', '#000000', "
-    "'#e69f00', '#7f7f7f', '#7b3294'], marker=['o', 's', '^', 'D', 'v', 'P', 'X', '*', '<', '>'])",
-}  # fmt: skip
+STYLE = Path(__file__).with_name("style.mplstyle")
 
 
 def curves(study: Study):
@@ -77,7 +71,7 @@ def reconstruction(study: Study):
     run, images = study.only(), study.pictures(study.args.images or 8)
     batch = run.draw(images)
     if isinstance(getattr(run.method, "decoder", None), mae.Decoder):
-        batch = batch._replace(images=centred(images, run.encoder))
+        batch = batch._replace(images=measures.centred(images, run.encoder))
     picture = run.method.picture(batch)
     if picture is None:
         raise Absent(f"{run.label} was taught nothing that can be seen; give a run that predicts pixels or tokens")
@@ -146,7 +140,7 @@ def latent_reconstruction(study: Study):
     for run in study.runs:
         if not hasattr(run.method, "reconstruct"):
             raise Absent(f"{run.label} has no regressor to leave out; give a run of CAE's kind")
-        encoder, tokenizer, x = run.encoder, run.method.tokenizer, centred(images, run.encoder)
+        encoder, tokenizer, x = run.encoder, run.method.tokenizer, measures.centred(images, run.encoder)
         original = rows.setdefault("original", augment.denormalize(x))
         with torch.no_grad():
             made = run.method.reconstruct(x).float()  # (B, N, codes or P)

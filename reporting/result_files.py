@@ -31,7 +31,6 @@ RENAMED = {  # what a file that old results name is called now
     "downstream/watch.py": "downstream/online_probe.py",
     "inputs/hub.py": "inputs/huggingface_sets.py",
     "inputs/images_in_files.py": "inputs/image_files.py",
-    "figures/study.py": "figures/encoders_and_images.py",
     "runtime/fast.py": "runtime/fast_paths.py",
     "runtime/encoders.py": "runtime/encoder_files.py",
 }

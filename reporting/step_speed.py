@@ -108,8 +108,7 @@ def stepper(args, name: str, B: int, precision: str, compiled: bool, device: tor
     """One training step as a call, of a method or of a peer."""
     torch.manual_seed(0)
     module, loss_of = (peer_loss if name in PEERS else our_loss)(args, name, B, device)
-    groups = parameter_groups(module, weight_decay=0.05)
-    optimizer = torch.optim.AdamW(groups, lr=1e-4, betas=(0.9, 0.95), fused=True)
+    optimizer = torch.optim.AdamW(parameter_groups(module, weight_decay=0.05), lr=1e-4, betas=(0.9, 0.95), fused=True)
     network = fast_paths.compiled(module, device) if compiled else module
 
     def step():

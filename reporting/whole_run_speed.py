@@ -32,8 +32,7 @@ def picture_folder(directory: Path, n: int, size: int) -> list[Path]:
     from PIL import Image
 
     (directory / "class").mkdir()
-    generator = torch.Generator().manual_seed(0)
-    small = torch.rand(n, 3, 8, 8, generator=generator)
+    small = torch.rand(n, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     images = (F.interpolate(small, (size, size), mode="bicubic").clamp(0, 1) * 255).byte().permute(0, 2, 3, 1)
     paths = [directory / "class" / f"{i:05}.jpg" for i in range(n)]
     for path, image in zip(paths, images, strict=True):
