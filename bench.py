@@ -85,7 +85,7 @@ def main() -> None:
     args = parse(sys.argv[1:])
     device = process.start(args.device)
     args.device = device.type
-    rows = WHAT[args.what](args, device)
+    rows = list(WHAT[args.what](args, device))
     facts = about(device, args.data_root)
     print(f"{facts['device']}, {facts['threads']} threads, torch {torch.__version__}\n{facts['command']}")
     print(columns(rows))

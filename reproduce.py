@@ -83,7 +83,7 @@ def main() -> None:
         study = analyze.Study(analyze.options(["--run", args.run, "--figure", "all"]), process.start())
         print(json.dumps(MEASURES[args.measure](study)), flush=True)
     elif args.check:
-        if found := problems(HERE, results):
+        if found := list(problems(HERE, results)):
             raise InputError("\n".join(found))
     elif args.readme:
         for name, text in generated(HERE, results).items():

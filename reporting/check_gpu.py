@@ -19,6 +19,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
@@ -55,7 +56,7 @@ class Step(NamedTuple):
     command: str  # after python
 
 
-def plan(args, found: dict) -> list[Step]:
+def plan(args, found: dict) -> Iterator[Step]:
     """All steps in order of worth. The number of images and the lengths of trainings show once they are found."""
     work, root, device, tiny = shlex.quote(args.work), shlex.quote(args.data_root or ""), args.device, args.rehearse
     images = min(32 if tiny else EPOCH, result(found, "data").get("train", 0))
@@ -67,27 +68,24 @@ def plan(args, found: dict) -> list[Step]:
     train += f"{TINY} --classes 2 --batch-size 4" if tiny else "--model small --batch-size 512"
     train += f" --data-root {root}" * bool(args.data_root) + " --method "
     tests = ("tests/test_repository_layout.py -k small" if tiny else "-m cuda") + " -n auto" * bool(find_spec("xdist"))
-    steps = [
-        Step("right", 120, 150, f"-m pytest -q {tests}"),
-        Step("fast", 140, 280, f"{bench} mae cmae{' --peer hf' if peer else ''} --json {work}/fast.json"),
-        Step("data", 30, 90, f"-c {shlex.quote(OPEN)} {args.data} {root}"),
-    ]
+    yield Step("right", 120, 150, f"-m pytest -q {tests}")
+    yield Step("fast", 140, 280, f"{bench} mae cmae{' --peer hf' if peer else ''} --json {work}/fast.json")
+    yield Step("data", 30, 90, f"-c {shlex.quote(OPEN)} {args.data} {root}")
     for method in METHODS:
         length = f"--repeat {repeat} --epochs {3 + 120 // max(1, per_epoch)} --max-steps {2 * per_epoch + 120}"
         words = f"{train}{method} {length} --resume never --out {work}/epochs-{method}"
-        steps.append(Step(f"epochs-{method}", 70, 120, f"-m reporting.check_gpu --watch {per_epoch} {words}"))
-    steps.append(Step("others", 140, 280, f"{bench} cmae_loc cae conmim lcmae --json {work}/others.json"))
+        yield Step(f"epochs-{method}", 70, 120, f"-m reporting.check_gpu --watch {per_epoch} {words}")
+    yield Step("others", 140, 280, f"{bench} cmae_loc cae conmim lcmae --json {work}/others.json")
     for method in METHODS:
         epochs, run = found.get("epochs", {}).get(method, 0), f"{work}/learn-{method}"
         seconds = START + epochs * images / EPOCH * result(found, f"epochs-{method}").get("seconds", 0)
         length = f"--epochs {epochs} --warmup-epochs {max(1, epochs // 9)} --save-every 5"
         words = f"train.py {train}{method} {length} --out {run}"
         cut = found["steps"].get(f"learn-{method}", {}).get("state") == "cut"  # it goes on, and any time serves
-        steps.append(Step(f"learn-{method}", START if cut else seconds, 1.2 * seconds, words))
+        yield Step(f"learn-{method}", START if cut else seconds, 1.2 * seconds, words)
         for probe, expected in PROBES.items():
             words = f"evaluate.py --run {run} --protocol {probe} --device {device}"
-            steps.append(Step(f"{probe}-{method}", expected, 3 * expected, words))
-    return steps
+            yield Step(f"{probe}-{method}", expected, 3 * expected, words)
 
 
 def share_out(found: dict, left: float) -> None:

@@ -7,6 +7,7 @@ import ast
 import json
 import re
 import statistics
+from collections.abc import Iterator
 from pathlib import Path
 
 from methods import METHODS
@@ -84,19 +85,17 @@ def results_block(results: Path) -> str:
     return "\n\n".join(parts)
 
 
-def curves(results: Path, folder: str) -> dict[str, list[tuple[float, float]]]:
-    """Method → (epoch, loss), mean over seeds."""
-    found = {}
+def curves(results: Path, folder: str) -> Iterator[tuple[str, list[tuple[float, float]]]]:
+    """Each method, and its (epoch, loss), mean over seeds."""
     for name in names_of(results, folder):
         if BASELINES not in name:
             together = zip(*(run["loss"] for run in runs_of(results, name)), strict=True)
-            found[name.split("/")[1]] = [(at[0]["epoch"], statistics.mean(x["loss"] for x in at)) for at in together]
-    return found
+            yield name.split("/")[1], [(at[0]["epoch"], statistics.mean(x["loss"] for x in at)) for at in together]
 
 
 def demo_block(results: Path) -> str:
     """What `train.py --method NAME` does on the built-in images: losses by share of the run, the encoder's gain."""
-    rows, drawn, machines = [], curves(results, "demo"), set()
+    rows, drawn, machines = [], dict(curves(results, "demo")), set()
     for name in names_of(results, "demo"):
         runs, points = runs_of(results, name), drawn[name.split("/")[1]]
         shown = [spell([points[round(i * (len(points) - 1) / 4)][1]]) for i in range(5)]
@@ -151,7 +150,7 @@ def transfer_block(results: Path) -> str:
 def losses_block(results: Path) -> str:
     parts = []
     for folder in ("cpu", "gpu"):
-        if found := curves(results, folder):
+        if found := dict(curves(results, folder)):
             epochs = [epoch for epoch, _ in next(iter(found.values()))]
             shown = sorted({epochs[round(i * (len(epochs) - 1) / 6)] for i in range(7)})
             rows = [[f"`{name}`", *(spell([dict(points)[e]]) if e in dict(points) else "" for e in shown)]
@@ -308,13 +307,11 @@ def places(tree, prefix: str = ""):
             yield from places(node, f"{node.name}.")
 
 
-def items(text: str) -> list[str]:
+def items(text: str) -> Iterator[str]:
     """ "(4), (5)" → 4, 5; "2 to 6" and "4-9": all between."""
-    listed = []
     for part in re.split(r", | and ", text.replace("(", "").replace(")", "")):
         ends = re.split(r"-| to ", part)
-        listed += map(str, range(int(ends[0]), int(ends[1]) + 1)) if len(ends) == 2 else ends
-    return listed
+        yield from map(str, range(int(ends[0]), int(ends[1]) + 1)) if len(ends) == 2 else ends
 
 
 def index_block(results: Path) -> str:
@@ -357,17 +354,15 @@ def generated(root: Path, results: Path) -> dict[str, str]:
     return texts
 
 
-def problems(root: Path, results: Path) -> list[str]:
+def problems(root: Path, results: Path) -> Iterator[str]:
     """What no longer holds: generated parts, and results whose code has changed and that do not say so."""
-    found = []
     for name, parts in BLOCKS.items():
         text = (root / name).read_text()
         other = [part for part, block in parts.items() if split(name, text, part)[1] != f"\n\n{block(results)}\n\n"]
-        found += [f"{name}: its part {part!r} is not what reproduce.py --readme writes" for part in other]
+        yield from (f"{name}: its part {part!r} is not what reproduce.py --readme writes" for part in other)
     for file in sorted(set(results.rglob("*.json")) - {*results.glob("bench/**/*"), *results.glob("gpu/card-*")}):
         made = read(file)
         old = sorted({name for run in made["runs"] for name in changed(run["sources"])})
         if old and not made.get("stale"):
-            found.append(f"{file.name}: of other code than {', '.join(old)} now; run it again, or say in a field "
-                         '"stale" why it may stay')  # fmt: skip
-    return found
+            why = 'run it again, or say in a field "stale" why it may stay'
+            yield f"{file.name}: of other code than {', '.join(old)} now; {why}"

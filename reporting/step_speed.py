@@ -3,7 +3,7 @@
 import argparse
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from unittest import mock
 
@@ -169,8 +169,7 @@ def measured_alone(args, contenders: list[tuple[str, bool]], B: int, precision: 
         return dict(zip(contenders, pool.map(alone, contenders), strict=True))
 
 
-def bench_step(args, device: torch.device) -> list[dict]:
-    rows = []
+def bench_step(args, device: torch.device) -> Iterator[dict]:
     peers = [peer for peer in args.peer if peer != "torchvision"]
     contenders = [(name, compiled) for name in args.method + peers for compiled in ((False, True)[: 1 + args.compile])]
     n = 8192 if device.type == "cuda" else 2048
@@ -194,8 +193,7 @@ def bench_step(args, device: torch.device) -> list[dict]:
                     row |= dict(time_by_mae=t / seconds["mae", compiled], flops_by_mae=counted[name] / counted["mae"])
                     row |= dict(cost=row["time_by_mae"] / row["flops_by_mae"])
                 row |= {f"by_{peer}": seconds[peer, False] / t for peer in peers if which != (peer, False)}
-                rows.append(row)
-    return rows
+                yield row
 
 
 def activations(args, method, B: int) -> int:
@@ -218,14 +216,14 @@ def activations(args, method, B: int) -> int:
         return sum(kept.values())
 
 
-def bench_scale(args, device: torch.device) -> list[dict]:
+def bench_scale(args, device: torch.device) -> Iterator[dict]:
     """What a step of a global batch costs on 8 and 32 A100s, from FLOPs and activations counted on few images here.
 
     Gradients are all-reduced as float32 in a ring: every GPU sends 2 (n - 1) / n of their bytes. Memory: 16 bytes a
     trained weight (itself, gradient, two of Adam's), 4 a frozen one (the teacher), and what the backward pass needs of
     the images that are done at once: a GPU's share, or of a recipe that accumulates, a part of it.
     """
-    rows, images, cpu = [], max(args.batch_size), torch.device("cpu")
+    images, cpu = max(args.batch_size), torch.device("cpu")
     for name in args.method:
         method = build_method(args, name).train()
         trained, frozen = (sum(p.numel() for p in method.parameters() if p.requires_grad is x) for x in (True, False))
@@ -238,12 +236,12 @@ def bench_scale(args, device: torch.device) -> list[dict]:
             share = images // n
             reduced = 2 * (n - 1) / n * 4 * trained
             compute, communicate = share * per_image / (SHARE * PEAK), reduced / (NVLINK if n <= 8 else NETWORK)
-            row = dict(name=name, gpus=n, images_per_gpu=share, tflop_per_gpu=share * per_image / 1e12)
-            row |= dict(compute_ms=1e3 * compute, all_reduce_megabytes=reduced / 1e6, all_reduce_ms=1e3 * communicate)
-            row |= dict(gathered_keys_megabytes=(n - 1) * share * key * 4 / 1e6)
             kept = two + (share / parts - 2) * (four - two) / 2
-            row |= dict(memory_gib=(16 * trained + 4 * frozen + kept) / 2**30)
-            row |= dict(images_per_second=images / max(compute, communicate))
-            slow = "all-reduce" if communicate > compute else "compute"
-            rows.append(row | dict(first_limit="memory" if row["memory_gib"] > 80 else slow))
-    return rows
+            memory, slow = (16 * trained + 4 * frozen + kept) / 2**30, max(compute, communicate)
+            yield dict(
+                name=name, gpus=n, images_per_gpu=share, tflop_per_gpu=share * per_image / 1e12,
+                compute_ms=1e3 * compute, all_reduce_megabytes=reduced / 1e6, all_reduce_ms=1e3 * communicate,
+                gathered_keys_megabytes=(n - 1) * share * key * 4 / 1e6, memory_gib=memory,
+                images_per_second=images / slow,
+                first_limit="memory" if memory > 80 else "compute" if slow == compute else "all-reduce",
+            )  # fmt: skip

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -88,7 +88,7 @@ def stages(args, paths: list[Path], packed, device: torch.device) -> dict[str, t
     }  # fmt: skip
 
 
-def bench_input(args, device: torch.device) -> list[dict]:
+def bench_input(args, device: torch.device) -> Iterator[dict]:
     """Images/s of each stage, then of the whole path of a method's input, as every epoch takes it.
 
     Ours: from the cache file's memory to `draw`'s batch on the device. Per image: torchvision's ImageFolder, transforms
@@ -125,12 +125,11 @@ def bench_input(args, device: torch.device) -> list[dict]:
                 )  # fmt: skip
                 calls[name, "torchvision"] = lambda loader=loader: [None for _ in loader]
         seconds = interleave(calls, args.repeats, device, args.cpu_time)
-    rows = []
     for name, n in images.items():
-        rows.append(dict(name=name, batch=B, images_per_second=n / seconds[name]))
+        row = dict(name=name, batch=B, images_per_second=n / seconds[name])
         if theirs := seconds.get((name, "torchvision")):
-            rows[-1] |= dict(torchvision_images_per_second=n / theirs, by_torchvision=theirs / seconds[name])
-    return rows
+            row |= dict(torchvision_images_per_second=n / theirs, by_torchvision=theirs / seconds[name])
+        yield row
 
 
 def run_train(args, name: str, out: Path, *more: str) -> dict:
@@ -160,9 +159,8 @@ def run_train(args, name: str, out: Path, *more: str) -> dict:
     return dict(first_step_seconds=first, total_seconds=total, resident_gib=gib, rows=rows)
 
 
-def bench_epoch(args, device: torch.device) -> list[dict]:
+def bench_epoch(args, device: torch.device) -> Iterator[dict]:
     """Two epochs by train.py, from command to weights on disk; the second is past start and compilation."""
-    rows = []
     for name in args.method:
         with tempfile.TemporaryDirectory() as directory:
             run = run_train(args, name, Path(directory) / "run", "--epochs", "2", "--warmup-epochs", "1")
@@ -170,13 +168,11 @@ def bench_epoch(args, device: torch.device) -> list[dict]:
         last, half = log[-1], next(row for row in log if row["epoch"] >= 1)
         seconds = (last["seconds"] - half["seconds"]) / (last["epoch"] - half["epoch"])
         row = dict(name=name, batch=args.batch_size[-1], precision=args.precision[0], second_epoch_seconds=seconds)
-        rows.append(row | dict(images_per_second=last["step"] / 2 * args.batch_size[-1] / seconds) | run)
-    return rows
+        yield row | dict(images_per_second=last["step"] / 2 * args.batch_size[-1] / seconds) | run
 
 
-def bench_start(args, device: torch.device) -> list[dict]:
+def bench_start(args, device: torch.device) -> Iterator[dict]:
     """Seconds from the command to the first step, the most held in memory, and the seconds of one checkpoint."""
-    rows = []
     for name in args.method:
         with tempfile.TemporaryDirectory() as directory:
             outs = [Path(directory) / str(i) for i in range(args.repeats)]
@@ -186,8 +182,7 @@ def bench_start(args, device: torch.device) -> list[dict]:
             row = dict(name=name, first_run_seconds=runs[0]["first_step_seconds"])  # it may build the images' cache
             row |= dict(first_step_seconds=statistics.median(run["first_step_seconds"] for run in runs[1:] or runs))
             row |= dict(resident_gib=max(run["resident_gib"] for run in runs), checkpoint_seconds=saving["save"])
-            rows.append(row | dict(checkpoint_megabytes=file.stat().st_size / 1e6))
-    return rows
+            yield row | dict(checkpoint_megabytes=file.stat().st_size / 1e6)
 
 
 def watch(per_epoch: int, words: list[str]) -> dict:

@@ -162,7 +162,7 @@ def pretraining_options(argv: list[str], methods: dict[str, type]):
         raise InputError('--tensorboard: not installed; pip install ".[tensorboard]"')
     config = Method.Config(**{field.name: vars(args).pop(field.name) for field in dataclasses.fields(Method.Config)})
     flags = {re.sub(r"^--(no-)?|=.*", "", word).replace("-", "_") for word in argv if word[:2] == "--"}
-    for knob, why in turned_off(args.method, config).items():
+    for knob, why in turned_off(args.method, config):
         if knob in flags:
             raise InputError(f"{knob.replace('_', ' ')}: does nothing with {why}; leave it out")
     return args, config, Method

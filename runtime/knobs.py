@@ -1,5 +1,6 @@
 """What values a method's knobs may take: the types of its Config's fields with their domains, and knobs turned off."""
 
+from collections.abc import Iterator
 from typing import Annotated, Literal, get_args, get_origin, get_type_hints
 
 import torch
@@ -61,12 +62,10 @@ def check(config) -> None:
             raise InputError(f"{knob} {value:g}: must be {domain}")
 
 
-def turned_off(method: str, config) -> dict[str, str]:
+def turned_off(method: str, config) -> Iterator[tuple[str, str]]:
     """The knobs that do nothing beside a Config's other settings, each with these settings in words."""
-    found = {}
     for settings, knobs in IDLE.get(method, ()):
         values = {name: getattr(config, name) for name in settings}
         if all(value == (bool(values[name]) if value is True else values[name]) for name, value in settings.items()):
             why = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in values.items())
-            found |= dict.fromkeys(knobs.split(), why)
-    return found
+            yield from ((knob, why) for knob in knobs.split())

@@ -56,7 +56,7 @@ def own(method: str, *flags) -> list:
     """`flags`, and before them the method's own knobs but for those that the flags turn off: they would be refused."""
     words, idle = OWN[method], {}
     with contextlib.suppress(InputError):  # which the test will meet
-        idle = turned_off(method, options(list(map(str, ["--method", method, *flags])))[1])
+        idle = dict(turned_off(method, options(list(map(str, ["--method", method, *flags])))[1]))
     pairs = [words[i : i + 2] for i in range(0, len(words), 2)]
     return [word for pair in pairs if pair[0][2:].replace("-", "_") not in idle for word in pair] + [*flags]
 

@@ -151,7 +151,7 @@ def test_a_recipe_gives_the_sizes_and_the_parts_of_a_step(monkeypatch):
     weights = 16 * sum(p.numel() for p in mae.parameters())
     for parts, images in ((1, 8), (2, 4)):  # 64 images on 8 GPUs, and those of them that are done at once
         monkeypatch.setitem(step_speed.METHODS["mae"].RECIPES["demo"], "accumulate", parts)
-        found = step_speed.bench_scale(args, CPU)[0]["memory_gib"] * 2**30
+        found = next(step_speed.bench_scale(args, CPU))["memory_gib"] * 2**30
         assert found - weights == pytest.approx(step_speed.activations(args, mae, images), rel=1e-4)
 
 
@@ -252,4 +252,4 @@ def test_start_and_epoch_run_train_py(tmp_path, monkeypatch):
     assert start["checkpoint_megabytes"] > 0 and start["resident_gib"] > 0.1
     args.batch_size = [-1]
     with pytest.raises(InputError, match=r"train\.py: failed \(argument --batch-size: -1"):
-        whole_run_speed.bench_epoch(args, CPU)
+        next(whole_run_speed.bench_epoch(args, CPU))

@@ -219,7 +219,7 @@ def test_the_speeds_are_what_bench_printed_machine_by_machine(results, root):
     table = ["what batch type images/s", "mae     64 fp32      259", "hf      64"]
     assert lines[2:] == ["", *(f"    {line}" for line in ["python bench.py --peer hf", *table])]
     write(root, results)
-    assert documents.problems(root, results) == []  # and is taken for no training's result
+    assert list(documents.problems(root, results)) == []  # and is taken for no training's result
 
 
 def test_figures_that_were_only_reported_say_so(results):
@@ -245,7 +245,7 @@ def test_generated_parts_stand_between_their_lines_and_nothing_else_changes(resu
     before = {name: (root / name).read_text() for name in documents.BLOCKS}
     write(root, results)
     written = {name: (root / name).read_text() for name in documents.BLOCKS}
-    assert documents.generated(root, results) == written and documents.problems(root, results) == []
+    assert documents.generated(root, results) == written and list(documents.problems(root, results)) == []
     for name, part in PARTS:
         block = documents.BLOCKS[name][part](results)
         assert block in written[name].split(f"<!-- {part} -->")[1].split(f"<!-- /{part} -->")[0]
@@ -264,7 +264,7 @@ def test_a_number_changed_on_either_side_is_a_problem(results, root):
     write(root, results)
     file = root / "docs/results.md"
     file.write_text(file.read_text().replace("41.0 ±", "43.0 ±"))
-    assert documents.problems(root, results) == [
+    assert list(documents.problems(root, results)) == [
         "docs/results.md: its part 'results' is not what reproduce.py --readme writes"
     ]
     write(root, results)
@@ -281,7 +281,7 @@ def test_a_broken_result_is_one_line(results):
 
 
 def test_documents_and_results_of_this_repository_agree():
-    assert documents.problems(HERE, HERE / "results") == []
+    assert list(documents.problems(HERE, HERE / "results")) == []
 
 
 # ------------------------------------------------------------------------------------------------------------- stale
@@ -293,14 +293,14 @@ CODE = "\nANSWER = 42\n"
 
 def test_a_result_older_than_its_code_is_found_unless_it_says_why(checkout, results, monkeypatch):
     monkeypatch.setattr(documents, "BLOCKS", {})
-    assert documents.problems(checkout, results) == []
+    assert list(documents.problems(checkout, results)) == []
     with open(checkout / "cmae_loc.py", "a") as file:
         file.write(CODE)
     (found,) = documents.problems(checkout, results)
     assert found.startswith("cmae_loc.json: of other code than cmae_loc.py now")
     file = results / "cpu/cmae_loc.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"stale": "only a constant was added"}))
-    assert documents.problems(checkout, results) == []
+    assert list(documents.problems(checkout, results)) == []
 
 
 def test_a_result_names_every_file_that_its_numbers_depend_on():
@@ -447,4 +447,4 @@ def test_the_index_names_the_object_and_the_paper(cited):
 )  # fmt: skip
 def test_lists_and_ranges_of_citations(text, found):
     match = documents.CITATION.search(text)
-    assert documents.items(match[2] or match[4]) == found
+    assert list(documents.items(match[2] or match[4])) == found
