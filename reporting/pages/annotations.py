@@ -2,8 +2,6 @@
 
 import json
 import re
-import unicodedata
-from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,7 +13,11 @@ from reporting import HERE
 from runtime.errors import InputError
 
 EQUATIONS = Path(__file__).parent / "equations"
-ALPHABETS = {"script": "SCRIPT", "double-struck": "DOUBLE-STRUCK", "bold": "BOLD", "fraktur": "FRAKTUR"}
+MARKDOWN = MarkdownIt().use(
+    dollarmath_plugin, allow_labels=False, double_inline=True,
+    renderer=lambda latex, how: mathml(latex, how["display_mode"]),
+)  # fmt: skip
+SENTENCE = re.compile(r"[.?!][\")]*\s+(?=[\"$`A-Z])")  # its end, and that another begins
 
 
 class Note(NamedTuple):
@@ -29,9 +31,12 @@ class Note(NamedTuple):
     def anchor(self) -> str:
         return "note-" + re.sub(r"\W+", "-", self.title.lower()).strip("-")
 
-    @property
-    def html(self) -> str:
-        return render(self.text)
+    def parts(self, lines: int) -> list[str]:
+        """As HTML: the formula with the sentences that fit beside so many lines of code, one at least; the others."""
+        formula = self.text.index("$$", 2)
+        ends = [found.end() for found in SENTENCE.finditer(self.text, formula)] + [len(self.text)]
+        cut = max([ends[0], *(end for end in ends if 5 + (end - formula) / 60 <= lines)])
+        return [render(part) for part in (self.text[:cut], self.text[cut:])]
 
 
 class Page(NamedTuple):
@@ -45,7 +50,7 @@ def read(page: str) -> Page:
     file = EQUATIONS / f"{page}.md"
     head, *parts = re.split(r"(?m)^## ", file.read_text())
     title, _, introduction = head.partition("\n")
-    diagram = [part.split("\n")[2:] for part in parts if part.startswith("Diagram\ndiagram:")]
+    diagram = [part.split("\n")[1:] for part in parts if part.startswith("Diagram\n")]
     notes = [section(file, part) for part in parts if not part.startswith("Diagram\n")]
     lines = [line.strip() for part in diagram for line in part if line.strip()]
     return Page(title.removeprefix("# "), render(introduction), notes, lines)
@@ -73,17 +78,9 @@ def claim(file: Path, words: str) -> dict:
     return found[0]
 
 
-@cache
-def markdown() -> MarkdownIt:
-    return MarkdownIt().enable("table").use(
-        dollarmath_plugin, allow_labels=False, double_inline=True,
-        renderer=lambda latex, how: mathml(latex, how["display_mode"]),
-    )  # fmt: skip
-
-
 def render(text: str) -> str:
     """As HTML, in which no line begins with a per cent sign, nor with the comma behind a formula."""
-    html = re.sub(r"(?<=\d) %", "\N{NO-BREAK SPACE}%", markdown().render(text.strip()))
+    html = re.sub(r"(?<=\d) %", "\N{NO-BREAK SPACE}%", MARKDOWN.render(text.strip()))
     formula = r'<span class="math inline">(?:(?!</span>).)*</span>[,.;:)]+'
     return re.sub(formula, r'<span class="keep">\g<0></span>', html)
 
@@ -93,18 +90,6 @@ def mathml(latex: str, display: bool) -> str:
         html = convert(latex.strip(), display="block" if display else "inline")
     except Exception:  # the library has many kinds of its own
         html = "\\"
-    if "\\" in html:  # what it does not know stays as it is
-        raise InputError(f"{latex.strip()}: not LaTeX that latex2mathml reads; write it with other commands")
-    return re.sub(r'<mi mathvariant="([a-z-]+)">(\w)</mi>', in_alphabet, html)
-
-
-def in_alphabet(found: re.Match) -> str:
-    """Browsers know no `mathvariant` but "normal"; the letters themselves are in Unicode."""
-    alphabet, letter = ALPHABETS.get(found[1]), found[2]
-    case = "CAPITAL" if letter.isupper() else "SMALL"
-    for name in (f"MATHEMATICAL {alphabet} {case} {letter}", f"{alphabet} {case} {letter}"):
-        try:
-            return f"<mi>{unicodedata.lookup(name.upper())}</mi>"
-        except KeyError:
-            pass
-    return found[0]
+    if "\\" in html or "mathvariant" in html:  # what it does not know stays; browsers know no letters by `mathvariant`
+        raise InputError(f"{latex.strip()}: not LaTeX that becomes MathML; write it in another way")
+    return html

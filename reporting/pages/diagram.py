@@ -1,7 +1,8 @@
 """A method's branches as an inline SVG, from the lines of its `## Diagram`.
 
-A line is a chain, `image -> encoder @ CMAE.forward -> mean z_t [no gradient] -> L_c`; `@` leads a box to a definition.
-Boxes with the same words are the same box. Time runs downwards, and each chain takes the first lane that is free.
+A line is a chain, `image -> encoder @ CMAE.forward -> mean z_t [no gradient] -> L_c`; `@` leads a box to a definition;
+`[EMA]` marks weights that are copied after a step. Boxes with the same words are the same box. Time runs downwards, and
+each chain takes the first lane that is free.
 """
 
 import re
@@ -10,6 +11,7 @@ from html import escape
 from itertools import pairwise
 
 WIDTH, HEIGHT, ACROSS, DOWN = 104, 38, 112, 56  # of a box, and from one to the next
+KINDS = {" [no gradient]": "stopped", " [EMA]": "average"}
 
 
 def draw(lines: list[str]) -> str:
@@ -25,24 +27,25 @@ def draw(lines: list[str]) -> str:
     return (
         f'<svg class="diagram" viewBox="0 0 {width} {height}" style="max-width:{width}px" role="group" '
         'aria-label="The branches; blue boxes lead to lines"><defs><marker id="tip" viewBox="0 0 8 8" refX="7" '
-        'refY="4" markerWidth="6" markerHeight="6" orient="auto"><path d="M0 0 8 4 0 8z"/></marker></defs>'
+        'refY="4" markerUnits="userSpaceOnUse" markerWidth="7" markerHeight="7" orient="auto">'
+        '<path d="M0 0 8 4 0 8z"/></marker></defs>'
         + "".join(parts) + "</svg>"
     )  # fmt: skip
 
 
 def words(box: str) -> str:
-    return re.sub(r" @ .*| ?\[no gradient\]", "", box).strip()
+    return re.sub(r" @ .*| \[.*\]", "", box).strip()
 
 
 def read(lines: list[str]) -> tuple[dict[str, list], list[tuple[str, str]]]:
-    """Words of a box → [where it leads, whether it carries no gradient], and the arrows."""
+    """Words of a box → [where it leads, its kind], and the arrows."""
     boxes, edges = {}, []
     for line in lines:
         chain = line.split(" -> ")
         for text in chain:
-            found = boxes.setdefault(words(text), ["", False])
+            found = boxes.setdefault(words(text), ["", ""])
             found[0] = found[0] or text.partition(" @ ")[2].strip()
-            found[1] = found[1] or "[no gradient]" in text
+            found[1] = found[1] or "".join(kind for mark, kind in KINDS.items() if mark in text)
         edges += [(words(a), words(b)) for a, b in pairwise(chain)]
     return boxes, list(dict.fromkeys(edges))
 
@@ -83,7 +86,7 @@ def lanes(lines: list[str], depths: dict[str, int]) -> dict[str, int]:
     return places
 
 
-def box(name: str, leads: str, stopped: bool, lane: int, depth: int) -> str:
+def box(name: str, leads: str, kind: str, lane: int, depth: int) -> str:
     x, y = lane * ACROSS + 4, depth * DOWN + 8
     rows = textwrap.wrap(name, 15)
     middle = y + HEIGHT / 2 - 6.5 * (len(rows) - 1) + 4
@@ -91,7 +94,6 @@ def box(name: str, leads: str, stopped: bool, lane: int, depth: int) -> str:
         f'<tspan x="{x + WIDTH / 2}" y="{middle + 13 * i}">{escape(row)}</tspan>' for i, row in enumerate(rows)
     )
     html = f'<rect x="{x}" y="{y}" width="{WIDTH}" height="{HEIGHT}" rx="5"/><text>{text}</text>'
-    kind = "box stopped" if stopped else "box"
     return f'<a class="{kind}" href="#{leads}">{html}</a>' if leads else f'<g class="{kind}">{html}</g>'
 
 
@@ -107,5 +109,5 @@ def arrow(a: str, b: str, places: dict, depths: dict, boxes: dict) -> str:
     else:  # up again: along the side
         y, v, x, u = y + HEIGHT / 2, v + HEIGHT / 2, x + WIDTH / 2, u + WIDTH / 2
         bend = f"C{x + 8} {y} {u + 8} {v}"
-    stopped = ' class="stopped"' if boxes[b][1] or boxes[a][1] else ""
-    return f'<path{stopped} d="M{x} {y} {bend} {u} {v - (v > y)}" marker-end="url(#tip)"/>'
+    kind = min(filter(None, (boxes[a][1], boxes[b][1])), default="")  # "average" goes before "stopped"
+    return f'<path class="{kind}" d="M{x} {y} {bend} {u} {v - (v > y)}" marker-end="url(#tip)"/>'

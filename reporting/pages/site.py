@@ -24,7 +24,10 @@ class Row:
 
     note: annotations.Note | None = None
     lines: list[dict] = field(default_factory=list)
-    total: bool = False  # whether the whole loss is returned here
+
+    def text(self) -> list[str]:
+        """What stands of its note, and what is folded away so that the note is no higher than its lines."""
+        return self.note.parts(len(self.lines) + sum(6 for line in self.lines if line["below"]))
 
 
 @dataclass
@@ -68,9 +71,9 @@ def compact(value) -> str:
 def steps(runs: Path) -> tuple[dict[str, list[Setting]], dict[str, dict[int, str]]]:
     """Page → the steps that it shows: a method's under each of its settings; in common.py those of all methods.
 
-    And page → line → the pictures below it.
+    And page → line → what is shown below it.
     """
-    found, below, before = {name: [] for name in PAGES}, {}, {}  # before: page → the lines that its first step runs
+    found, below = {name: [] for name in PAGES}, {}
     for name in METHODS:
         for label, changes in [("as by default", {}), *SWITCHES.get(name, [])]:
             step, other = traced_step.run_step(name, changes), traced_step.run_step(name, changes, other=True)
@@ -80,18 +83,19 @@ def steps(runs: Path) -> tuple[dict[str, list[Setting]], dict[str, dict[int, str
             losses = ", ".join(f"{key} {value:.4g}" for key, value in step.losses.items())
             for page, title in pages.items():
                 here = {line: row for (at, line), row in chips.items() if at == page}
-                ran = step.ran.get(page, set())
-                idle = traced_step.idle(source(page), ran, before.setdefault(page, ran))
+                idle = traced_step.idle(source(page), step.ran.get(page, set()))
                 found[page].append(Setting(title, losses, here, idle, traced_step.legend(step, here.values())))
     return found, below
 
 
 def shown(name: str, step: traced_step.Step, runs: Path) -> dict[int, str]:
-    """Line → the pictures below it: after `draw` the views and masks, after `picture` what a trained method makes."""
-    ends = {at: source(name).definitions[f"{METHODS[name].__name__}.{at}"].last for at in ("draw", "picture")}
-    found, checkpoint = {ends["draw"]: pictures.drawn(step)}, runs / f"{name}-shapes" / "checkpoint.pt"
-    if checkpoint.exists():
-        found[ends["picture"]] = pictures.made(traced_step.run_step(name, checkpoint=checkpoint))
+    """Line → what is below it: the batch after `draw`, losses after `forward`, after `picture` what is filled in."""
+    draw, forward, picture = (
+        source(name).definitions[f"{METHODS[name].__name__}.{at}"].last for at in ("draw", "forward", "picture")
+    )
+    found = {draw: pictures.drawn(step), forward: claims_and_losses.curve(name)}
+    if (checkpoint := runs / f"{name}-shapes" / "checkpoint.pt").exists():
+        found[picture] = pictures.made(traced_step.run_step(name, checkpoint=checkpoint))
     return found
 
 
@@ -100,8 +104,7 @@ def page_of(name: str, settings: list[Setting], below: dict[int, str]) -> dict:
     first = settings[0] if settings else Setting("", "", {}, set(), {})
     return dict(
         name=name, page=page, of=of, rows=rows(of, page.notes, first, below), settings=settings,
-        diagram=diagram.draw(page.diagram), curve=claims_and_losses.curve(name), sentence=sentence(of),
-        switches=switches(settings),
+        diagram=diagram.draw(page.diagram), sentence=sentence(of), switches=switches(settings),
     )  # fmt: skip
 
 
@@ -119,7 +122,7 @@ def rows(of: Source, sections: list[annotations.Note], setting: Setting, below: 
     names: dict[int, list[str]] = {}
     for name, definition in of.definitions.items():
         names.setdefault(definition.first, []).append(name)
-    found, total = [Row()], None
+    found = [Row()]
     for number, (text, html) in enumerate(zip(of.lines, of.html, strict=True), 1):
         if number in places:
             found.append(Row(places[number]))
@@ -129,9 +132,6 @@ def rows(of: Source, sections: list[annotations.Note], setting: Setting, below: 
             idle=number in setting.idle, indent=indent, noted=number in places,
             below=below.get(number, ""), drawn=number <= of.tree.body[0].end_lineno and indent >= 4,
         ))  # fmt: skip
-        total = found[-1] if '"loss":' in text else total
-    if total:
-        total.total = True
     return found
 
 

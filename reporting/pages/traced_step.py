@@ -306,21 +306,12 @@ def chip(name: str, values: list[Value], shapes: list[str], could: bool) -> Chip
     return Chip(name.replace("return", "→", 1), shape, gradient, about)
 
 
-def idle(of: Source, ran: set[int], before: set[int] = frozenset()) -> set[int]:
-    """Lines that do not run, of functions that do or that did `before`."""
+def idle(of: Source, ran: set[int]) -> set[int]:
+    """Lines of functions that do not run."""
     found = set()
-    for function in ast.walk(of.tree):
-        if not isinstance(function, ast.FunctionDef) or not runs(function.body, ran | before):
-            continue
-        for node in (x for block in function.body for x in ast.walk(block)):
-            if isinstance(node, ast.stmt) and not runs([node], ran) and not is_docstring(node):
-                found |= set(range(node.lineno, node.end_lineno + 1))
+    for function in (x for x in ast.walk(of.tree) if isinstance(x, ast.FunctionDef)):
+        for node in (x for block in function.body for x in ast.walk(block) if isinstance(x, ast.stmt)):
+            lines = set(range(node.lineno, node.end_lineno + 1))
+            docstring = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+            found |= lines if not docstring and not lines & ran else set()
     return found
-
-
-def runs(body: list[ast.stmt], ran: set[int]) -> bool:
-    return any(n in ran for node in body for n in range(node.lineno, node.end_lineno + 1))
-
-
-def is_docstring(node: ast.stmt) -> bool:
-    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)

@@ -26,7 +26,6 @@ from runtime.errors import InputError
 # ------------------------------------------------------------------------------------------------------ notes, places
 
 
-NOTHING = site.Setting("", "", {}, set(), {})
 SMALL = Source(
     "small", "class A:\n    @staticmethod\n    def f(x):\n        y = x + 1\n        return x + 1\n\n\nB = 2  # two\n"
 )
@@ -47,7 +46,7 @@ def test_a_place_that_is_missing_or_ambiguous_is_refused(at, said):
 def test_a_file_of_notes_is_read_as_it_is_written(tmp_path, monkeypatch):
     monkeypatch.setattr(annotations, "EQUATIONS", tmp_path)
     head = "# Title\n\nFirst $x$.\n\n## Equation (4): a\nat: f | g\ntests: test_a.py::b, `test_a.py::c`\n"
-    text = head + "$$ \\frac{a}{b} $$\nIt is `c`.\n\n## Diagram\ndiagram:\na -> b @ f\n"
+    text = head + "$$ \\frac{a}{b} $$\nIt is `c`.\n\n## Diagram\na -> b @ f\n"
     (tmp_path / "x.md").write_text(text)
     title, introduction, (note,), diagram = annotations.read("x")
     assert (title, note.title, note.at, note.tests) == (
@@ -57,14 +56,14 @@ def test_a_file_of_notes_is_read_as_it_is_written(tmp_path, monkeypatch):
         ["test_a.py::b", "test_a.py::c"],
     )
     assert diagram == ["a -> b @ f"] and note.anchor == "note-equation-4-a" and "<mi>x</mi>" in introduction
-    assert "<mfrac>" in note.html and "<p>It is <code>c</code>.</p>" in note.html
+    assert "<mfrac>" in note.parts(9)[0] and "<p>It is <code>c</code>.</p>" in note.parts(9)[0]
     (tmp_path / "x.md").write_text("# T\n## Equation (4)\n$$ a $$\n")
     with pytest.raises(InputError, match="no place"):
         annotations.read("x")
     (tmp_path / "x.md").write_text("# T\n## Equation (4)\nat: f\nclaims: no claim says this\n")
     with pytest.raises(InputError, match="0 statements"):
         annotations.read("x")
-    for wrong in (r"$\nonsense{a}$", r"$\left( a$"):
+    for wrong in (r"$\nonsense{a}$", r"$\left( a$", r"$\mathbf x$"):  # browsers know no `mathvariant`
         with pytest.raises(InputError, match="not LaTeX"):
             annotations.render(wrong)
 
@@ -75,10 +74,14 @@ def test_no_line_begins_with_the_comma_behind_a_formula_nor_with_a_per_cent_sign
     assert kept == [("b", ","), ("c", ").")] and "75\N{NO-BREAK SPACE}%" in html
 
 
-def test_letters_of_other_alphabets_are_unicode_as_browsers_need_them():
-    for kind, letter in (("cal", "ℒ"), ("bb", "𝕃")):
-        assert annotations.mathml(rf"\math{kind} L", False).count(letter) == 1
-    assert "mathvariant" not in annotations.mathml(r"\mathcal{L}_c + \mathbb{E}_i \mathbf{x} + \mathbb{R}", True)
+def test_a_note_higher_than_its_lines_folds_what_follows_the_first_sentences():
+    text = "$$ a. $$\nIt is b (Eq. (1) of c. d). `e` is " + "f" * 120 + ". The last" + "g" * 90
+    note = annotations.Note("", "", [], [], text)
+    for lines, count in ((1, 1), (6, 1), (8, 2), (50, 3)):
+        shown, folded = note.parts(lines)
+        assert shown.count("<math") == 1 and "of c. d)." in shown and "<math" not in folded
+        assert [part in shown for part in ("fff.", "The last")] == [count > 1, count > 2], lines
+        assert [part in folded for part in ("fff.", "The last")] == [count < 2, count < 3], lines
 
 
 # --------------------------------------------------------------------------------------------------- what flows
@@ -191,16 +194,13 @@ def test_a_legend_has_the_letters_of_the_page_s_shapes_and_says_what_they_are(st
 def test_what_does_not_run_is_idle_and_nothing_else():
     of = source("cmae")
     ran, without = (traced_step.run_step("cmae", changes).ran["cmae"] for changes in ({}, dict(lambda_c=0.0)))
-    full, alone, now = traced_step.idle(of, ran), traced_step.idle(of, without), traced_step.idle(of, without, ran)
-    target = of.place("CMAE.draw_target | augment.shift_crop")
-    assert (target in full, target in alone, target in now) == (False, False, True)  # the whole function has no use
-    assert alone < now and not any(n in now for n in range(of.place("CMAE.picture"), of.place("byol_loss")))
-    place = {
-        at: of.place(f"CMAE.{at}") for at in ("forward | l_c =", 'forward | return {"loss": l_r}', "forward | l_r =")
-    }
-    assert [n in full for n in place.values()] == [False, True, False]
-    assert [n in alone for n in place.values()] == [True, False, False]
-    assert not any(n in full for n in range(of.place("CMAE.picture"), of.place("byol_loss")))  # no step calls it
+    full, alone = traced_step.idle(of, ran), traced_step.idle(of, without)
+    at = ("forward | l_c =", 'forward | return {"loss": l_r}', "forward | l_r =", "draw_target | augment.shift_crop")
+    places = [of.place(f"CMAE.{x}") for x in (*at, "picture | return")]
+    assert [n in full for n in places] == [False, True, False, False, True]  # no step calls `picture`
+    assert [n in alone for n in places] == [True, False, False, True, True]  # `draw_target` is called no more
+    assert of.place("CMAE.picture") not in full and of.place('CMAE.picture | """') not in full
+    assert not full & ran and not alone & without
 
 
 def test_a_loop_a_condition_and_lines_that_go_on_are_noted_once_each():
@@ -262,9 +262,19 @@ def test_a_diagram_puts_boxes_below_what_leads_to_them_and_apart():
         upwards = [edge for edge in edges if depths[edge[0]] >= depths[edge[1]]]
         assert len(upwards) <= (page == "train"), f"{page}: {upwards}"  # the loop is a circle
         svg = diagram.draw(lines)
-        for name, (place, stopped) in boxes.items():
+        for name, (place, kind) in boxes.items():
             assert not place or (place in source(page).definitions and f'href="#{place}"' in svg), name
-            assert not stopped or "stopped" in svg
+            assert kind == "average" or not name.startswith("moving average"), name
+            assert not kind or f'class="{kind}"' in svg
+
+
+def test_what_has_no_gradient_and_what_is_copied_look_different_in_a_diagram():
+    svg = diagram.draw(["a -> b [no gradient] -> c", "a -> copy of a [EMA] -> b"])
+    assert re.findall(r'<path class="(\w*)"', svg) == ["stopped", "stopped", "average", "average"]
+    assert re.findall(r'<g class="(\w*)"', svg) == ["", "stopped", "", "average"] and "[" not in svg
+    style = (site.TEMPLATES / "style.css").read_text()
+    looks = re.findall(r"path\.(?:stopped|average) \{.*stroke: (.+?);.* stroke-dasharray: (.+?);", style)
+    assert len(looks) == 2 and not set(looks[0]) & set(looks[1])
 
 
 def test_two_methods_stand_beside_each_other_by_the_names_of_their_definitions():
@@ -378,11 +388,13 @@ def test_claims_have_the_verdicts_of_the_document():
             assert "top-1 accuracy" in found["measure"], claim
 
 
-def test_the_curve_stands_beside_the_last_line_that_returns_a_loss():
-    last = dict(mae="reconstruction_loss(", cmae="l_r + self", cae="l_y + self", conmim="anchors = take(")
+def test_the_curve_stands_below_the_line_that_returns_the_whole_loss(monkeypatch, tmp_path):
+    monkeypatch.setattr(claims_and_losses, "curve", lambda name: f"curve of {name}")
+    monkeypatch.setattr(pictures, "drawn", lambda step: "")
+    last = dict(mae="reconstruction_loss(", cmae="l_r + self", cae="l_y + self", conmim='return {"loss"')
     for name, line in last.items():
-        (row,) = [row for row in site.rows(source(name), annotations.read(name).notes, NOTHING, {}) if row.total]
-        assert row.lines[0]["number"] == source(name).place(f"{METHODS[name].__name__}.forward | {line}")
+        place = source(name).place(f"{METHODS[name].__name__}.forward | {line}")
+        assert site.shown(name, None, tmp_path)[place] == f"curve of {name}"
 
 
 def test_a_curve_has_its_numbers_at_its_ticks(tmp_path, monkeypatch):
@@ -456,6 +468,19 @@ def test_a_function_that_another_setting_has_no_use_for_is_faint(built):
     plain, other = json.loads(text)
     line = source("cmae").place("CMAE.draw_target | augment.shift_crop")
     assert other["name"].startswith("no contrast") and line in other["idle"] and line not in plain["idle"]
+
+
+def test_an_equation_of_a_shared_function_is_said_to_be_of_the_paper_whose_file_it_names(built):
+    """On the page of the other CMAE, "CMAE's Eq. (7)" could be its own."""
+    hints = re.findall(r'title="(\w+\.info_nce: .+?\))', (built / "cmae_loc.html").read_text())
+    assert hints and set(hints) == {"common.info_nce: cmae.py&#x27;s Eq. (7)"}
+    assert "of The other CMAE" in (built / "cmae_loc.html").read_text()  # as inputs/augment.py says
+
+
+def test_a_legend_says_what_lines_of_the_diagram_mean_where_there_are_such(built):
+    said = {name: (built / f"{name}.html").read_text() for name in ("mae", "cae", "cmae")}
+    assert ["dashed lines let none pass" in text for text in said.values()] == [False, True, True]
+    assert ["dotted lines copy weights" in text for text in said.values()] == [False, False, True]
 
 
 def test_names_lead_to_their_definitions():

@@ -83,9 +83,4 @@ addEventListener("keydown", event => {
   if (event.target.matches?.("input, select, textarea") ? event.key === "Escape" : false) { input.value = ""; input.blur(); list.hidden = true; }
   if (event.target.matches?.("input, select, textarea") || event.ctrlKey || event.metaKey || event.altKey) return;
   if (event.key === "/") { event.preventDefault(); input.focus(); }
-  if (event.key === "j" || event.key === "k") {
-    const notes = [...document.querySelectorAll(".note")], at = notes.map(x => x.getBoundingClientRect().top);
-    const next = event.key === "j" ? at.findIndex(y => y > 70) : at.findLastIndex(y => y < 40);
-    notes[next]?.scrollIntoView();
-  }
 });
