@@ -136,12 +136,11 @@ class Study:
         return self.runs[0]
 
     def open(self, split: str) -> image_sets.ImageSet:
-        about = self.runs[0].settings
         if self.data[0] is None:
             raise InputError(f"data: {self.runs[0].label} does not say which images to show; give --data")
         own = dict.fromkeys("classes class_level range split columns".split()) if self.args.data else {}
         names = dict(data=self.data[0], data_root=self.data[1], download=False)
-        return image_sets.open_for(SimpleNamespace(**vars(about) | names | own), split)
+        return image_sets.open_for(SimpleNamespace(**vars(self.runs[0].settings) | names | own), split)
 
     @cached_property
     def val(self) -> image_sets.ImageSet:

@@ -29,8 +29,7 @@ STYLE = Path(__file__).with_name("style.mplstyle")
 def curves(study: Study):
     """The loss, its parts, what was measured beside them, and the learning rate along training."""
     logs, leave = {run.label: run.log for run in study.runs}, {"step", "epoch", "images_per_second", "seconds"}
-    keys = dict.fromkeys(key for log in logs.values() for row in log for key in row)
-    names = [key for key in keys if key not in leave]
+    names = list(dict.fromkeys(key for log in logs.values() for row in log for key in row if key not in leave))
     columns = min(3, len(names))
     rows = -(-len(names) // columns)
     figure, axes = canvas(rows, columns, height=0.6 + 2.7 * rows)
@@ -76,8 +75,7 @@ def reconstruction(study: Study):
     if picture is None:
         raise Absent(f"{run.label} was taught nothing that can be seen; give a run that predicts pixels or tokens")
     rows, about = picture_names(run.method, picture)
-    named = "row 1" not in rows
-    return gallery(f"Reconstruction by {run.label}", rows, "" if named else about)[0], {"rows": about}
+    return gallery(f"Reconstruction by {run.label}", rows, about if "row 1" in rows else "")[0], {"rows": about}
 
 
 def picture_names(method, picture: Tensor) -> tuple[dict[str, Tensor], str]:

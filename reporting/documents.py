@@ -7,7 +7,7 @@ import ast
 import json
 import re
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from methods import METHODS
@@ -25,7 +25,7 @@ PLACES = ["", "inputs/", "runtime/", "downstream/", "figures/", "reporting/claim
 KINDS = {"E": "Eq. ", "T": "Table ", "F": "Figure ", "A": "Algorithm ", "§": "§"}  # by first letter
 
 
-def table(head: str, rows: list[list]) -> str:
+def table(head: str, rows: Iterable[list]) -> str:
     names = head.split(" | ")
     return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in [names, ["---"] * len(names), *rows])
 
@@ -127,8 +127,7 @@ def recipes_block(results: Path) -> str:
             cells = [*gained(results, name), *(spell([100 * share for share in part], 0) for part in parts)]
             words = f"[{words}](../results/{name}.json)"
         rows.append([words, *cells])
-    head = "`train.py --method` | kNN, % | linear, % | minutes | seeds | commit | place, % | image, %"
-    return table(head, rows)
+    return table("`train.py --method` | kNN, % | linear, % | minutes | seeds | commit | place, % | image, %", rows)
 
 
 def transfer_block(results: Path) -> str:
@@ -213,32 +212,30 @@ def speed_block(results: Path) -> str:
     return "\n\n".join(parts) or "Not run yet."
 
 
-def figures(found: dict) -> list[list]:
+def figures(found: dict) -> Iterator[list]:
     """What reporting/check_gpu.py has measured, the figure, what was aimed at, and whether it is reached."""
-    rows = []
 
-    def row(what: str, value: float | None, sign: str, aim: float, unit: str) -> None:
+    def row(what: str, value: float | None, sign: str, aim: float, unit: str) -> Iterator[list]:
         if value is not None:
             met = value >= aim if sign == "≥" else value <= aim
-            rows.append([what, f"{value:.3g}{unit}", f"{sign} {aim:g}{unit}", "yes" if met else "no"])
+            yield [what, f"{value:.3g}{unit}", f"{sign} {aim:g}{unit}", "yes" if met else "no"]
 
     if said := found["steps"].get("right", {}).get("result", {}).get("said"):
         passed = found["steps"]["right"]["state"] == "ok"
-        rows.append(["tests that use the GPU", said.split(" in ")[0], "all pass", "yes" if passed else "no"])
+        yield ["tests that use the GPU", said.split(" in ")[0], "all pass", "yes" if passed else "no"]
     for line in [*result(found, "fast").get("rows", []), *result(found, "others").get("rows", [])]:
         if line["name"] == "mae, compiled" and "by_hf" in line:
-            row("mae, compiled: times as fast as ViTMAE", line["by_hf"], "≥", 2, "")
+            yield from row("mae, compiled: times as fast as ViTMAE", line["by_hf"], "≥", 2, "")
         if not line["name"].startswith("hf"):
-            row(f"{line['name']}: share of the matrix rate", line["share"], "≥", 45, " %")
+            yield from row(f"{line['name']}: share of the matrix rate", line["share"], "≥", 45, " %")
     for method, aim in (("mae", 4), ("cmae", 8)):
         epoch = result(found, f"epochs-{method}")
-        row(f"{method}: epoch of 100,000 images, ViT-S/8", epoch.get("seconds"), "≤", aim, " s")
-        row(f"{method}: a step waits for images and draws", epoch.get("waits"), "≤", 3, " %")
+        yield from row(f"{method}: epoch of 100,000 images, ViT-S/8", epoch.get("seconds"), "≤", aim, " s")
+        yield from row(f"{method}: a step waits for images and draws", epoch.get("waits"), "≤", 3, " %")
     for name, record in found["steps"].items():
         if name.startswith(("knn", "linear")) and record["state"] == "ok":
             epochs, top1 = found["epochs"][name.split("-")[1]], record["result"]["top1"]
-            rows.append([f"{name} after {epochs} epochs", f"{top1:.1f} %", "", ""])
-    return rows
+            yield [f"{name} after {epochs} epochs", f"{top1:.1f} %", "", ""]
 
 
 def printed(found: dict, link: str) -> list[str]:

@@ -148,10 +148,9 @@ def pretraining_options(argv: list[str], methods: dict[str, type]):
         raise InputError(f"recipe {recipe!r}: unknown; choose one of {', '.join(recipes)}")
 
     parser = build_parser(known.method, methods)
-    chosen = dict(recipes.get(recipe, {}))
-    base_lr = chosen.pop("base_lr", None)
-    parser.set_defaults(recipe=recipe, **chosen)
+    parser.set_defaults(recipe=recipe, **recipes.get(recipe, {}))
     args = parser.parse_args(argv)
+    base_lr = vars(args).pop("base_lr", None)
     if args.lr is None:
         args.lr = base_lr * args.batch_size / 256  # the linear scaling rule of the papers
     if args.epochs <= args.warmup_epochs and not any(word.split("=")[0] == "--warmup-epochs" for word in argv):
