@@ -35,6 +35,7 @@ class Note(NamedTuple):
         """As HTML: the formula with the sentences that fit beside so many lines of code, one at least; the others."""
         formula = self.text.index("$$", 2)
         ends = [found.end() for found in SENTENCE.finditer(self.text, formula)] + [len(self.text)]
+        lines += 2 * (5 + (ends[-1] - formula) / 60 <= lines + 2)  # two more if then nothing need be folded
         cut = max([ends[0], *(end for end in ends if 5 + (end - formula) / 60 <= lines)])
         return [render(part) for part in (self.text[:cut], self.text[cut:])]
 

@@ -4,6 +4,7 @@ import ast
 import json
 import re
 from dataclasses import dataclass, field
+from html import unescape
 from itertools import combinations
 from pathlib import Path
 
@@ -147,8 +148,10 @@ def switches(settings: list[Setting]) -> str:
 
 
 def search_entries(page: dict) -> list[list[str]]:
-    """What the search finds: what it is, its words, where."""
-    name = page["name"]
-    found = [[note.title, note.text[:400], f"{name}.html#{note.anchor}"] for note in page["page"].notes]
+    """What the search finds: what it is, its words, where. A symbol is found as it is shown and as LaTeX has it."""
+    name, found = page["name"], []
+    for note in page["page"].notes:
+        shown = unescape(re.sub("<.+?>", "", "".join(note.parts(0)))).strip()
+        found.append([note.title, f"{shown} {note.text.splitlines()[0]}", f"{name}.html#{note.anchor}"])
     found += [[key, d.about[:120], f"{name}.html#{key}"] for key, d in page["of"].definitions.items()]
     return found

@@ -75,9 +75,9 @@ def test_no_line_begins_with_the_comma_behind_a_formula_nor_with_a_per_cent_sign
 
 
 def test_a_note_higher_than_its_lines_folds_what_follows_the_first_sentences():
-    text = "$$ a. $$\nIt is b (Eq. (1) of c. d). `e` is " + "f" * 120 + ". The last" + "g" * 90
+    text = "$$ a. $$\nIt is b (Eq. (1) of c. d). `e` is " + "f" * 120 + ". The last" + "g" * 300
     note = annotations.Note("", "", [], [], text)
-    for lines, count in ((1, 1), (6, 1), (8, 2), (50, 3)):
+    for lines, count in ((1, 1), (6, 1), (8, 2), (10, 2), (11, 3)):
         shown, folded = note.parts(lines)
         assert shown.count("<math") == 1 and "of c. d)." in shown and "<math" not in folded
         assert [part in shown for part in ("fff.", "The last")] == [count > 1, count > 2], lines
@@ -468,6 +468,14 @@ def test_a_function_that_another_setting_has_no_use_for_is_faint(built):
     plain, other = json.loads(text)
     line = source("cmae").place("CMAE.draw_target | augment.shift_crop")
     assert other["name"].startswith("no contrast") and line in other["idle"] and line not in plain["idle"]
+
+
+def test_a_symbol_is_found_as_it_is_shown_and_as_it_is_typed(built):
+    index = json.loads((built / "search.js").read_text().removeprefix("const INDEX = ").rstrip(";\n"))
+    for symbol in ("ρ", "\\rho"):
+        found = [where for _, text, where in index if symbol in text]
+        assert "cmae.html#note-equations-6-and-7-the-contrast" in found and len(found) < 9, symbol
+    assert not any("<" in text and "math" in text for _, text, _ in index)
 
 
 def test_an_equation_of_a_shared_function_is_said_to_be_of_the_paper_whose_file_it_names(built):
