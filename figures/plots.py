@@ -114,8 +114,7 @@ def views(study: Study):
     whole = augment.crop_resize(images, F.pad(sizes, (2, 0)), size)
     rows = {"training image, crops": whole} | batch_pictures(batch, whole, p)
     numbers = {"crops": [c.tolist() for c in crops], "shifts": [call.args[1].tolist() for call in shift.call_args_list]}
-    crop_by = getattr(method.config, "crop_by", "none")
-    if crop_by != "none":
+    if (crop_by := getattr(method.config, "crop_by", "none")) != "none":
         with torch.no_grad():
             heat = cmae_loc.HEAT[crop_by](method.encoder, augment.normalize(whole)).unflatten(1, grid)
         boxes = cmae_loc.locate(heat, size, method.config.crop_threshold)  # top, left, bottom, right

@@ -186,8 +186,7 @@ class Runner:
         """Run it as a user would. The answer is the last line that a measure prints, in JSON."""
         where = self.args.data_root or str(image_cache.cache_folder())
         places = {"RUN": str(folder), "SEED": str(seed), "DIR": where}
-        words = [re.sub(r"\b(RUN|SEED|DIR)\b", lambda m: places[m[1]], word) for word in shlex.split(command)]
-        script, *words = words
+        script, *words = (re.sub(r"\b(RUN|SEED|DIR)\b", lambda m: places[m[1]], word) for word in shlex.split(command))
         environment = os.environ | {"OMP_NUM_THREADS": str(self.threads)}
         with open(folder / "output.txt", "ab") as output:
             process = subprocess.Popen(
