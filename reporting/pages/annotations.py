@@ -51,10 +51,9 @@ def read(page: str) -> Page:
     file = EQUATIONS / f"{page}.md"
     head, *parts = re.split(r"(?m)^## ", file.read_text())
     title, _, introduction = head.partition("\n")
-    diagram = [part.split("\n")[1:] for part in parts if part.startswith("Diagram\n")]
+    diagram = [part.split("\n", 1)[1] for part in parts if part.startswith("Diagram\n")]
     notes = [section(file, part) for part in parts if not part.startswith("Diagram\n")]
-    lines = [line.strip() for part in diagram for line in part if line.strip()]
-    return Page(title.removeprefix("# "), render(introduction), notes, lines)
+    return Page(title.removeprefix("# "), render(introduction), notes, "".join(diagram).splitlines())
 
 
 def section(file: Path, text: str) -> Note:

@@ -15,8 +15,6 @@ KINDS = {" [no gradient]": "stopped", " [EMA]": "average"}
 
 
 def draw(lines: list[str]) -> str:
-    if not lines:
-        return ""
     boxes, edges = read(lines)
     depths = layers(boxes, edges)
     places = lanes(lines, depths)

@@ -19,10 +19,8 @@ def blocks(page: str) -> dict[str, range]:
     """Name → lines, without a gap: the header, imports, each definition, each method of a class."""
     of, found = source(page), {"header": 1}
     for node in of.tree.body[1:]:
-        named = [name for name, d in of.definitions.items() if d.node is node]
-        name = (
-            named[0] if named else "imports" if isinstance(node, ast.Import | ast.ImportFrom) else f"line {node.lineno}"
-        )
+        other = "imports" if isinstance(node, ast.Import | ast.ImportFrom) else f"line {node.lineno}"
+        name = next((name for name, d in of.definitions.items() if d.node is node), other)
         found.setdefault(name, first_line(of, node))
         if isinstance(node, ast.ClassDef):
             inner = [x for x in node.body if isinstance(x, ast.FunctionDef)]

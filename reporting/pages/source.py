@@ -56,12 +56,9 @@ class Source:
                     yield prefix + name, Definition(node.lineno, node.end_lineno, about, node)
 
     def built(self, init: ast.FunctionDef, prefix: str) -> Iterator[tuple[str, Definition]]:
-        for node in ast.walk(init):
-            if (
-                isinstance(node, ast.Attribute)
-                and isinstance(node.ctx, ast.Store)
-                and ast.unparse(node.value) == "self"
-            ):
+        stored = (x for x in ast.walk(init) if isinstance(x, ast.Attribute) and isinstance(x.ctx, ast.Store))
+        for node in stored:
+            if ast.unparse(node.value) == "self":
                 line = self.lines[node.lineno - 1].strip()
                 yield prefix + node.attr, Definition(node.lineno, node.lineno, line, node)
 

@@ -6,7 +6,7 @@ import re
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from itertools import product
 from pathlib import Path
 from typing import NamedTuple
@@ -196,12 +196,9 @@ def run_step(name: str, changes: dict | None = None, other: bool = False, checkp
         return batch, {key: value.item() for key, value in method(batch).items()}
 
     method = tracer.trace(build)
-    if other:
-        with unstopped(method):
-            batch, losses = tracer.trace(step)
-    else:
+    with unstopped(method) if other else nullcontext():
         batch, losses = tracer.trace(step)
-        tracer.trace(lambda: method.update_teacher(0.5) if hasattr(method, "update_teacher") else None)
+    tracer.trace(lambda: method.update_teacher(0.5) if hasattr(method, "update_teacher") else None)
     return Step(dict(tracer.values), dict(tracer.ran), losses, method, images.images(index), batch)
 
 
