@@ -1,8 +1,8 @@
 """A method's branches as an inline SVG, from the lines of its `## Diagram`.
 
-A line is a chain, `image -> encoder @ CMAE.forward -> mean z_t [no gradient] -> L_c`; `@` leads a box to a definition;
-`[EMA]` marks weights that are copied after a step. Boxes with the same words are the same box. Time runs downwards, and
-each chain takes the first lane that is free.
+A line is a chain, `image @ A.draw -> z_t [no gradient] @ A.forward | z_t =`: behind `@` is the line of a box, found as
+`Source.place` does, and `[EMA]` marks weights that are copied after a step. Boxes with the same words are the same box.
+Time runs downwards, and each chain takes the first lane that is free.
 """
 
 import re
@@ -10,21 +10,23 @@ import textwrap
 from html import escape
 from itertools import pairwise
 
+from reporting.pages.source import Source
+
 WIDTH, HEIGHT, ACROSS, DOWN = 104, 38, 112, 56  # of a box, and from one to the next
 KINDS = {" [no gradient]": "stopped", " [EMA]": "average"}
 
 
-def draw(lines: list[str]) -> str:
+def draw(lines: list[str], of: Source) -> str:
     boxes, edges = read(lines)
     depths = layers(boxes, edges)
     places = lanes(lines, depths)
     width = (max(lane for lane in places.values()) + 1) * ACROSS
     height = (max(depths.values()) + 1) * DOWN
     parts = [arrow(a, b, places, depths, boxes) for a, b in edges]
-    parts += [box(name, *boxes[name], places[name], depths[name]) for name in boxes]
+    parts += [box(name, of.place(at), kind, places[name], depths[name]) for name, (at, kind) in boxes.items()]
     return (
         f'<svg class="diagram" viewBox="0 0 {width} {height}" style="max-width:{width}px" role="group" '
-        'aria-label="The branches; blue boxes lead to lines"><defs><marker id="tip" viewBox="0 0 8 8" refX="7" '
+        'aria-label="The branches; boxes lead to their lines"><defs><marker id="tip" viewBox="0 0 8 8" refX="7" '
         'refY="4" markerUnits="userSpaceOnUse" markerWidth="7" markerHeight="7" orient="auto">'
         '<path d="M0 0 8 4 0 8z"/></marker></defs>'
         + "".join(parts) + "</svg>"
@@ -36,7 +38,7 @@ def words(box: str) -> str:
 
 
 def read(lines: list[str]) -> tuple[dict[str, list], list[tuple[str, str]]]:
-    """Words of a box → [where it leads, its kind], and the arrows."""
+    """Words of a box → [its place, its kind], and the arrows."""
     boxes, edges = {}, []
     for line in lines:
         chain = line.split(" -> ")
@@ -84,7 +86,7 @@ def lanes(lines: list[str], depths: dict[str, int]) -> dict[str, int]:
     return places
 
 
-def box(name: str, leads: str, kind: str, lane: int, depth: int) -> str:
+def box(name: str, line: int, kind: str, lane: int, depth: int) -> str:
     x, y = lane * ACROSS + 4, depth * DOWN + 8
     rows = textwrap.wrap(name, 15)
     middle = y + HEIGHT / 2 - 6.5 * (len(rows) - 1) + 4
@@ -92,7 +94,7 @@ def box(name: str, leads: str, kind: str, lane: int, depth: int) -> str:
         f'<tspan x="{x + WIDTH / 2}" y="{middle + 13 * i}">{escape(row)}</tspan>' for i, row in enumerate(rows)
     )
     html = f'<rect x="{x}" y="{y}" width="{WIDTH}" height="{HEIGHT}" rx="5"/><text>{text}</text>'
-    return f'<a class="{kind}" href="#{leads}">{html}</a>' if leads else f'<g class="{kind}">{html}</g>'
+    return f'<a class="{kind}" href="#L{line}">{html}</a>'
 
 
 def arrow(a: str, b: str, places: dict, depths: dict, boxes: dict) -> str:

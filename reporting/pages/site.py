@@ -105,7 +105,7 @@ def page_of(name: str, settings: list[Setting], below: dict[int, str]) -> dict:
     first = settings[0] if settings else Setting("", "", {}, set(), {})
     return dict(
         name=name, page=page, of=of, rows=rows(of, page.notes, first, below), settings=settings,
-        diagram=diagram.draw(page.diagram), sentence=sentence(of), switches=switches(settings),
+        diagram=diagram.draw(page.diagram, of), sentence=sentence(of), switches=switches(settings),
     )  # fmt: skip
 
 

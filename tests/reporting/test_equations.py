@@ -14,7 +14,7 @@ for library in ("pygments", "jinja2", "latex2mathml", "markdown_it", "mdit_py_pl
 
 import train
 from methods import METHODS
-from reporting.pages import annotations
+from reporting.pages import annotations, diagram
 from reporting.pages.source import PAGES, source
 
 TESTS = {path.stem: defined(path) for path in (ROOT / "tests").rglob("test_*.py")}
@@ -40,9 +40,10 @@ def test_every_section_has_one_place_of_its_own_in_the_source_s_order(name):
 def test_boxes_of_diagrams_have_one_place_each_in_the_source(name):
     chains = annotations.read(name).diagram
     assert chains and all(" -> " in chain for chain in chains)
-    linked = [box.split(" @ ") for chain in chains for box in chain.split(" -> ") if "@" in box]
+    boxes = [box for chain in chains for box in chain.split(" -> ")]
+    linked = [box.split(" @ ") for box in boxes if "@" in box]
     assert all(source(name).place(at) for _, at in linked)
-    assert linked and len({words for words, _ in linked}) == len(linked)
+    assert len({words for words, _ in linked}) == len(linked) == len({diagram.words(box) for box in boxes})
 
 
 @pytest.mark.parametrize("name", PAGES)

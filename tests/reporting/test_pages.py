@@ -261,17 +261,19 @@ def test_a_diagram_puts_boxes_below_what_leads_to_them_and_apart():
         assert len({(lanes[name], depths[name]) for name in boxes}) == len(boxes)
         upwards = [edge for edge in edges if depths[edge[0]] >= depths[edge[1]]]
         assert len(upwards) <= (page == "train"), f"{page}: {upwards}"  # the loop is a circle
-        svg = diagram.draw(lines)
+        svg = diagram.draw(lines, source(page))
         for name, (place, kind) in boxes.items():
-            assert not place or (place in source(page).definitions and f'href="#{place}"' in svg), name
+            assert f'href="#L{source(page).place(place)}"' in svg, name
             assert kind == "average" or not name.startswith("moving average"), name
             assert not kind or f'class="{kind}"' in svg
 
 
 def test_what_has_no_gradient_and_what_is_copied_look_different_in_a_diagram():
-    svg = diagram.draw(["a -> b [no gradient] -> c", "a -> copy of a [EMA] -> b"])
+    svg = diagram.draw(["a @ A -> b [no gradient] @ A.f | y = -> c @ B", "a -> copy of a [EMA] @ A.f -> b"], SMALL)
     assert re.findall(r'<path class="(\w*)"', svg) == ["stopped", "stopped", "average", "average"]
-    assert re.findall(r'<g class="(\w*)"', svg) == ["", "stopped", "", "average"] and "[" not in svg
+    assert re.findall(r'<a class="(\w*)" href="#L(\d)"', svg) == [
+        ("", "1"), ("stopped", "4"), ("", "8"), ("average", "2"),
+    ]  # fmt: skip
     style = (site.TEMPLATES / "style.css").read_text()
     looks = re.findall(r"path\.(?:stopped|average) \{.*stroke: (.+?);.* stroke-dasharray: (.+?);", style)
     assert len(looks) == 2 and not set(looks[0]) & set(looks[1])
