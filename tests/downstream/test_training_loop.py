@@ -172,12 +172,15 @@ def test_what_cannot_be_shared_or_filled_is_refused():
 
 
 @pytest.mark.training
-@pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_lower_precision_learns_nearly_the_same(precision):
+@pytest.mark.parametrize("precision, apart", [("bf16", 0.05), ("fp16", 0.01)])
+def test_lower_precision_learns_nearly_the_same(precision, apart):
+    """`apart`: of the way from the first weights to float32's; over 20 seeds at most .0095 in bf16, .001 in fp16."""
     exact, rounded = (trained("finetune", precision=p) for p in ("fp32", precision))
-    assert all(p.dtype == torch.float32 for p in rounded.parameters()) and not same(exact, rounded)
-    images = torch.randn(4, 3, 16, 16)
-    torch.testing.assert_close(exact.logits(images), rounded.logits(images), rtol=0.1, atol=0.15)
+    assert all(p.dtype == torch.float32 for p in rounded.parameters())
+    first, exact, rounded = (
+        torch.cat([p.flatten() for p in c.parameters()]) for c in (classifier_of("finetune"), exact, rounded)
+    )
+    assert 0 < (rounded - exact).norm() < apart * (exact - first).norm()
 
 
 def test_autocast_ends_with_the_forward_pass(monkeypatch):
