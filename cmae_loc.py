@@ -104,7 +104,7 @@ RECIPES = {
         weight_decay=0.05, betas=(0.9, 0.95),
     ),
     "tiny": mae.RECIPES["tiny"],
-    "demo": mae.RECIPES["demo"],
+    "demo": mae.RECIPES["demo"] | dict(batch_size=64, lr=1.5e-3),  # so few epochs need smaller steps, and more of them
 }  # fmt: skip
 
 
