@@ -30,6 +30,7 @@ TUNE_EPOCHS = {"cpu": 15, "gpu": 20}  # of fine-tuning, and of supervised traini
 LISTED = json.loads((HERE / "reporting/claims.json").read_text())
 # "recipes" are runs like those of the demo, for three seeds: what they compare is written in docs/results.md.
 CLAIMS, VARIANTS, RECIPES = LISTED["claims"], LISTED["variants"], LISTED["recipes"]
+CPU = LISTED["cpu"]  # what differs from a method's demo recipe in its row of the cpu table
 # "transfer" are dense transfers of the demo's encoders, each with the encoders that it is made with: those of methods,
 # or in their place the one of mae's run as it was before, or as supervised training has left it.
 TRANSFER = LISTED["transfer"]
@@ -76,7 +77,7 @@ def work_of(folder: str, name: str, budget: str, args) -> Work:
         recipe, model, subset = "tiny", f" --model {args.model or 'small'} --save-every 5", ""
         kept = " --crop-scale 0"  # the attentive probe sees whole images, each encoded once
         measured = "knn linear attentive finetune classes"
-    method, differs, untrained = name, "", " --untrained" * (name == BASELINES)
+    method, differs, untrained = name, CPU.get(name, "") * (budget == "cpu"), " --untrained" * (name == BASELINES)
     if folder == "claims":
         method, differs, measured = (VARIANTS[name][key] for key in ("method", "differs", "measured"))
     elif name == BASELINES:  # one step, for the shape of an encoder
