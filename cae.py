@@ -9,7 +9,7 @@ patches, which must be what the encoder makes of them (alignment), and a decoder
     question          | paper                | official code                      | here (flag)
     ----------------- | -------------------- | ---------------------------------- | -----------------------------------
     target            | DALL-E tokens (§2.2) | the same                           | tokens of a d-VAE trained first
-    other targets     | VQGAN, d-VAE; pixels | VQGAN, CLIP, a d-VAE of one's own  | pixels, DALL-E (--target)
+    other targets     | App. G.1; Figure 4   | VQGAN, CLIP, a d-VAE of one's own  | pixels, DALL-E (--target)
     tokenizer's image | the input image      | the same crop, by Lanczos          | the same crop, bicubic
     crop              | "standard"           | keeps 8 to 100 % of the area       | the same (--crop-scale)
     mask              | 98 of 196, in blocks | BEiT's blocks of 16 or more        | the same, in proportion
@@ -19,13 +19,13 @@ patches, which must be what the encoder makes of them (alignment), and a decoder
     class token       | in the encoder, §4.2 | there only                         | the same
     alignment         | Z_m with Z̄_m         | after norms; Z̄_m one step old      | after norms; Z̄_m of this step
     drop path         | .1                   | each pass draws its own            | the same
-    no decoder        | Table 2              | positions and norm stay            | a linear layer (--decoder-depth 0)
+    no decoder        | a linear layer, §4.3 | positions and norm stay            | a linear layer (--decoder-depth 0)
     initial weights   | not said             | xavier; kernel, tokens cut at ±.02 | MAE's
-    ViT-S             | not said             | 12 heads; linear and norm, then 768 | (--heads 12); decoder 384 wide
-    ViT-L             | not said             | layer scale 1e-5; BEiT's initial   | (--layer-scale 1e-5); MAE's initial
-    clipping, last lr | "as BEiT"            | 3 and 1e-5                         | the same, in the recipes
+    ViT-S, the rest   | not said             | 12 heads; linear and norm, then 768 | (--heads 12); decoder 384 wide
+    ViT-L, the rest   | not said             | layer scale 1e-5; BEiT's initial   | (--layer-scale 1e-5); MAE's initial
+    clipping, last lr | almost as BEiT's     | 3 and 1e-5                         | the same, in the recipes
 
-The d-VAE (dvae.py) stands in for DALL-E's weights, which do not come with it; Table 7's is as good for ViT-B. Without
+The d-VAE (dvae.py) stands in for DALL-E's weights, which are not here; in Table 7 a d-VAE is as good for ViT-B. Without
 `--tokenizer` it is trained first. The mask tokens see Z_v and each other, and Z_v stays as it is.
 
     python train.py --method cae    torchrun --nproc_per_node=8 train.py --method cae --data imagenet --data-root DIR
@@ -71,8 +71,8 @@ class Config:
     tokenizer: str = ""  # a run of --method dvae, or DALL-E's weights; not given: a dvae is trained first
     mask_ratio: Share = 0.5  # share of patches hidden, in blocks (§2.2)
     regressor_depth: Size = 4  # cross-attention blocks (§4.1)
-    decoder_depth: Count = 4  # self-attention blocks (§4.1); 0: a linear layer in their place (Table 2)
-    lambda_z: Weight = 2.0  # λ of Eq. (1); 0: no alignment (Table 2)
+    decoder_depth: Count = 4  # self-attention blocks (§4.1); 0: a linear layer in their place (§4.3)
+    lambda_z: Weight = 2.0  # λ of Eq. (1); 0: no alignment (Table 2, whose first row has no decoder either)
     norm_pixels: bool = False  # pixels: each patch standardised by its own mean and variance
     official_residual: bool = False  # the regressor's residual itself is normalised before the MLP (official code)
     crop_scale: Part = 0.08  # smallest share of the image's area that a crop keeps

@@ -17,7 +17,7 @@ Changes from mae.py: two views of a larger crop, the feature decoder, the two he
     weight of L_c    | 1 (Table 4d)      | 2τ λ_c = 0.14                   | the paper's (the code's: --official-scale)
     mask             | as MAE's (§4.1)   | 65 %, squares of 2 x 2 patches  | the paper's (--mask-ratio, --mask-cell)
     last target norm | as online's, §3.1 | none                            | kept (--no-target-norm)
-    target colours   | jitter (§4.4)     | also blur; grey swaps red, blue | also grey, no blur (--target-blur 0.5)
+    target colours   | jitter (§4.4)     | blur; grey with R and B swapped | also grey, no blur (--target-blur 0.5)
     feature output   | as F_t's features | a patch's 768 values            | as wide as the encoder
     layers of heads  | not said (§3.3)   | Linear, BN, ReLU, Linear        | the same (--projector-width, -out)
     initial heads    | not said          | PyTorch's: deviation .021, .015 | MAE's: .029, .033 (projector's two layers)
@@ -28,7 +28,7 @@ Changes from mae.py: two views of a larger crop, the feature decoder, the two he
     size of CMAE*    | a ViT's (§4.1)    | has no CMAE*                    | 89.1 M, ViT-B 85.6 M (--stem conv)
 
 Slips of the paper: §3.2 once calls the online view I_t; Eq. (4) lacks its index i, Eq. (5) the mean over pixels.
-The rows of Table 4, from the top. That row 2 of 4a masks no target and row 1 of 4b has equal views are our readings.
+The rows of Table 4, from the top, as we read it: row 2 of 4a may mask its target too, row 1 of 4b may be MAE (82.9).
     4a: `--method mae`; `pixel_shift=False, feature_decoder_depth=0`; `feature_decoder_depth=0`; the defaults
     4b: `target_color=False` with `shift_range="0"`; with `pixel_shift=False`; alone; the defaults
 What the official code calls small is `--model base --depth 8 --heads 8 --mlp-ratio 3`.
@@ -75,9 +75,9 @@ class Config:
     projector_out: Size = 256  # dimensions of the contrasted vectors (as in the official code)
     contrast: Literal["infonce", "byol"] = "infonce"  # Eq. (7), or "byol": positives alone (§3.3, §4.4)
     tau: Positive = 0.07  # temperature of Eq. (7)
-    lambda_c: Weight = 1.0  # weight of L_c in Eq. (8); 0: no second branch (§4.4, Table 4d)
+    lambda_c: Weight = 1.0  # weight of L_c in Eq. (8) (Table 4d); 0: no second branch (§4.4)
     official_scale: bool = False  # L_c times 2τ, as the official code has it
-    momentum: Share = 0.996  # μ of the momentum encoder and projection head, fixed (§3.1)
+    momentum: Share = 0.996  # μ of the momentum encoder, fixed (§3.1), and of its projection head (§3.3)
     __post_init__ = check
 
 
@@ -200,7 +200,7 @@ class CMAE(nn.Module):
         return self.momentum_encoder(images, mask and mask.visible, norm=self.config.target_norm)[:, 1:].mean(dim=1)
 
     def contrast(self, y_p: Tensor, z_p: Tensor) -> Tensor:
-        """L_c, in one direction only (§3.3): y_s^p looks for its z_t^p. (B, d), (B, d) → scalar."""
+        """L_c: y_s^p looks for its z_t^p. Asymmetric (§3.3): the views never swap branches. (B, d), (B, d) → scalar."""
         c = self.config
         loss = info_nce(y_p, z_p, c.tau) if c.contrast == "infonce" else byol_loss(y_p, z_p)
         return 2 * c.tau * loss if c.official_scale else loss

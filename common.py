@@ -62,7 +62,7 @@ def normalize_patches(patches: Tensor, eps: float = 1e-6) -> Tensor:
 
 
 def reconstruction_loss(predicted: Tensor, target: Tensor) -> Tensor:
-    """Mean squared error over the masked patches, both (B, M, P): MAE's loss, Eq. (5) of CMAE, Eq. (1) of LC-MAE."""
+    """Mean squared error over the masked patches, both (B, M, P): MAE's; as means, Eq. (5) of CMAE, (1) of LC-MAE."""
     return F.mse_loss(predicted.float(), target.float())
 
 

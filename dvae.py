@@ -57,7 +57,7 @@ class Config:
     hidden: Size = 256  # channels at the finest resolution; twice as many after each halving
     blocks: Size = 2  # residual blocks at each resolution
     first_stride: Size = 1  # of the first convolution: 1 in DALL-E; 2, 4 or 8 leave out the finest resolutions
-    kl_weight: Weight = 6.6  # β of Eq. (1) at the end of its rise; 1: the evidence lower bound (App. A.2)
+    kl_weight: Weight = 6.6  # β of Eq. (1) at the end of its rise; 1: the evidence lower bound (§2)
     diversity_weight: Weight = 0.0  # of the KL of the batch's mean distribution, beside β (CAE's code); 0: none
     kl_warmup: Share = 0.05  # share of training over which β rises from 0 along a cosine
     tau: Positive = 1.0  # τ, the temperature of the Gumbel-softmax, at the start (App. A.2)

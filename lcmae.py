@@ -17,7 +17,7 @@ Changes from mae.py: the second mask, the projector, L_cross, L_in, a decoder of
     projector          | a fully connected layer   | the same, with a bias
     Eq. (5)            | a sum                     | mean over patches masked in both views (none: 0), then over images
     Eq. (6)            | a sum, "mean" in the text | mean over pairs i ≠ j, then over the views
-    weights            | 1 (of the sums)           | 1 of the means; by the sums L_MAE starts a thousand times L_cross
+    weights            | 1 (of the sums)           | 1 of the means; as sums L_MAE would start 100,000 times L_cross
     L_MAE and L_in     | L_in in a "single" view   | of both views wherever there are two
     rows (b), (d), (f) | two masks for L_cross     | one view: half the masked images of (a), (c), (e) and (g)
     x in Eq. (6)       | "original image patches"  | the encoder's input, not standardised by patch as L_MAE's target is

@@ -128,10 +128,10 @@ class Source:
         if not target:
             return html
         module, name = target
-        about = f"{module}.{name}: {source(module).definitions[name].about}"
+        about = source(module).definitions[name].about
         about = re.sub(r"(?<!other )\bCMAE\b(?!\*)", "cmae.py", about)  # there is another CMAE, whose page has them too
         tag = f'a href="{module}.html#{name}"' if module in PAGES else "span"
-        return f'<{tag} class="name" title="{escape(about)}">{html}</{tag.split()[0]}>'
+        return f'<{tag} class="name" title="{module}.{name}: {escape(about)}">{html}</{tag.split()[0]}>'
 
 
 def names(node: ast.stmt) -> list[str]:
