@@ -93,7 +93,7 @@ def batch_pictures(batch, whole: Tensor, p: int) -> dict[str, Tensor]:
         about = re.sub(r"\(B, 3, [^)]*\)|in \[0, 1\]|, normalised|;.*|None:.*", "", comments.get(name, "")).strip(" ,")
         about = name.replace("_", " ") + (f": {about}" if about else "")
         if isinstance(value, Mask):
-            rows[f"visible patches, {about}"] = greyed(view, value, p, (view.shape[2] // p, view.shape[3] // p))
+            rows[f"{about}; grey is hidden"] = greyed(view, value, p, (view.shape[2] // p, view.shape[3] // p))
         elif isinstance(value, Tensor) and value.ndim == 4:
             rows[about] = view = value if value.min() >= 0 else augment.denormalize(value)  # below 0: normalised
     return rows

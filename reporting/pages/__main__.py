@@ -14,10 +14,7 @@ from runtime import process
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m reporting.pages", description=__doc__.split("\n")[0])
     parser.add_argument("--out", default="site", metavar="DIR", help="where to write them [site]")
-    parser.add_argument(
-        "--runs", default="runs", metavar="DIR",
-        help="where METHOD-shapes are, the runs of train.py whose pictures are shown where there are some [runs]",
-    )  # fmt: skip
+    parser.add_argument("--runs", default="runs", metavar="DIR", help="its runs METHOD-shapes give pictures [runs]")
     args = parser.parse_args()
     build(args.out, args.runs)
 

@@ -32,13 +32,13 @@ def drawn(step: Step) -> str:
     framed = enlarged(whole)
     for boxes in torch.stack([call.args[1] for call in crop.call_args_list]).unique(dim=0):
         framed = outlined(framed, boxes * ZOOM)
-    rows = {"images, and what is cut from them": framed}
+    rows = {"images; framed: what is cut from them, at times mirrored": framed}
     if shift.called:
         master, offsets, size = shift.call_args.args
         sides = torch.tensor(pair(size)).expand(n, 2)
         windows = outlined(enlarged(master), ZOOM * torch.cat([0 * sides, sides], dim=1))
         windows = outlined(windows, ZOOM * torch.cat([offsets, sides], dim=1), ORANGE)
-        rows["the master image; white: the online view's window; orange: the target view's"] = windows
+        rows["the master image, cut from the frame; white: the online window; orange: the target's"] = windows
     crop_by = getattr(method.config, "crop_by", "none")
     if crop_by != "none":
         with torch.no_grad():

@@ -299,9 +299,9 @@ def test_two_methods_stand_beside_each_other_by_the_names_of_their_definitions()
 def test_pictures_are_the_batch_s_the_boxes_and_what_a_method_makes(steps):
     rows = {name: re.findall(r"<span>(.+?)</span>", pictures.drawn(step)) for name, (step, _) in steps.items()}
     assert rows["cmae"] == [
-        "images, and what is cut from them",
-        "the master image; white: the online view&#x27;s window; orange: the target view&#x27;s",
-        "images: the online view I_s", "visible patches, mask", "target images: the target view I_t",
+        "images; framed: what is cut from them, at times mirrored",
+        "the master image, cut from the frame; white: the online window; orange: the target&#x27;s",
+        "images: the online view I_s", "mask; grey is hidden", "target images: the target view I_t",
     ]  # fmt: skip
     assert [name for name in rows if any("heat map" in row for row in rows[name])] == ["cmae_loc"]
     for name, (step, _) in steps.items():
@@ -380,14 +380,17 @@ def test_claims_have_the_verdicts_of_the_document():
     document = (HERE / "docs/claims.md").read_text()
     claims = [claim for page in PAGES for note in annotations.read(page).notes for claim in note.claims]
     assert len(claims) > 5
+    harms = next(claim for claim in claims if claim["statement"].startswith("too much contrast"))
+    assert [of for of, _ in claims_and_losses.measured(harms)["numbers"]] == ["cmae --lambda-c 2", "cmae"]
     for claim in claims:
         found = claims_and_losses.measured(claim)
         assert f"- **{found['verdict']}** {found['where']}: {found['statement']}." in document
-        assert f"| {found['paper']} |" in document and found["numbers"] in document
-        recipe = r"demo recipe, .*nano encoder, \d+ epochs; a run took \d+ to \d+ minutes"
+        assert f"| {found['paper']} |" in document
+        assert " → ".join(number for _, number in found["numbers"]) in document
+        recipe = r"demo recipe, .*\d+ epochs; a run took \d+ to \d+ minutes .*; mean ± deviation of 3 seeds"
         assert re.match(recipe if found["numbers"] else "$", found["how"]), claim
         if any(side.endswith("top1") for side in claim["sides"]):
-            assert "top-1 accuracy" in found["measure"], claim
+            assert "top-1 %" in found["measure"], claim
 
 
 def test_the_curve_stands_below_the_line_that_returns_the_whole_loss(monkeypatch, tmp_path):
@@ -401,15 +404,18 @@ def test_the_curve_stands_below_the_line_that_returns_the_whole_loss(monkeypatch
 
 def test_a_curve_has_its_numbers_at_its_ticks(tmp_path, monkeypatch):
     losses = [dict(epoch=1, loss=4.0), dict(epoch=8, loss=1.0)]
-    config = dict(recipe="demo", classes=10, data="x", model="nano", epochs=8)
+    config = dict(recipe="demo", classes=10, data="x", model="nano", epochs=8, batch_size=64, official_scale=True)
     run = dict(measured={}, loss=losses)
     text = json.dumps(dict(method="mae", commands={}, config=config, runs=[run], stale="old"))
     (tmp_path / "cpu").mkdir()
     (tmp_path / "cpu/mae.json").write_text(text)
     monkeypatch.setattr(claims_and_losses, "RESULTS", tmp_path)
     assert claims_and_losses.curve("cmae") == ""
+    (tmp_path / "cpu/cmae.json").write_text(text)
+    assert "; unlike the step, with batch_size=64, official_scale=True; " in claims_and_losses.curve("cmae")
     svg = claims_and_losses.curve("mae")
-    assert "demo recipe, 10 classes of x, nano encoder, 8 epochs; results/cpu/mae.json (old)" in svg
+    assert "demo recipe, 10 classes of x, nano encoder, 8 epochs; unlike the step, with batch_size=64; " in svg
+    assert "; results/cpu/mae.json, made by an earlier version of the code<" in svg
     assert re.findall(r">([\d.]+)</text>", svg) == ["0", "0", "2", "4", "4", "8"]
     assert 'points="50.5,8.0 208.0,66.5"' in svg and "loss 4 → 1" in svg  # an eighth of 180 from 28; a quarter of 78 up
 
