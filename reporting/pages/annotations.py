@@ -79,8 +79,8 @@ def claim(file: Path, words: str) -> dict:
 
 
 def render(text: str) -> str:
-    """As HTML, in which no line begins with a per cent sign, nor with the comma behind a formula."""
-    html = re.sub(r"(?<=\d) %", "\N{NO-BREAK SPACE}%", MARKDOWN.render(text.strip()))
+    """As HTML, in which no line begins with a per cent sign, nor with the comma behind a formula, nor breaks at a ×."""
+    html = re.sub(r"(?<=\d) (?=[%×])|(?<=×) (?=\d)", "\N{NO-BREAK SPACE}", MARKDOWN.render(text.strip()))
     formula = r'<span class="math inline">(?:(?!</span>).)*</span>[,.;:)]+'
     return re.sub(formula, r'<span class="keep">\g<0></span>', html)
 
@@ -92,4 +92,4 @@ def mathml(latex: str, display: bool) -> str:
         html = "\\"
     if "\\" in html or "mathvariant" in html:  # what it does not know stays; browsers know no letters by `mathvariant`
         raise InputError(f"{latex.strip()}: not LaTeX that becomes MathML; write it in another way")
-    return html
+    return re.sub(r"<mo>([A-Za-z]{2,})</mo>", r"<mi>\1</mi>", html)  # a name has no space around it

@@ -68,10 +68,16 @@ def test_a_file_of_notes_is_read_as_it_is_written(tmp_path, monkeypatch):
             annotations.render(wrong)
 
 
-def test_no_line_begins_with_the_comma_behind_a_formula_nor_with_a_per_cent_sign():
-    html = annotations.render("$a$ and 75 % of $b$, (of $c$).")
+def test_no_line_begins_with_the_comma_behind_a_formula_nor_with_a_per_cent_sign_nor_breaks_at_a_times_sign():
+    html = annotations.render("$a$ and 75 % of 2 × 3 $b$, (of $c$).")
     kept = re.findall(r"\"keep\">.*?<mi>(.)</mi>.*?</math></span>([,.)]+)</span>", html)
     assert kept == [("b", ","), ("c", ").")] and "75\N{NO-BREAK SPACE}%" in html
+    assert "2\N{NO-BREAK SPACE}×\N{NO-BREAK SPACE}3 <" in html
+
+
+def test_a_name_in_a_formula_is_set_as_a_name_and_not_with_the_spaces_of_an_operator():
+    html = annotations.render(r"$\operatorname{pos}_i + x$")
+    assert "<mi>pos</mi>" in html and "<mo>&#x0002B;</mo>" in html
 
 
 def test_a_note_higher_than_its_lines_folds_what_follows_the_first_sentences():

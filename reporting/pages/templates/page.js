@@ -7,6 +7,7 @@ const make = (tag, values = {}, ...children) => {
   return element;
 };
 for (const hidden of document.querySelectorAll(".find, .theme, .switch, .switches")) hidden.hidden = false;
+for (const here of document.querySelectorAll(".bar [aria-current]")) here.parentElement.scrollLeft = here.offsetLeft - 90;
 
 // ------------------------------------------------------------------------------------------------- light and dark
 const root = document.documentElement, dark = matchMedia("(prefers-color-scheme: dark)");
