@@ -35,7 +35,7 @@ SWITCHES: dict[str, list[tuple[str, dict]]] = {
     ],
     "cae": [
         ("no alignment (Table 2)", dict(lambda_z=0.0)),
-        ("a linear layer as decoder (Table 2)", dict(decoder_depth=0)),
+        ("a linear layer as decoder, no alignment (Table 2)", dict(decoder_depth=0, lambda_z=0.0)),
         ("pixels in place of tokens (Fig. 4)", dict(target="pixels")),
         ("the official code's residual", dict(official_residual=True)),
     ],
@@ -70,6 +70,6 @@ SWITCHES: dict[str, list[tuple[str, dict]]] = {
     ],
     "dvae": [
         ("diversity beside the KL (CAE's code)", dict(diversity_weight=16.0)),
-        ("the finest resolution too", dict(first_stride=1)),
+        ("the two finest resolutions too", dict(first_stride=1)),
     ],
 }  # fmt: skip
