@@ -13,9 +13,9 @@ SWITCHES: dict[str, list[tuple[str, dict]]] = {
     "cmae": [
         ("no contrast, λ_c = 0 (§4.4)", dict(lambda_c=0.0)),
         ("no feature decoder (Table 4a, 4c)", dict(feature_decoder_depth=0)),
-        ("no feature decoder, random crops (Table 4a, our reading)", dict(feature_decoder_depth=0, pixel_shift=False)),
+        ("no feature decoder, random crops (Table 4a, target whole)", dict(feature_decoder_depth=0, pixel_shift=False)),
         ("random crops, no shift (Table 6)", dict(pixel_shift=False)),
-        ("equal views, no colour (Table 4b, as we read it)", dict(shift_range="0", target_color=False)),
+        ("equal views, no colour (Table 4b, if not MAE)", dict(shift_range="0", target_color=False)),
         ("no colour on the target (Table 4b)", dict(target_color=False)),
         ("large shifts, 48-63 (Table 6)", dict(shift_range="48-63")),
         ("the feature decoder shares weights (Table 4c)", dict(share_decoder=True)),

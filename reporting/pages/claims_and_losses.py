@@ -4,7 +4,7 @@ from html import escape
 
 from reporting import HERE
 from reporting.documents import setting, spell, verdict
-from reporting.experiments import VARIANTS
+from reporting.experiments import CPU, VARIANTS
 from reporting.pages.ablations import PAPER
 from reporting.result_files import read, values
 
@@ -15,7 +15,8 @@ MEASURES = {
     "linear-paper.top1": "top-1 % of linear probing", "attentive.top1": "top-1 % of attentive probing",
     "positions.later": "mean cosine of Eq. (7) in later layers", "positions.first": "in the first",
 }  # fmt: skip
-RUNS = {f"claims/{name}": f"{v['method']} {v['differs']}" for name, v in VARIANTS.items()}  # others: "cpu/METHOD"
+RUNS = {f"cpu/{method}": f"{method} {differs}" for method, differs in CPU.items()}  # others: "cpu/METHOD"
+RUNS |= {f"claims/{name}": f"{v['method']} {v['differs']}" for name, v in VARIANTS.items()}
 COLOURS = ("var(--accent)", "var(--stop)", "var(--link)", "var(--keyword)", "var(--number)")
 
 
@@ -38,7 +39,7 @@ def measured(claim: dict) -> dict:
 
 
 def recipe(config: dict) -> str:
-    return f"{config['recipe']} recipe, {setting(config)}"
+    return f"{config['recipe']} recipe with {setting(config)}, crop_scale={config['crop_scale']}"
 
 
 def curve(method: str) -> str:

@@ -52,8 +52,7 @@ def read(lines: list[str]) -> tuple[dict[str, list], list[tuple[str, str]]]:
 
 def layers(boxes: dict, edges: list) -> dict[str, int]:
     """How far down each box is: below all that lead to it; an arrow that would close a circle does not count."""
-    before = {name: set() for name in boxes}  # all from which a box can be reached
-    kept = []
+    before, kept = {name: set() for name in boxes}, []  # all from which a box can be reached
     for a, b in edges:
         if b not in before[a] and a != b:
             kept.append((a, b))

@@ -388,12 +388,16 @@ def test_claims_have_the_verdicts_of_the_document():
     assert len(claims) > 5
     harms = next(claim for claim in claims if claim["statement"].startswith("too much contrast"))
     assert [of for of, _ in claims_and_losses.measured(harms)["numbers"]] == ["cmae --lambda-c 2", "cmae"]
+    slow = claims_and_losses.measured(next(claim for claim in claims if "slow copy" in claim["statement"]))["numbers"]
+    assert slow[1][0] == "conmim --dictionary image --mask-cell 2 --lr 1e-3"
     for claim in claims:
         found = claims_and_losses.measured(claim)
         assert f"- **{found['verdict']}** {found['where']}: {found['statement']}." in document
         assert f"| {found['paper']} |" in document
         assert " → ".join(number for _, number in found["numbers"]) in document
-        recipe = r"demo recipe, .*\d+ epochs; a run took \d+ to \d+ minutes .*; mean ± deviation of 3 seeds"
+        recipe = (
+            r"demo recipe with 10 classes .* 18 epochs, crop_scale=0.2; .* took \d+ to .*; mean ± deviation of 3 seeds"
+        )
         assert re.match(recipe if found["numbers"] else "$", found["how"]), claim
         if any(side.endswith("top1") for side in claim["sides"]):
             assert "top-1 %" in found["measure"], claim
@@ -410,7 +414,7 @@ def test_the_curve_stands_below_the_line_that_returns_the_whole_loss(monkeypatch
 
 def test_a_curve_has_its_numbers_at_its_ticks(tmp_path, monkeypatch):
     losses = [dict(epoch=1, loss=4.0), dict(epoch=8, loss=1.0)]
-    config = dict(recipe="demo", classes=10, data="x", model="nano", epochs=8, batch_size=64, official_scale=True)
+    config = dict(recipe="demo", data="x", model="nano", epochs=8, crop_scale=0.2, batch_size=64, official_scale=True)
     run = dict(measured={}, loss=losses)
     text = json.dumps(dict(method="mae", commands={}, config=config, runs=[run], stale="old"))
     (tmp_path / "cpu").mkdir()
@@ -421,7 +425,7 @@ def test_a_curve_has_its_numbers_at_its_ticks(tmp_path, monkeypatch):
     about = "; unlike the step, with batch_size=64, official_scale=True; results/cpu/cmae.json<"
     assert about in claims_and_losses.curve("cmae")
     svg = claims_and_losses.curve("mae")
-    assert "demo recipe, 10 classes of x, nano encoder, 8 epochs; unlike the step, with batch_size=64; " in svg
+    assert "demo recipe with x, nano encoder, 8 epochs, crop_scale=0.2; unlike the step, with batch_size=64; " in svg
     assert "; results/cpu/mae.json, made by an earlier version of the code<" in svg
     assert re.findall(r">([\d.]+)</text>", svg) == ["0", "0", "2", "4", "4", "8"]
     assert 'points="50.5,8.0 208.0,66.5"' in svg and "loss 4 → 1" in svg  # an eighth of 180 from 28; a quarter of 78 up
