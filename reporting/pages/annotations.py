@@ -92,4 +92,4 @@ def mathml(latex: str, display: bool) -> str:
         html = "\\"
     if "\\" in html or "mathvariant" in html:  # what it does not know stays; browsers know no letters by `mathvariant`
         raise InputError(f"{latex.strip()}: not LaTeX that becomes MathML; write it in another way")
-    return re.sub(r"<mo>([A-Za-z]{2,})</mo>", r"<mi>\1</mi>", html)  # a name has no space around it
+    return re.sub(r"<mo>([A-Za-z]{2,}|&#x02016;)</mo>", r"<mi>\1</mi>", html)  # no space around names; ‖ does not grow

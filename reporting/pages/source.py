@@ -119,7 +119,7 @@ class Source:
                 if part:
                     rows[-1] += self.word(STANDARD_TYPES.get(kind, ""), part, self.links.get((line, column)))
                 column += len(part)
-        return rows[: len(self.lines)]
+        return [row.replace('-</span><span class="o">&gt;', "-&gt;") for row in rows[: len(self.lines)]]  # one arrow
 
     def word(self, kind: str, text: str, target: tuple[str, str] | None) -> str:
         if text == ".":  # where a long line may go on

@@ -76,8 +76,9 @@ def test_no_line_begins_with_the_comma_behind_a_formula_nor_with_a_per_cent_sign
 
 
 def test_a_name_in_a_formula_is_set_as_a_name_and_not_with_the_spaces_of_an_operator():
-    html = annotations.render(r"$\operatorname{pos}_i + x$")
+    html = annotations.render(r"$\operatorname{pos}_i + \lVert x \rVert$")
     assert "<mi>pos</mi>" in html and "<mo>&#x0002B;</mo>" in html
+    assert html.count("<mi>&#x02016;</mi>") == 2  # as an operator, one of the two would be as high as the line
 
 
 def test_a_note_higher_than_its_lines_folds_what_follows_the_first_sentences():
@@ -502,6 +503,7 @@ def test_an_equation_of_a_shared_function_is_said_to_be_of_the_paper_whose_file_
     hints = re.findall(r'title="(\w+\.info_nce: .+?\))', (built / "cmae_loc.html").read_text())
     assert hints and set(hints) == {"common.info_nce: cmae.py&#x27;s Eq. (7)"}
     assert "of The other CMAE" in (built / "cmae_loc.html").read_text()  # as inputs/augment.py says
+    assert '<span class="o">-&gt;</span> Tensor' in (built / "cmae_loc.html").read_text()  # no line breaks in an arrow
 
 
 def test_a_legend_says_what_lines_of_the_diagram_mean_where_there_are_such(built):
