@@ -93,7 +93,7 @@ def box(name: str, line: int, kind: str, lane: int, depth: int) -> str:
         f'<tspan x="{x + WIDTH / 2}" y="{middle + 13 * i}">{escape(row)}</tspan>' for i, row in enumerate(rows)
     )
     html = f'<rect x="{x}" y="{y}" width="{WIDTH}" height="{HEIGHT}" rx="5"/><text>{text}</text>'
-    return f'<a class="{kind}" href="#L{line}">{html}</a>'
+    return f'<a class="{kind}" href="#L{line}" aria-label="{escape(name)}">{html}</a>'
 
 
 def arrow(a: str, b: str, places: dict, depths: dict, boxes: dict) -> str:

@@ -278,6 +278,7 @@ def test_a_diagram_puts_boxes_below_what_leads_to_them_and_apart():
 def test_what_has_no_gradient_and_what_is_copied_look_different_in_a_diagram():
     svg = diagram.draw(["a @ A -> b [no gradient] @ A.f | y = -> c @ B", "a -> copy of a [EMA] @ A.f -> b"], SMALL)
     assert re.findall(r'<path class="(\w*)"', svg) == ["stopped", "stopped", "average", "average"]
+    assert 'aria-label="copy of a"' in svg  # what is read aloud: the rows of a box would be read without spaces
     assert re.findall(r'<a class="(\w*)" href="#L(\d)"', svg) == [
         ("", "1"), ("stopped", "4"), ("", "8"), ("average", "2"),
     ]  # fmt: skip
@@ -481,6 +482,10 @@ def test_pages_hold_their_source_and_their_links_lead_somewhere(built):
     for page in PAGES:
         assert parsed[f"{page}.html"].lines == source(page).lines
         assert (built / f"{page}.html").stat().st_size < 3e6
+    for name in ("mae.html", "mae-cmae.html"):  # the Tab key stops at names and not at each line
+        assert set(re.findall(r'<a class="no"[^>]*?( tabindex="-1")?>', (built / name).read_text())) == {
+            ' tabindex="-1"'
+        }
 
 
 def test_a_function_that_another_setting_has_no_use_for_is_faint(built):
