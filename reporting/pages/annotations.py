@@ -15,7 +15,7 @@ from runtime.errors import InputError
 EQUATIONS = Path(__file__).parent / "equations"
 MARKDOWN = MarkdownIt().use(
     dollarmath_plugin, allow_labels=False, double_inline=True,
-    renderer=lambda latex, how: mathml(latex, how["display_mode"]),
+    renderer=lambda latex, how: mathml(latex, "block" if how["display_mode"] else "inline"),
 )  # fmt: skip
 SENTENCE = re.compile(r"[.?!][\")]*\s+(?=[\"$`A-Z])")  # its end, and that another begins
 
@@ -85,9 +85,9 @@ def render(text: str) -> str:
     return re.sub(formula, r'<span class="keep">\g<0></span>', html)
 
 
-def mathml(latex: str, display: bool) -> str:
-    try:
-        html = convert(latex.strip(), display="block" if display else "inline")
+def mathml(latex: str, display: str) -> str:
+    try:  # a prime at the size of other scripts would be a speck
+        html = convert(latex.strip(), display=display).replace("<mi>&#x02032", '<mi scriptlevel="0">&#x02032')
     except Exception:  # the library has many kinds of its own
         html = "\\"
     if "\\" in html or "mathvariant" in html:  # what it does not know stays; browsers know no letters by `mathvariant`

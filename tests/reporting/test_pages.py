@@ -76,8 +76,9 @@ def test_no_line_begins_with_the_comma_behind_a_formula_nor_with_a_per_cent_sign
 
 
 def test_a_name_in_a_formula_is_set_as_a_name_and_not_with_the_spaces_of_an_operator():
-    html = annotations.render(r"$\operatorname{pos}_i + \lVert x \rVert$")
+    html = annotations.render(r"$\operatorname{pos}'_i + \lVert x \rVert$")
     assert "<mi>pos</mi>" in html and "<mo>&#x0002B;</mo>" in html
+    assert '<mi scriptlevel="0">&#x02032;</mi>' in html  # a prime of full size
     assert html.count("<mi>&#x02016;</mi>") == 2  # as an operator, one of the two would be as high as the line
 
 
