@@ -9,8 +9,8 @@ and whatever else a step draws are decided and applied there. Called as a module
 but drop path and returns a dict of losses: `loss` is what is minimised, all are logged as means over the processes. A
 `loss` that is not finite ends the run when it next logs or saves, before anything is saved. A method's `encoder` is
 what a run is for: the student's ViT, unless the method says otherwise. Optional members: `update_teacher` moves the
-teacher after each step, `end_epoch` is given the whole image set after each epoch but the last, and `prepare` can have
-another method trained first, in `<out>/<its name>`, whose weights become part of this method and of its checkpoints.
+teacher after each step, `end_epoch` is given the whole image set on every process after each epoch but the last, and
+`prepare` can have another method trained first, in `<out>/<its name>`, whose weights become part of this one's.
 
 A run lives in its directory (`--out`): config.json, log.jsonl, checkpoint.pt, encoder.safetensors, pictures, a summary.
 The same command resumes it. Everything random in step t comes from (seed, t) and the order of epoch e from (seed, e).
@@ -108,7 +108,7 @@ def loop(args, plan: "Plan", run: Run, images: image_sets.ImageSet, watch: Watch
     pictures = Pictures(image_sets.open_for(args, "val"), method, args.seed, args.image_size, device)
 
     meter = Meter(args, run.step, plan.steps, plan.steps_per_epoch, run.log, device)
-    with run.listening(), meter.bar:  # to SIGTERM and Ctrl-C, of which `asked_to_stop` tells
+    with run.listening(), meter.bar:  # to SIGTERM and Ctrl-C; `asked_to_stop` tells all processes in the same step
         for step in range(run.step, plan.steps):
             rate = learning_rate(step, plan.steps, plan.warmup, args.lr, args.min_lr)  # warm-up, then a cosine
             for group in optimizer.param_groups:
@@ -138,9 +138,9 @@ def loop(args, plan: "Plan", run: Run, images: image_sets.ImageSet, watch: Watch
                 if told:
                     say(told)
             meter.update(done, losses, rate, watch.measured(probe=plan.ends(done, args.probe_every)))
-            stopping = run.asked_to_stop(done)
+            stopping = run.asked_to_stop(done)  # several processes agree every tenth batch, without the GPU
             if stopping or plan.ends(done, args.save_every):
-                meter.check_finite(method, done)  # all losses so far, and the weights
+                meter.check_finite(method, done)  # the `loss` of every step so far, and the weights
                 run.save(done)
                 pictures.draw(run)
             if stopping:
@@ -198,7 +198,7 @@ def distribute(method: nn.Module) -> nn.Module:
     if world_size() == 1:
         return method
     network = DistributedDataParallel(method, gradient_as_bucket_view=True)
-    network.broadcast_buffers = False  # buffers are constants; set here, as torch 2.14 warns of the argument
+    network.broadcast_buffers = False  # no step changes a buffer; set here, as torch 2.14 warns of the argument
     return network
 
 
