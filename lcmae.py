@@ -31,15 +31,15 @@ Rows of Table 1 are weights of 0 and 1. Row (b), `--cross-weight 0 --in-weight 0
 mae.py's losses. The other tables are of MAE, at a base rate of 1.5e-4 and batch 1024 (§5), so a peak rate of 6e-4,
 with the 8 blocks of Figure 4 (`--recipe paper`; `evaluate.py` then fine-tunes):
       Table 2      --cross-weight 0 --in-weight 0 --lr 6e-4 --decoder-depth 8 (or, for it, --decoder average, conv)
-      Table 3      --method autoencoder --block 16 (then 48, 80, 112; MAE is Table 2's first command)
+      Table 3      --method autoencoder --block 16 (its recipe; then 48, 80, 112; MAE is Table 2's first command)
       Table A.1    --method mae --batch-size 1024 --images 1 --repeat 1281167 --epochs 5 --warmup-epochs 1
 The analyses of attention and features (Eq. 7 and 8, Figures 2 to 6) are in figures/.
 
     torchrun --nproc_per_node=8 train.py --method lcmae --data tiny-imagenet --download
 
 Measured on ten classes of Tiny-ImageNet (docs/results.md, claims.md); the paper's settings: not run. Deviation of √d v
-over images, v of length 1 (1: random directions, 0: all alike): (c), L_cross alone, .00002, the collapse that the paper
-reports; (g) .32; (e) .018, a collapse of v too: in (e), the paper says, each value has its target, but only h has one.
+over images at one place, v of length 1 (1: random directions, 0: all alike; untrained .15): (c), L_cross alone, .00002,
+the paper's collapse; (g) .32; (e) .018, which the paper calls no collapse: each value has its target, but only h has.
 """
 
 from dataclasses import dataclass
@@ -76,7 +76,7 @@ class Config:
 
 
 RECIPES = {
-    # §5 (epochs: §3.3), on ImageNet-1K with ViT-B/16; settings that the paper does not give are MAE's.
+    # §5 (epochs: §3.3), on ImageNet-1K with ViT-B/16; others are MAE's. Peak: 2.4e-3.
     "paper": mae.RECIPES["paper"] | dict(epochs=100, warmup_epochs=20, batch_size=1024, base_lr=6e-4),
     # The projector as much wider than a patch's pixels as in the paper: 256 / 192 = 1024 / 768.
     "tiny": mae.RECIPES["tiny"] | dict(base_lr=6e-4, decoder_depth=2, projector_out=256),
