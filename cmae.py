@@ -85,7 +85,7 @@ RECIPES = {
     # §4.1 on ImageNet-1K (§4.2); 300 epochs in the ablations (§4.4), 1600 for the best results (Table 2).
     "paper": mae.RECIPES["paper"] | dict(epochs=300),
     "tiny": mae.RECIPES["tiny"],
-    # A step takes twice MAE's time. In so short a run L_c at its full weight keeps L_r from falling.
+    # A step takes twice MAE's time. In so short a run L_c at its full weight leaves L_r a little higher.
     "demo": mae.RECIPES["demo"] | dict(epochs=12, batch_size=64, lr=1.5e-3, official_scale=True),
 }
 

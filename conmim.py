@@ -27,8 +27,8 @@ each of these, its own among all patches of the same image, as a slowly progress
 
 The loss is the mean over the masked patches of all images; an image's K keys are its N patches.
 Table 4's instance-level row is read as `contrast="instance", masking="none"`: keys are the images of the batch, crop
-and flip stay shared, the mean of the tokens enters the projector. Table 5 has keys of a GPU (128 images), here of
-all ranks (`--accumulate 16` makes it 128). The threshold of its filter is not said; similarity to "the anchor" is read
+and flip stay shared, the mean of the tokens enters the projector. Table 5 has keys of a GPU (1 of 16: 128 images), here
+of all (`--accumulate 16` makes it 128). The threshold of its filter is not said; similarity to "the anchor" is read
 as the cosine with f(x̂)_j. Equal inputs (Table 6) are read as one view. Tables 4 to 9 are of 300 epochs.
 
     torchrun --nproc_per_node=8 train.py --method conmim --data tiny-imagenet --download
@@ -103,8 +103,8 @@ RECIPES = {
         min_lr=1e-5, weight_decay=0.05, betas=(0.9, 0.98), clip_grad=3.0, mask_cell=1, crop_scale=0.2,
         projector_width=1024,
     ),
-    # The built-in images in minutes of two CPU cores. So short a run learns to tell an image's own keys apart by their
-    # places alone; the keys of other images (Table 5) have the same places, so that what they show must be learned.
+    # The built-in images in minutes of two CPU cores. So short a run learns to tell an image's own keys apart mostly
+    # by their places; the keys of other images (Table 5) have the same places, so that what they show must be learned.
     "demo": dict(
         model="nano", image_size=64, patch_size=8, epochs=4, warmup_epochs=1, batch_size=128, lr=3e-3,
         weight_decay=0.05, betas=(0.9, 0.98), clip_grad=3.0, mask_cell=1, dictionary="batch", crop_scale=0.2,
