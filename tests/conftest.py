@@ -3,6 +3,7 @@
 import os
 import sys
 
+import seed_offset  # noqa: F401
 import torch
 from hypothesis import HealthCheck, settings
 
@@ -12,8 +13,6 @@ settings.load_profile("ci" if os.environ.get("CI") else "default")
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the commands that tests start
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
-if offset := int(os.environ.get("SEED_OFFSET", "0")):  # tests/processor_variants: no test may hang on its seed
-    torch.manual_seed = lambda seed, plain=torch.manual_seed: plain(seed + offset)
 
 
 def pytest_configure(config):

@@ -317,7 +317,7 @@ def test_a_large_dictionary_is_searched_in_parts_that_the_backward_pass_computes
         for name in plain:
             torch.testing.assert_close(parts[name], plain[name], atol=1e-6, rtol=1e-6)
         ours = [p.grad for p in model.parameters() if p.grad is not None]
-        assert all(torch.allclose(a, b, atol=1e-6, rtol=1e-4) for a, b in zip(ours, gradients, strict=True))
+        assert all((a - b).norm() <= 1e-4 * b.norm() for a, b in zip(ours, gradients, strict=True))  # seen: 6e-6
     assert not any(shape[-1:] in [(25,), (125,)] for shape in kept)  # no similarities: one value for each key
 
 

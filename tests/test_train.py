@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from forked_programs import ROOT, Program, finish, popen
+from forked_programs import ROOT, SMOOTH, Program, finish, popen
 from PIL import Image
 from test_mae import hugging_face
 
@@ -92,12 +92,12 @@ def train(photos, environment, tmp_path):
     """
     begun = []
 
-    def start(*flags, method="mae", processes=1, out="run", by=None):
+    def start(*flags, method="mae", processes=1, out="run", by=None, before=""):
         words = ["--method", method, "--data", photos, "--out", tmp_path / out, *SMALL]
         words += own(method, *flags) if method in OWN else flags
         where = dict(env=environment, cwd=tmp_path)
         if by is None:
-            begun.append(Program("train.py", *words, n=processes, **where))
+            begun.append(Program("train.py", *words, n=processes, before=before, **where))
         else:
             begun.append(popen(*by.split(), ROOT / "train.py", *words, **where))
         return begun[-1]
@@ -353,17 +353,17 @@ def test_one_process_and_two_end_alike(train, tmp_path, method):
     if method == "cae":  # tokens are argmaxes, some of which flip between two d-VAEs that are equal to 1e-5
         assert_fine(train("--max-steps", 20, method="dvae", out="tokenizer"))
         flags += ["--tokenizer", tmp_path / "tokenizer"]
-    assert_fine(train(*flags, method=method, out="one"))
-    done = train(*flags, method=method, processes=2, out="two")
+    assert_fine(train(*flags, method=method, out="one", before=SMOOTH))
+    done = train(*flags, method=method, processes=2, out="two", before=SMOOTH)
     assert_fine(done)
     assert done.stderr.count("20 steps of 64 on 2 x cpu") == 1
     others = ["two"]
     if method == "mae":  # accumulation shows a contrast fewer negatives
-        assert_fine(train(*flags, "--accumulate", 2, method=method, out="parts"))
+        assert_fine(train(*flags, "--accumulate", 2, method=method, out="parts", before=SMOOTH))
         others.append("parts")
     for other in others:
         for a, b in zip(log(tmp_path / "one")[1:], log(tmp_path / other)[1:], strict=True):
-            assert a["loss"] == pytest.approx(b["loss"], abs=1e-5)
+            assert a["loss"] == pytest.approx(b["loss"], abs=5e-5)
         one, two = state(tmp_path / "one")["method"], state(tmp_path / other)["method"]
         for name in one:
             torch.testing.assert_close(two[name], one[name], atol=1e-5, rtol=1e-5, msg=lambda m, n=name: f"{n}: {m}")

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import seed_offset  # noqa: F401
 import torch
 from torch import nn
 

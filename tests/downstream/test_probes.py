@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import pytest
+import seed_offset  # noqa: F401
 import torch
 import torch.distributed as dist
 from hypothesis import given, settings

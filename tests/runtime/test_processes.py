@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from forked_programs import ROOT, Program, finish, popen, rewrite, server
+from forked_programs import ROOT, SMOOTH, Program, finish, popen, rewrite, server
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -92,13 +92,13 @@ def test_one_and_four_processes_end_alike(ranks, tmp_path, method):
     # CAE's tokens are argmaxes, and one that is nearly a tie may fall to either side in a batch of another size.
     flags = [*TWENTY, "--accumulate", 2, *(["--target", "pixels"] if method == "cae" else [])]
     for n in (1, 4):
-        assert_fine(ranks(*flags, method=method, n=n, out=str(n)))
+        assert_fine(ranks(*flags, method=method, n=n, out=str(n), before=SMOOTH))
     assert_alike(tmp_path / "1", tmp_path / "4", 3e-5, 3e-5)
 
 
 @pytest.mark.training
 @pytest.mark.slow
-@pytest.mark.parametrize("method, loss", [(m, 0.05 if m.startswith("cmae") else 0.01) for m in METHODS])
+@pytest.mark.parametrize("method, loss", [(m, 0.15 if m.startswith("cmae") else 0.03) for m in METHODS])
 def test_one_two_and_four_processes_end_nearly_alike_in_bf16(ranks, tmp_path, method, loss):
     """bf16 keeps 8 bits: sums in another order differ by 2⁻⁸ or so, losses by less than 1 %, InfoNCE by 1/τ times that.
 
@@ -106,7 +106,7 @@ def test_one_two_and_four_processes_end_nearly_alike_in_bf16(ranks, tmp_path, me
     """
     flags = [*TWENTY, "--precision", "bf16", *(["--target", "pixels"] if method == "cae" else [])]
     for n in (1, 2, 4):
-        assert_fine(ranks(*flags, method=method, n=n, out=str(n)))
+        assert_fine(ranks(*flags, method=method, n=n, out=str(n), before=SMOOTH))
     for n in ("2", "4"):
         assert_alike(tmp_path / "1", tmp_path / n, loss, 2e-3)
 
