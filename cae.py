@@ -1,7 +1,7 @@
 """CAE: context autoencoder for self-supervised representation learning (Chen et al., arXiv 2202.03026v2).
 
-In a sentence: the encoder sees the visible patches only, a regressor predicts from their latents those of the masked
-patches, which must be what the encoder makes of them (alignment), and a decoder reads the targets off the prediction.
+In a sentence: from the encoder's latents of the visible patches, a regressor predicts the latents of the masked ones,
+aligned with what the same encoder makes of those alone, and a decoder reads the targets off the predicted latents.
 
     X_v ─ encoder ─ Z_v ─ regressor ─ Z_m ─┬─ decoder ─ Y_m ───────── decoding loss   (Eq. 1)
     X_m ─ encoder ─ Z̄_m ─ stop-gradient ───┴───────────────────────── alignment loss  (Eq. 1, times λ)
@@ -9,7 +9,7 @@ patches, which must be what the encoder makes of them (alignment), and a decoder
     question          | paper                | official code                      | here (flag)
     ----------------- | -------------------- | ---------------------------------- | -----------------------------------
     target            | DALL-E tokens (§2.2) | the same                           | tokens of a d-VAE trained first
-    other targets     | App. G.1; Figure 4   | VQGAN, CLIP, a d-VAE of one's own  | pixels, DALL-E (--target)
+    other targets     | App. G.1; Figure 4   | VQGAN, a d-VAE of one's own        | pixels, DALL-E (--target)
     tokenizer's image | the input image      | the same crop, by Lanczos          | the same crop, bicubic
     crop              | "standard"           | keeps 8 to 100 % of the area       | the same (--crop-scale)
     mask              | 98 of 196, in blocks | BEiT's blocks of 16 or more        | the same, in proportion
@@ -17,13 +17,13 @@ patches, which must be what the encoder makes of them (alignment), and a decoder
     in the regressor  | for attention, §2.1  | for queries and keys only          | the same
     its residual      | not said             | is itself normalised               | is not (--official-residual)
     class token       | in the encoder, §4.2 | there only                         | the same
-    alignment         | Z_m with Z̄_m         | after norms; Z̄_m one step old      | after norms; Z̄_m of this step
+    alignment         | Z_m with Z̄_m         | after norms; Z̄_m of this step      | the same
     drop path         | .1                   | each pass draws its own            | the same
     no decoder        | a linear layer, §4.3 | positions and norm stay            | a linear layer (--decoder-depth 0)
     initial weights   | not said             | xavier; kernel, tokens cut at ±.02 | MAE's
     ViT-S, the rest   | not said             | 12 heads; linear and norm, then 768 | (--heads 12); decoder 384 wide
     ViT-L, the rest   | not said             | layer scale 1e-5; BEiT's initial   | (--layer-scale 1e-5); MAE's initial
-    clipping, last lr | almost as BEiT's     | 3 and 1e-5                         | the same, in the recipes
+    clipping, last lr | almost as BEiT's     | 3 and 1e-5                         | the same (demo: 3 and 0)
 
 The d-VAE (dvae.py) stands in for DALL-E's weights, which are not here; in Table 7 a d-VAE is as good for ViT-B. Without
 `--tokenizer` it is trained first. The mask tokens see Z_v and each other, and Z_v stays as it is.
@@ -67,7 +67,7 @@ from runtime.reconstruction_pictures import picture_rows
 
 @dataclass(frozen=True)
 class Config:
-    target: Literal["dvae", "dalle", "pixels"] = "dvae"  # decoded: tokens of either (Table 7, §2.2), or pixels (Fig. 4)
+    target: Literal["dvae", "dalle", "pixels"] = "dvae"  # tokens of a d-VAE or DALL-E (Table 7, §2.2), pixels (Fig. 4)
     tokenizer: str = ""  # a run of --method dvae, or DALL-E's weights; not given: a dvae is trained first
     mask_ratio: Share = 0.5  # share of patches hidden, in blocks (§2.2)
     regressor_depth: Size = 4  # cross-attention blocks (§4.1)
@@ -259,7 +259,7 @@ class CAE(nn.Module):
 
     @torch.no_grad()
     def masked_latents(self, batch: Batch) -> Tensor:
-        """Z̄_m: the same encoder, at this moment, on the masked patches alone; no gradient. → (B, M, D)."""
+        """Z̄_m: the same encoder, with its present weights, on the masked patches alone; no gradient. → (B, M, D)."""
         return self.encoder(batch.images, batch.mask.masked)[:, 1:]
 
     def decode(self, z: Tensor, patches: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """The other CMAE: a different paper whose method is also called CMAE, not a loss of cmae.py (arXiv 2205.10546).
 
 "Improvements to Self-Supervised Representation Learning for Masked Image Modeling" in a sentence: a masked autoencoder
-whose encoder must also recognise its image in another masked view and tell where each visible patch lies, on crops
+whose encoder must also recognise its image in another view and tell where each visible patch lies, on crops
 that, after some epochs, are drawn around the object that the encoder itself has found.
 
     q1 (visible) ─ E ─┬─ decoder ──────────────────────────────────────────────── L_con
@@ -10,29 +10,29 @@ that, after some epochs, are drawn around the object that the encoder itself has
     q2 (masked) ── E ─ stop-gradient ─┘                 ├──────────────────────── L_ctr  (Eq. 2, 3)
     k1, k2 ─────── ME, stop-gradient ─── h2 ─ mean ─ MP ┘
 
-Changes from mae.py: ContrastiveCrop, the second view, the location task, the momentum branch, the weaker decoders.
+Changes from mae.py: ContrastiveCrop, second view, location task, momentum branch; weaker decoders by `--decoder`.
 
 The paper promises code, and none is known. Where it is silent or unclear, this file reads it so:
 - Views: "q2 belongs to the unmasked vector" (§3.3) must mean the masked one. The encoder adds a class token to every
   part; Eq. 2-5 use none of them (§3.4 says so of Eq. 4 alone). The paper names no colours: none change (`--key-color`).
-- Eq. 3: P takes the mean over h. It has two layers, and its 128 outputs are L2-normalised. τ = 0.2 is MoCo v2's, and
-  μ = 0.996 stays fixed. x_q is contrasted with x_k, but x_k is not contrasted with x_q. The other images of the batch
-  give the negatives z_k-.
+- Eq. 3: P takes the mean over h. It has two layers, and its 128 outputs are L2-normalised. τ = 0.2 is MoCo v2's. The
+  momentum, 0.996, is that of cmae.py and stays fixed. x_q is contrasted with x_k, but x_k is not contrasted with x_q.
+  The other images of the batch give the negatives z_k-.
 - Eq. 4: a GELU stands between the two linear layers.
 - Eq. 5: its q is the p of Eq. 4. t is one-hot over all N places, not over rows and columns. There is no softmax. The
   formula is literally a sum over the N places (`--no-location-mean`). At λ_loc = 1 its gradient drowns the two other
   losses, so the default is the mean over places, as PyTorch's MSELoss takes it. E knows where each patch lies, which
   makes the task nearly trivial; with `--withhold-positions` the task gets a second pass of E without positions.
 - Heat map: the paper tries two and does not say which it kept. The default is the class token's attention, averaged
-  over heads. For `--crop-by features` it is the L1 norm of each token before the final layer norm, since after that
-  norm ContrastiveCrop's own map, the sum of the channels, is 0 for every patch of a new encoder.
+  over heads. For `--crop-by features` it is the L1 norm of each token before the final LayerNorm, since after
+  LayerNorm ContrastiveCrop's own map, the sum of the channels, is 0 for every patch of a new encoder.
 - Crops: the threshold, the schedule and Beta's α are ContrastiveCrop's for small images.
 - MLP decoder: the MLP runs across tokens in attention's place, as in MLP-Mixer. An MLP on each patch alone would bring
   nothing from the others to a masked patch. Norms, residuals and the MLP across channels stay.
 - Convolutional decoder: likewise; "deep" is read as depth-wise. Hybrid: all layers but the first and last are replaced.
-- L_con is MAE's, of standardised patches. Crop and flip, patch size, warm-up and Adam's β are those of mae.py too.
+- L_con is MAE's, of x_q's standardised patches. Crop, flip, warm-up, Adam's β: mae.py's; patches of 8: its tiny recipe.
 
-    torchrun --nproc_per_node=8 train.py --method cmae_loc --data tiny-imagenet --download
+    torchrun --nproc_per_node=8 train.py --method cmae_loc --data tiny-imagenet --download --recipe paper
 
 Measured: ten classes of Tiny-ImageNet, in docs/results.md; the paper's settings: not run.
 """
@@ -83,14 +83,14 @@ class Config:
     crop_warmup: Share = 0.2  # share of the run before the boxes are first computed, in whole epochs, at least one
     crop_interval: Part = 0.2  # share of the run between computing the boxes, likewise (ContrastiveCrop: a fifth each)
     crop_threshold: Share = 0.1  # k of Eq. 1, on a heat map stretched to 0 … 1
-    crop_alpha: Positive = 0.1  # crop centres follow Beta(α, α), below 1 away from the box's centre (on ImageNet 0.6)
+    crop_alpha: Positive = 0.1  # crop centres: Beta(α, α), below 1 seldom mid-box (ContrastiveCrop on ImageNet: 0.6)
     key_color: bool = False  # colour jitter and greyscale on the second view (not the paper's; strengths of cmae)
     projector_width: Count = 0  # hidden width of P; 0 is the encoder's
     projector_out: Size = 128  # dimensions of the contrasted vectors
     tau: Positive = 0.2  # temperature of Eq. 3
     momentum: Share = 0.996  # share of ME and MP that a step keeps (§3.3 has no number)
     withhold_positions: bool = False  # the location task sees patches without their positions
-    location_mean: bool = True  # average over the N places, which Eq. 5 does not have; without: add them up, as it says
+    location_mean: bool = True  # average the error over the N places; without: add it up over them, as Eq. 5 does
     lambda_ctr: Weight = 1.0  # weight of the contrastive loss in Eq. 6; 0 builds no momentum branch
     lambda_loc: Weight = 1.0  # weight of the location loss in Eq. 6
     lambda_con: Weight = 1.0  # weight of the reconstruction loss in Eq. 6
@@ -129,7 +129,7 @@ def class_attention(encoder: ViT, images: Tensor) -> Tensor:
 
 
 def feature_norms(encoder: ViT, images: Tensor) -> Tensor:
-    """(B, 3, H, W) → (B, N): sums of absolute features of the last block (a ResNet's are all positive)."""
+    """(B, 3, H, W) → (B, N): sums of absolute features of the last block (a ResNet's are never negative)."""
     return encoder(images, norm=False)[:, 1:].abs().sum(dim=2)
 
 
@@ -198,7 +198,7 @@ class CMAELoc(nn.Module):
         c, D = config, encoder.width
         if c.decoder.startswith("hybrid") and c.decoder_depth < 3:
             raise InputError(f"decoder {c.decoder}: has no middle in {c.decoder_depth} layers; give at least 3")
-        if c.crop_threshold == 1:  # as Eq. 1 has it
+        if c.crop_threshold == 1:  # Eq. 1 asks for M > k, and M ends at 1
             raise InputError("crop threshold 1: no heat map exceeds it; give one from 0 to below 1")
         if c.withhold_positions and encoder.relative_table is not None:
             raise InputError("positions relative: are part of the attention and cannot be withheld; give sincos")
@@ -238,7 +238,7 @@ class CMAELoc(nn.Module):
         """A random crop, around the image's box where it has one, perhaps flipped: (B, 3, H, W) in [0, 1]."""
         c, sizes = self.config, augment.sizes(images)
         crops = augment.crop_boxes(rng, sizes, scale=(c.crop_scale, 1.0))
-        beta = augment.on_host(rng).beta(c.crop_alpha, c.crop_alpha, 2)  # always, so that what follows is the same
+        beta = augment.on_host(rng).beta(c.crop_alpha, c.crop_alpha, 2)  # in any case: later draws stay the same
         if len(self.boxes):
             index = index.cpu()
             crops = torch.where(index[:, None] < 0, crops, place_crops(crops, sizes, self.boxes[index], beta))
@@ -308,7 +308,7 @@ class CMAELoc(nn.Module):
         training = e.training
         e.eval()
         bar = tqdm(chunks, "boxes", leave=False, disable=rank() > 0, delay=10, mininterval=5)  # on long passes only
-        # Indices are those asked for: an undecodable image's stand-in must not be counted twice.
+        # Boxes lie at the index asked for: at a bad image's stand-in's, two ranks might add theirs up.
         for index, (images, _) in zip(bar, image_set.batches(chunks, device), strict=True):
             whole = torch.as_tensor(augment.sizes(images)).expand(len(images), 2)
             views = augment.crop_resize(images, F.pad(whole, (2, 0)), e.image_size)
