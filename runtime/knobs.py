@@ -31,7 +31,7 @@ IDLE = dict(
     cmae_loc=[
         (dict(crop_by="none"), "crop_warmup crop_interval crop_threshold"),
         (dict(lambda_ctr=0), f"tau {HEADS}"),
-        (dict(lambda_loc=0), "location_mean"),
+        (dict(lambda_loc=0), "location_mean withhold_positions"),
         (dict(lambda_con=0), "norm_pixels"),
     ],
     cae=[(dict(tokenizer=True), DVAE), (dict(target="pixels"), DVAE)],
