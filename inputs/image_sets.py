@@ -102,22 +102,24 @@ class ImageSet:
         if workers is None:
             workers = max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
         known, images, positions = len(self.bad), [], []
-        for chunk, last, flat, sizes, errors in self.pixels.stream(orders, workers, pin=device.type == "cuda"):
-            if errors and not self.skip_bad:
-                raise InputError(next(iter(errors.values())))
-            self.bad.update(errors)
-            packed = Packed(flat.to(device, non_blocking=True), sizes)
-            for k, i in enumerate(chunk):
-                image = packed.view(k)
-                if i in errors:
-                    i, image = self.pixels.following(i)
-                images.append(image.to(device))
-                positions.append(i)
-            if last:
-                yield images, torch.tensor(positions)
-                images, positions = [], []
-        if len(self.bad) > known:
-            say(f"{self.name}: {len(self.bad)} images so far do not decode; others stood in for them")
+        try:
+            for chunk, last, flat, sizes, errors in self.pixels.stream(orders, workers, pin=device.type == "cuda"):
+                if errors and not self.skip_bad:
+                    raise InputError(next(iter(errors.values())))
+                self.bad.update(errors)
+                packed = Packed(flat.to(device, non_blocking=True), sizes)
+                for k, i in enumerate(chunk):
+                    image = packed.view(k)
+                    if i in errors:
+                        i, image = self.pixels.following(i)
+                    images.append(image.to(device))
+                    positions.append(i)
+                if last:
+                    yield images, torch.tensor(positions)
+                    images, positions = [], []
+        finally:  # training takes as many as it has steps, and never asks for the end
+            if len(self.bad) > known:
+                say(f"{self.name}: {len(self.bad)} images so far do not decode; others stood in for them")
 
 
 def open_for(settings, split: str) -> ImageSet:

@@ -879,4 +879,4 @@ def test_the_first_loss_from_maes_public_weights_is_that_of_the_public_model(tra
     expected = theirs(batch.images, noise=noise).loss.item()
     assert log(tmp_path / "run")[1]["loss"] == pytest.approx(expected, rel=1e-4)
     fresh = build(args, config, Method, torch.device("cpu"))[0]
-    assert abs(fresh(batch)["loss"].item() / expected - 1) > 0.1  # by the seed's weights it is another
+    assert abs(fresh(batch)["loss"].item() / expected - 1) > 0.01  # by the seed's weights it is another

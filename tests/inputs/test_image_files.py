@@ -111,6 +111,10 @@ def test_streaming_replaces_bad_images_or_names_them(tmp_path, monkeypatch, caps
         seeds = [0, 4, 4, 4, 5, 100, 102, 103, 104, 0]
         assert all(torch.equal(a, as_tensor(pixels(b))) for a, b in zip(images, seeds, strict=True))
         assert capsys.readouterr().err == said  # once, not again in the next epoch
+    begun = image_sets.open_set(str(tmp_path), skip_bad_images=True).batches([torch.arange(10)] * 2, workers=workers)
+    next(begun)
+    begun.close()  # as training does, which asks for as many batches as it has steps
+    assert capsys.readouterr().err.endswith(": 3 images so far do not decode; others stood in for them\n")
     for fewer in (opened.first(9), opened.spaced(9)):  # which skip as the whole does
         assert len(fewer.images(torch.arange(9))) == 9
 
