@@ -153,9 +153,9 @@ def test_forward_matches_the_equations_in_plain_loops(name):
     weights = {"reconstruction": c.mae_weight, "cross": c.cross_weight, "in": c.in_weight}
     assert out.keys() - {"loss"} == {part for part, weight in weights.items() if weight}
     for part in out.keys() - {"loss"}:
-        assert out[part].item() == pytest.approx(expected[part], rel=1e-5), part
+        assert out[part].item() == pytest.approx(expected[part], rel=1e-4), part
     total = sum(weights[part] * expected[part] for part in weights)
-    assert out["loss"].item() == pytest.approx(total, rel=1e-5)
+    assert out["loss"].item() == pytest.approx(total, rel=1e-4)
     if batch.second is not None:  # the mean over images is not the mean over patches
         assert len({*(batch.mask.hidden() & batch.second.hidden()).sum(1).tolist()}) > 1
 
