@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import multiprocessing
 import os
 import signal
 import threading
@@ -173,7 +174,7 @@ def leave_signals_to_parent(_worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):  # it alone tells who sent a signal; macOS has none
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=obey, args=(os.getppid(),), daemon=True).start()
+        threading.Thread(target=obey, args=(multiprocessing.parent_process().pid,), daemon=True).start()
 
 
 def class_folders(root: Path, split: str, level: int = 1) -> tuple[list[str], list[list[str]]]:

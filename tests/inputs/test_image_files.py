@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from forked_programs import FORKS, server
 from made_images import ROOT, as_tensor, caches, make_folder, open_both, pixels, save, spoil, the_error
 from PIL import Image
 
@@ -168,6 +169,27 @@ def test_workers_leave_signals_to_the_parent(tmp_path, end):
             return
         time.sleep(0.1)
     pytest.fail("workers outlived their parent")
+
+
+def wait_as_a_worker(ready):
+    image_files.leave_signals_to_parent(0)
+    ready.set()
+    time.sleep(60)
+
+
+@pytest.mark.skipif(not FORKS, reason="a server forks processes on Linux only")
+def test_a_worker_obeys_who_asked_for_it_not_the_server_that_forked_it():
+    """Python 3.14 forks every worker from a server."""
+    ready = server().Event()
+    worker = server().Process(target=wait_as_a_worker, args=(ready,))
+    worker.start()
+    assert ready.wait(60)
+    subprocess.run(["kill", str(worker.pid)], check=True)
+    worker.join(0.5)
+    assert worker.is_alive()
+    worker.terminate()
+    worker.join(30)
+    assert worker.exitcode == 0
 
 
 # ----------------------------------------------------------------------------------------------------- more than 8 bits
