@@ -179,7 +179,7 @@ class CAE(nn.Module):
         if c.norm_pixels and c.target != "pixels":
             raise InputError("norm pixels: tokens are no pixels; leave it out, or give --target pixels")
         self.config, self.encoder = c, encoder
-        self.masked = encoder.patches - visible_count(encoder.patches, c.mask_ratio)
+        self.masked = encoder.patches - visible_count(encoder.grid, c.mask_ratio)
         if c.target == "pixels":
             self.tokenizer = None
         elif c.tokenizer:

@@ -15,22 +15,22 @@ Changes from mae.py: two views of a larger crop, the feature decoder, the two he
     question         | paper             | official code                   | here (flag)
     ---------------- | ----------------- | ------------------------------- | -------------------------------------------
     weight of L_c    | 1 (Table 4d)      | 2τ λ_c = 0.14                   | the paper's (the code's: --official-scale)
-    mask             | as MAE's (§4.1)   | 65 %, squares of 2 x 2 patches  | the paper's (--mask-ratio, --mask-cell)
+    mask             | §4.1: as MAE's    | 65 %, squares of 2 x 2 patches  | the paper's (--mask-ratio, --mask-cell)
     last target norm | as online's, §3.1 | none                            | kept (--no-target-norm)
-    target colours   | jitter (§4.4)     | blur; grey with R and B swapped | also grey, no blur (--target-blur 0.5)
+    target colours   | jitter, grey §3.2 | also blur; grey: R, B swapped   | no blur (--target-blur 0.5)
     feature output   | as F_t's features | a patch's 768 values            | as wide as the encoder
     layers of heads  | not said (§3.3)   | Linear, BN, ReLU, Linear        | the same (--projector-width, -out)
     initial heads    | not said          | PyTorch's: deviation .021, .015 | MAE's: .029, .033 (projector's two layers)
     class token      | not said          | in every part, but in no mean   | the same
     weight decay     | .05               | of BN scales, of no tokens      | of tokens (--no-decay cls_token mask_token)
-    shared decoder   | "weight", Tab. 4c | none                            | the pixel decoder's first blocks
+    shared decoder   | tried (Table 4c)  | none                            | its embedding, mask token and first blocks
     shifts           | 0-31 pixels       | 0-31 of 224 pixels              | in proportion: 0-8 of 64 pixels
     size of CMAE*    | a ViT's (§4.1)    | has no CMAE*                    | 89.1 M, ViT-B 85.6 M (--stem conv)
 
 Slips of the paper: §3.2 once calls the online view I_t; Eq. (4) lacks its index i, Eq. (5) the mean over pixels.
 The rows of Table 4, from the top, as we read it: row 2 of 4a may mask its target too, row 1 of 4b may be MAE (82.9).
-    4a: `--method mae`; `pixel_shift=False, feature_decoder_depth=0`; `feature_decoder_depth=0`; the defaults
-    4b: `target_color=False` with `shift_range="0"`; with `pixel_shift=False`; alone; the defaults
+    4a: `--method mae`; `--no-pixel-shift --feature-decoder-depth 0`; `--feature-decoder-depth 0`; the defaults
+    4b: `--no-target-color --shift-range 0`; `--no-target-color --no-pixel-shift`; `--no-target-color`; the defaults
 What the official code calls small is `--model base --depth 8 --heads 8 --mlp-ratio 3`.
 With λ_c = 0 it "degenerates to the baseline MAE" (§4.4), but still sees the corner of a larger master image here.
 
@@ -76,7 +76,7 @@ class Config:
     contrast: Literal["infonce", "byol"] = "infonce"  # Eq. (7), or "byol": positives alone (§3.3, §4.4)
     tau: Positive = 0.07  # temperature of Eq. (7)
     lambda_c: Weight = 1.0  # weight of L_c in Eq. (8) (Table 4d); 0: no second branch (§4.4)
-    official_scale: bool = False  # L_c times 2τ, as the official code has it
+    official_scale: bool = False  # L_c, BYOL's too, times 2τ, as the official code scales InfoNCE
     momentum: Share = 0.996  # μ of the momentum encoder, fixed (§3.1), and of its projection head (§3.3)
     __post_init__ = check
 
@@ -120,7 +120,8 @@ class CMAE(nn.Module):
     def __init__(self, encoder: ViT, config: Config):
         super().__init__()
         c, D = config, encoder.width
-        visible_count(encoder.patches, c.mask_ratio)  # says at once if nothing would be left
+        for ratio in {c.mask_ratio, c.target_mask_ratio or c.mask_ratio}:
+            visible_count(encoder.grid, ratio, c.mask_cell)  # says at once if nothing would be left
         if c.share_decoder and not 0 < c.feature_decoder_depth <= c.decoder_depth:
             n, most = c.feature_decoder_depth, c.decoder_depth
             raise InputError(f"feature decoder of {n} blocks: cannot share the pixel decoder's; give 1 to {most}")

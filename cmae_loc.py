@@ -204,7 +204,7 @@ class CMAELoc(nn.Module):
             raise InputError("positions relative: are part of the attention and cannot be withheld; give sincos")
         if not (c.lambda_ctr or c.lambda_loc or c.lambda_con):
             raise InputError("lambda: all three weights are 0, so nothing would be learned; give one above 0")
-        visible_count(encoder.patches, c.mask_ratio)  # says at once if nothing would be left
+        visible_count(encoder.grid, c.mask_ratio)  # says at once if nothing would be left
         self.config, self.encoder = c, encoder  # E
         self.boxes = torch.zeros(0, 4)  # of all training images, once computed; on the CPU, where crops are drawn
         if c.lambda_con:

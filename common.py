@@ -88,13 +88,16 @@ def restore(visible: Tensor, masked: Tensor, mask: Mask) -> Tensor:
     return torch.empty_like(x).scatter(1, mask.order()[:, :, None].expand_as(x), x)
 
 
-def visible_count(n: int, ratio: float) -> int:
-    """⌊n(1-ratio)⌋ patches stay visible, as in MAE; both sides must keep at least one."""
+def visible_count(grid: tuple[int, int], ratio: float, cell: int = 1) -> int:
+    """Patches in the ⌊n(1-ratio)⌋ of n cells that stay visible, as in MAE; both sides must keep at least one."""
+    if cell < 1 or any(side % cell for side in grid):
+        raise InputError(f"mask cell {cell}: must divide the sides of {grid} patches; 1 always does")
+    n = math.prod(grid) // cell**2
     keep = int(n * (1 - ratio) + 1e-9)  # the epsilon: 10 · (1 - 0.9) is 0.99… in floating point
     if not 0 < keep < n:
         left = "visible" if keep <= 0 else "masked"
         raise InputError(f"mask ratio {ratio:g} leaves none of {n} patches or cells {left}; give one between 0 and 1")
-    return keep
+    return keep * cell**2
 
 
 def split(order: Tensor, keep: int) -> Mask:
@@ -103,11 +106,8 @@ def split(order: Tensor, keep: int) -> Mask:
 
 def random_mask(rng: StepRandom, grid: tuple[int, int], ratio: float, cell: int = 1) -> Mask:
     """Hide a uniformly random share `ratio` of cells of `cell` × `cell` patches; the count is exact in every image."""
-    h, w = grid
-    if cell < 1 or h % cell or w % cell:
-        raise InputError(f"a grid of {h}x{w} patches cannot be cut into cells of {cell}x{cell}")
+    keep, (h, w) = visible_count(grid, ratio, cell), grid
     cells = rng.permutation((h // cell) * (w // cell))  # (B, cells)
-    keep = visible_count(cells.shape[1], ratio) * cell * cell
     if cell == 1:
         return split(cells, keep)
     row, column = cells // (w // cell) * cell, cells % (w // cell) * cell  # of each cell's first patch
@@ -269,10 +269,10 @@ class PatchEmbed(nn.Module):
 
 
 class ConvEmbed(nn.Module):
-    """The convolutional token projection of CMAE* (§4.1, after ConvMAE): 3 × 3, stride 2, until a patch is left.
+    """The convolutional token projection of CMAE* (§4.1); its layers are ours: 3 × 3, stride 2, until a patch is left.
 
     Overlapping kernels would carry masked pixels into visible tokens, so whatever stands on a masked patch is set to
-    zero before each convolution (masked convolution); normalisation is per position, so it cannot carry anything.
+    zero before each convolution, as in ConvMAE; normalisation is per position, so it cannot carry anything.
     """
 
     def __init__(self, p: int, width: int):

@@ -1,7 +1,7 @@
 """ConMIM: masked image modeling with denoising contrast (Yi et al., arXiv 2205.09616v1).
 
-In a sentence: an encoder that sees an image with three quarters of its patches replaced by a mask token must find, for
-each of these, its own among all patches of the same image, as a slowly progressing copy sees them in the whole image.
+In a sentence: an encoder sees an image with three quarters of its patches replaced by a mask token, and must find each
+hidden patch among all patches of the same image, as a slowly progressing copy sees them in the whole image.
 
     student:  x ─ mask tokens ─ encoder ─────────── projector ── f(x̂)_j, j masked ─┐
     keys:     x, colours changed ─ slow copy ─ slow projector ─ sg ── f(x)_i ───── L  (Eq. 3)
@@ -11,7 +11,7 @@ each of these, its own among all patches of the same image, as a slowly progress
     mask of ViT-B   | 75 %, cells of 32 px | the same, or 75 of 196 in blocks  | (--masking block --mask-ratio 0.382)
     mask token      | for pixels? (Alg. 1) | replaces embeddings               | as the code; positions come after
     positions       | "mostly" as BEiT, §4 | relative alone                    | absolute (--positions relative)
-    crop            | likewise             | keeps 8 to 100 % of the area      | the same (--crop-scale)
+    crop            | no scale (Table 10)  | keeps 8 to 100 % of the area      | the same (--crop-scale)
     colour jitter   | no probability       | .8                                | always (--jitter 0.8)
     greyscale       | not in Table 10      | .2                                | none (--gray 0.2)
     solarise, blur  | .2, .1 (Table 10)    | threshold .5; σ .1-2 at 224 px    | the same, σ in proportion
@@ -23,13 +23,13 @@ each of these, its own among all patches of the same image, as a slowly progress
     layer scale     | "mostly" as BEiT, §4 | .1 (ViT-L's command: 1e-5)        | none (--layer-scale 0.1)
     weight decay    | .05                  | not on the class token            | on it (--no-decay cls_token)
     initial weights | "mostly" as BEiT, §4 | BEiT's                            | MAE's
-    clipping        | 3 (Table 10)         | 1 in ViT-L's, its one, command    | 3
+    clipping        | 3 (Table 10)         | 1 in its one command, ViT-L's     | 3
 
 The loss is the mean over the masked patches of all images; an image's K keys are its N patches.
 Table 4's instance-level row is read as `contrast="instance", masking="none"`: keys are the images of the batch, crop
 and flip stay shared, the mean of the tokens enters the projector. Table 5 has keys of a GPU (1 of 16: 128 images), here
 of all (`--accumulate 16` makes it 128). The threshold of its filter is not said; similarity to "the anchor" is read
-as the cosine with f(x̂)_j. Equal inputs (Table 6) are read as one view. Tables 4 to 9 are of 300 epochs.
+as the cosine with f(x̂)_j. One augmentation for both (Table 6) is read as one view. Tables 4 to 9: 300 epochs.
 
     torchrun --nproc_per_node=8 train.py --method conmim --data tiny-imagenet --download
 
@@ -73,13 +73,13 @@ class Config:
     masking: Literal["random", "block", "none"] = "random"  # cells, blocks (Table 7), nothing (Table 4)
     mask_ratio: Share = 0.75  # share of patches hidden (Table 7)
     mask_cell: Size = 2  # random masking hides squares of this many patches a side (Table 10: 32 pixels; ViT-S 16)
-    contrast: Literal["patch", "instance"] = "patch"  # Eq. (3), or Eq. (1): mean tokens among the batch's (Table 4)
-    dictionary: Literal["image", "batch"] = "image"  # keys of the same image, or of all images (Table 5)
-    filter_above: Cosine = 1.0  # leave out negative keys of a cosine with the anchor above this; 1: none (Table 5)
+    contrast: Literal["patch", "instance"] = "patch"  # Eq. (3), or Eq. (1) of images, by mean token (Table 4)
+    dictionary: Literal["image", "batch"] = "image"  # keys of the same image, or of all images (Table 5: of a GPU's)
+    filter_above: Cosine = 1.0  # leave out negative keys whose cosine with the anchor exceeds this; 1: none (Table 5)
     tau: Positive = 0.1  # temperature of Eq. (3) (Table 8)
     slow: bool = True  # keys from the slowly progressing copy; without: from the encoder as it is (Table 6)
     momentum: Share = 0.996  # α of the slow copy at the start, growing to 1 along a cosine (Table 9)
-    augmentation: Literal["asymmetric", "strong", "basic", "switched"] = "asymmetric"  # strong colours (Table 6)
+    augmentation: Literal["asymmetric", "strong", "basic", "switched"] = "asymmetric"  # strong keys, both, … (Table 6)
     crop_scale: Part = 0.08  # smallest share of the image's area that a crop keeps
     jitter: Share = 1.0  # probability of colour jitter in the strong augmentation (official code: 0.8)
     gray: Share = 0.0  # probability of greyscale in the strong augmentation (official code: 0.2)
@@ -97,7 +97,7 @@ RECIPES = {
         min_lr=1e-5, weight_decay=0.05, betas=(0.9, 0.98), clip_grad=3.0,
     ),
     # Tiny-ImageNet at 64 x 64, with a projector in proportion; half the paper's rate for a quarter of its batch. As for
-    # ViT-S in the paper, a cell is one patch: in cells of 2, no more than 4 of the image's 16 would be visible.
+    # ViT-S in the paper, a cell is one patch: in cells of 2, only 4 of the image's 16 cells would be visible.
     "tiny": dict(
         model="tiny", image_size=64, patch_size=8, epochs=100, warmup_epochs=10, batch_size=512, base_lr=1.25e-4,
         min_lr=1e-5, weight_decay=0.05, betas=(0.9, 0.98), clip_grad=3.0, mask_cell=1, crop_scale=0.2,
@@ -115,7 +115,7 @@ RECIPES = {
 
 class Batch(NamedTuple):
     images: Tensor  # (B, 3, H, W) what the student sees, but for the masked patches, normalised
-    mask: Mask | None  # None: nothing is masked, every patch is an anchor (Table 4)
+    mask: Mask | None  # None: nothing is masked (Table 4); if patches are contrasted, each is an anchor
     full_images: Tensor  # (B, 3, H, W) what the keys are made of: the same crop and flip, other colours, normalised
 
 
@@ -146,9 +146,7 @@ class ConMIM(nn.Module):
         self.config, self.student = c, encoder
         if c.masking != "none":
             cell = c.mask_cell if c.masking == "random" else 1
-            if any(side % cell for side in encoder.grid):
-                raise InputError(f"mask cell {cell}: must divide the sides of {encoder.grid} patches; 1 always does")
-            visible_count(encoder.patches // cell**2, c.mask_ratio)  # says at once if nothing would be left
+            visible_count(encoder.grid, c.mask_ratio, cell)  # says at once if nothing would be left
             self.mask_token = nn.Parameter(torch.empty(1, 1, encoder.width).normal_(std=0.02))
         # A vector added to every token's feature vanishes in the projector's first batch norm: it would only drift.
         encoder.norm.bias.requires_grad_(False)
@@ -180,7 +178,7 @@ class ConMIM(nn.Module):
         if c.masking == "random":
             return random_mask(rng, grid, c.mask_ratio, c.mask_cell)
         smallest = max(1, round(16 * N / 196))  # BEiT's 16 of 196 patches, in proportion
-        return block_mask(rng, grid, N - visible_count(N, c.mask_ratio), smallest)
+        return block_mask(rng, grid, N - visible_count(grid, c.mask_ratio), smallest)
 
     def strengthen(self, images: Tensor, rng) -> Tensor:
         """The strong augmentation of Table 10 on basic views in [0, 1]; nothing in it moves a patch."""
@@ -261,7 +259,7 @@ class ConMIM(nn.Module):
         return torch.stack([augment.denormalize(x.float()) for x in rows]).clamp(0, 1)
 
 
-SCORES = 2**28  # similarities at a time, 1 GiB; 148 hidden patches of 512 images have 28 times as many with all keys
+SCORES = 2**28  # similarities at a time, 1 GiB; 148 of 196 patches of 512 images have 28 times as many with all keys
 
 
 def cosines(anchors: Tensor, keys: Tensor) -> Tensor:
@@ -276,7 +274,7 @@ def denoising_contrast(
     """Eq. (3): E_{j∈M} -log(exp(⟨f(x̂)_j, sg[f(x)_j]⟩/τ) / Σ_i exp(⟨f(x̂)_j, sg[f(x)_i]⟩/τ)), in S dictionaries.
 
     (S, M, d) anchors, (S, K, d) keys, (S, M) the places of the right ones among these → the loss, and how often the
-    right key is the most similar one. Negative keys more similar than `filter_above` are left out (Table 5).
+    right key is the most similar one left. Negative keys more similar than `filter_above` are left out (Table 5).
     """
     if keys.shape[1] == 1:
         raise InputError("one image at a time: its key has no negatives; give a larger --batch-size")

@@ -99,7 +99,7 @@ class LCMAE(nn.Module):
         self.config, self.encoder = c, encoder
         if not (c.mae_weight or c.cross_weight or c.in_weight):
             raise InputError("weights 0, 0, 0: nothing to learn; give --mae-weight, --cross-weight or --in-weight")
-        visible_count(encoder.patches, c.mask_ratio)  # says at once if nothing would be left
+        visible_count(encoder.grid, c.mask_ratio, c.mask_cell)  # says at once if nothing would be left
         if c.decoder == "transformer":
             self.decoder = mae.Decoder(encoder, c.decoder_width, c.decoder_depth, c.decoder_heads, P)
         else:

@@ -115,7 +115,7 @@ class MAE(nn.Module):
 
     def __init__(self, encoder: ViT, config: Config):
         super().__init__()
-        visible_count(encoder.patches, config.mask_ratio)  # says at once if nothing would be left
+        visible_count(encoder.grid, config.mask_ratio, config.mask_cell)  # says at once if nothing would be left
         self.config, self.encoder = config, encoder
         P = 3 * encoder.patch_size**2
         self.decoder = Decoder(encoder, config.decoder_width, config.decoder_depth, config.decoder_heads, P)

@@ -90,7 +90,7 @@ OPTIONS = {
         ("width", None, int, "D", "in place of the model's"),
         ("depth", None, int, "BLOCKS", "in place of the model's"),
         ("heads", None, int, "N", "in place of the model's"),
-        ("mlp-ratio", None, count, "N", "width of an MLP by the encoder's, in place of 4 (CMAE's small ViT: 3)"),
+        ("mlp-ratio", None, count, "N", "width of an MLP by the encoder's, in place of 4 (CMAE's code, small: 3)"),
         ("layer-scale", 0.0, float, "X", "initial scale of residuals; 0: none"),
         ("drop-path", 0.0, float, "RATE", "of the last block; grows linearly from 0 in the first"),
         ("stem", "linear", ["linear", "conv"], "KIND", "patch embedding: linear, or conv (CMAE*)"),

@@ -160,6 +160,16 @@ def test_gradient_reaches_the_online_branch_and_never_the_target(contrast):
     assert all(p.grad.abs().sum() > 0 for p in model.decoder.parameters())
 
 
+@pytest.mark.parametrize("settings, said", [
+    (dict(mask_cell=3), "mask cell 3: must divide"),
+    (dict(mask_ratio=0.8, mask_cell=2), "mask ratio 0.8 leaves none of 4 patches or cells visible"),
+    (dict(target_mask_ratio=1.0), "mask ratio 1 leaves none of 16"),
+])  # fmt: skip
+def test_a_mask_that_leaves_nothing_or_does_not_fit_is_refused_at_once(settings, said):
+    with pytest.raises(InputError, match=said):
+        small(**settings)
+
+
 def test_shared_decoder_shares_all_but_norm_and_output():
     model = small(share_decoder=True, feature_decoder_depth=2)
     shared = {id(p) for p in model.decoder.parameters()} & {id(p) for p in model.feature_decoder.parameters()}

@@ -234,26 +234,27 @@ def test_reconstruction_loss_is_float32_whatever_comes_in():
 def test_visible_count_is_the_floor_or_refuses(n, ratio):
     exact = n * (1 - ratio)
     if 1 <= exact < n - 1e-6:
-        assert visible_count(n, ratio) in {math.floor(exact), math.floor(exact + 1e-9)}
+        assert visible_count((1, n), ratio) in {math.floor(exact), math.floor(exact + 1e-9)}
     elif exact < 1 - 1e-6:
         with pytest.raises(InputError, match="visible"):
-            visible_count(n, ratio)
+            visible_count((n, 1), ratio)
 
 
 def test_visible_counts_of_the_papers():
-    assert visible_count(196, 0.75) == 49 and visible_count(49, 0.65) == 17 and visible_count(10, 0.9) == 1
+    assert visible_count((14, 14), 0.75) == 49 and visible_count((14, 14), 0.65, 2) == 4 * 17
+    assert visible_count((2, 5), 0.9) == 1
     for ratio, left in [(0.0, "masked"), (-1.0, "masked"), (1.0, "visible"), (0.999, "visible")]:
         with pytest.raises(InputError, match=f"mask ratio .* {left}"):
-            visible_count(64, ratio)
+            visible_count((8, 8), ratio)
     with pytest.raises(InputError, match="none of 1 patches or cells masked"):
-        visible_count(1, 0.0)
+        visible_count((1, 1), 0.0)
 
 
 @given(grids, ratios, st.integers(0, 1000), st.integers(1, 3))
 def test_random_mask_is_a_partition_with_exact_counts(grid, ratio, seed, cell):
     h, w = grid[0] * cell, grid[1] * cell
     try:
-        keep = visible_count(grid[0] * grid[1], ratio) * cell**2
+        keep = visible_count(grid, ratio) * cell**2
     except InputError:
         return
     mask = random_mask(rng(seed), (h, w), ratio, cell)
@@ -266,11 +267,10 @@ def test_random_mask_is_a_partition_with_exact_counts(grid, ratio, seed, cell):
     assert (cells.amax((2, 4)) == cells.amin((2, 4))).all()  # a cell is hidden whole or not at all
 
 
-def test_random_mask_refuses_cells_that_do_not_fit():
-    with pytest.raises(InputError, match="7x8 patches cannot be cut into cells of 2x2"):
-        random_mask(rng(), (7, 8), 0.5, 2)
-    with pytest.raises(InputError, match="cells of 0x0"):
-        random_mask(rng(), (8, 8), 0.5, 0)
+@pytest.mark.parametrize("grid, cell", [((7, 8), 2), ((8, 7), 2), ((8, 8), 0)])
+def test_random_mask_refuses_cells_that_do_not_fit(grid, cell):
+    with pytest.raises(InputError, match=rf"mask cell {cell}: must divide the sides of \({grid[0]}, {grid[1]}\) "):
+        random_mask(rng(), grid, 0.5, cell)
 
 
 @pytest.mark.parametrize("cell", [1, 2])

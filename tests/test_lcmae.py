@@ -512,6 +512,7 @@ def test_the_headers_commands_set_what_the_other_tables_say():
     (dict(project="latents"), "project 'latents': unknown; choose pixels or tokens"),
     (ALONE | dict(mae_weight=0.0), "weights 0, 0, 0: nothing to learn"),
     (dict(mask_ratio=1.0), "mask ratio"),
+    (dict(mask_cell=3), "mask cell 3: must divide"),
 ])  # fmt: skip
 def test_what_cannot_work_is_refused(settings, message):
     with pytest.raises(InputError, match=message):

@@ -187,10 +187,12 @@ def test_draw_gives_normalised_crops_and_masks_of_the_rank():
     torch.testing.assert_close(listed.images, whole.images, atol=1e-4, rtol=0)
 
 
-def test_a_mask_ratio_that_leaves_nothing_is_refused():
-    for ratio in (0.0, 1.0):
+def test_a_mask_that_leaves_nothing_or_does_not_fit_is_refused_at_once():
+    for ratio, cell in ((0.0, 1), (1.0, 1), (0.8, 2)):
         with pytest.raises(InputError, match="mask ratio"):
-            small(Config(mask_ratio=ratio))
+            small(Config(mask_ratio=ratio, mask_cell=cell))
+    with pytest.raises(InputError, match="mask cell 3: must divide"):
+        small(Config(mask_cell=3))
 
 
 def test_picture_keeps_visible_patches_and_uses_no_hidden_statistics():
