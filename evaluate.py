@@ -54,7 +54,7 @@ def options() -> argparse.Namespace:
     group = parser.add_argument_group("protocols that train (linear only with --paper)", argument_default=unset)
     group.add_argument("--paper", action="store_true", default=unset, help="the papers' linear probe, by LARS")
     group.add_argument("--blocks", type=int, metavar="K", help=f"last blocks that partial trains [{Task.blocks}]")
-    group.add_argument("--recipe", metavar="NAME", help=", ".join(recipes.RECIPES))
+    group.add_argument("--recipe", metavar="NAME", help=f"{', '.join(recipes.RECIPES)} [by the data]")
     group.add_argument("--seed", type=seed, metavar="N", help=f"of everything random [{Task.seed}]")
     group.add_argument("--seeds", type=int, metavar="N", help=f"trainings, for mean and deviation [{Task.seeds}]")
     group.add_argument("--accumulate", type=int, metavar="N", help=f"parts of a step, for memory [{Task.accumulate}]")
@@ -90,7 +90,8 @@ def task_options(args: argparse.Namespace, settings: dict) -> tuple[dict, dict]:
         if given.get("features", "mean") not in ("mean", "cls"):
             raise InputError(f"--features {given['features']!r}: unknown; choose one of mean, cls")
         return given, {name: given.get(name, getattr(Task, name)) for name in used}
-    its_own = settings.get("method") if settings.get("method") in recipes.RECIPES else "mae"
+    method, model = settings.get("method"), settings.get("model")
+    its_own = next(name for name in (f"{method}-{model}", method, "mae") if name in recipes.RECIPES)
     name = given.pop("recipe", {"shapes": "demo", "imagenet": its_own}.get(args.data, "tiny"))
     fields = [field.name for field in dataclasses.fields(recipes.Recipe)]
     own = {field: given.pop(field) for field in fields if field in given}

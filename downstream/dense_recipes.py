@@ -1,8 +1,7 @@
 """How the papers fine-tune for segmentation and detection: the settings, and in dense_recipes.json the papers' by name.
 
 Left out are what the papers add or take from their code: Cascade Mask R-CNN (CMAE's ‡, CAE's Table 5), relative
-positions where pretraining had none (ConMIM, Tables 12 and 13), windowed attention (ConMIM §5.3), tests at several
-scales.
+positions where pretraining had none (ConMIM, Tables 12 and 13), windowed attention (ConMIM §5.3).
 """
 
 import json

@@ -211,13 +211,13 @@ def crop_resize(images: Tensor | list[Tensor], boxes: Tensor, size, hflip: Tenso
 def center_crop_resize(images: Tensor | list[Tensor], size) -> Tensor:
     """uint8 (B, 3, H, W), or a list of (3, H_i, W_i) → float32 (B, 3, *size) in [0, 1], for evaluation.
 
-    Images are made as small as covers 256/224 of `size`, and the centre is cut out: of squares, what torchvision's
-    Resize and CenterCrop do. Images that have the right size already are taken whole.
+    Images are made as small as covers 256/224 of `size`, or beyond 224 pixels `size` itself (as in MAE's code), and the
+    centre is cut out: of squares, what torchvision's Resize and CenterCrop do. Images of that size are taken whole.
     """
     if not isinstance(images, list) and images.shape[2:] == pair(size):
         return images.float().div_(255)
     sides, view = torch.as_tensor(sizes(images)).expand(len(images), 2), torch.tensor(pair(size))
-    cover = torch.tensor([round(side * 256 / 224) for side in pair(size)])
+    cover = torch.tensor([round(side * 256 / 224) if max(pair(size)) <= 224 else side for side in pair(size)])
     tight = (cover * sides.flip(1)).argmax(dim=1, keepdim=True)  # the side of which less would be too little
     samples = cover[tight] * sides // sides.gather(1, tight)
     samples = samples.where((sides != view).any(dim=1, keepdim=True), view)
@@ -233,7 +233,7 @@ def resize(images: Tensor, size: tuple[int, int]) -> Tensor:
 def shift_crop(master: Tensor, offsets: Tensor, size) -> Tensor:
     """(B, 3, H + p, W + p) → (B, 3, *size): CMAE's pixel shift (§3.2), windows `offsets` (B, 2) down and right.
 
-    Offsets go from 0 to p; two views of one master agree to the bit wherever they overlap.
+    Offsets may go from 0 to p, and §3.2 stays below p; two views of one master agree to the bit wherever they overlap.
     """
     down, right = upload(offsets, master.device).unbind(1)
     H, W = pair(size)
@@ -353,7 +353,7 @@ def solarize(images: Tensor, threshold: float, where: Tensor | None = None) -> T
 def gaussian_blur(images: Tensor, sigma: Tensor, where: Tensor | None = None) -> Tensor:
     """torchvision's GaussianBlur with `sigma` (B,) in pixels, best on the CPU, where it is read. 0 changes nothing.
 
-    The taps reach three σ of their own image, and no less than 6 pixels (what three σ are at the papers' 224 pixels).
+    The taps reach three σ of their own image, and no less than 6 pixels (three of the largest σ of the papers' codes).
     The border is reflected, so they must reach less far than the image.
     """
     reach = (3 * sigma.cpu()).ceil().clamp(min=6)  # (B,)

@@ -23,7 +23,7 @@ from inputs import augment, image_files
 from runtime.errors import InputError, library
 
 IGNORE = 255  # a pixel of no class
-# mmsegmentation's photometric distortion: factors of brightness, contrast, saturation; the hue in full turns.
+# Photometric distortion by factors of brightness (mmsegmentation adds), contrast, saturation; the hue in full turns.
 DISTORTION = (0.875, 1.125), (0.5, 1.5), (0.5, 1.5), (-0.1, 0.1)
 
 

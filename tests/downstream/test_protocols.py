@@ -159,6 +159,15 @@ def test_every_field_has_its_words_and_arrives_by_its_option(monkeypatch):
     monkeypatch.setattr("sys.argv", ["evaluate.py", *words])
     options, report = evaluate.task_options(evaluate.options(), dict(method="cae"))
     assert options["recipe"] == replace(recipe_for("cae", "attentive"), attend_cls=True) and report["recipe"] == "cae"
+    own = {
+        "cae small": "cae-small",
+        "mae large": "mae-large",
+        "conmim large": "conmim",
+        "autoencoder tiny": "autoencoder",
+    }
+    for run, name in own.items():
+        run = dict(zip(("method", "model"), run.split(), strict=True))
+        assert evaluate.task_options(evaluate.options(), run)[1]["recipe"] == name
 
 
 def test_a_start_does_not_wait_for_the_compiler():
