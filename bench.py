@@ -5,6 +5,7 @@
     python bench.py --what input --method mae cmae --peer torchvision
     python bench.py --what start --data tiny-imagenet --data-root DIR       from command to first step, and checkpoints
     python bench.py --what epoch --data tiny-imagenet --data-root DIR       from disk to weights, in train.py
+    python bench.py --what host --method mae cmae --batch-size 512 4096     what drawing asks of the host
     python bench.py --what scale --method cmae --recipe paper   8 and 32 A100s, on paper
 
 Contenders take turns within each repeat, and the medians of the repeats are compared, so that what else the machine
@@ -25,7 +26,7 @@ import torch
 from common import SIZES
 from methods import METHODS
 from reporting import HERE
-from reporting.step_speed import PEERS, bench_scale, bench_step
+from reporting.step_speed import PEERS, bench_host, bench_scale, bench_step
 from reporting.timing import columns, folder, processor
 from reporting.whole_run_speed import bench_epoch, bench_input, bench_start
 from runtime import files, process
@@ -33,7 +34,9 @@ from runtime.command_line import Parser, count
 from runtime.errors import InputError
 from runtime.run_directory import git_state, versions
 
-WHAT = {"step": bench_step, "input": bench_input, "epoch": bench_epoch, "start": bench_start, "scale": bench_scale}
+WHAT = dict(
+    step=bench_step, input=bench_input, epoch=bench_epoch, start=bench_start, host=bench_host, scale=bench_scale
+)
 
 
 def parse(argv: list[str]) -> argparse.Namespace:

@@ -5,12 +5,14 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from unittest import mock
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from common import SIZES, StepRandom, ViT, normalize_patches
@@ -194,6 +196,48 @@ def bench_step(args, device: torch.device) -> Iterator[dict]:
                     row |= dict(cost=row["time_by_mae"] / row["flops_by_mae"])
                 row |= {f"by_{peer}": seconds[peer, False] / t for peer in peers if which != (peer, False)}
                 yield row
+
+
+class Launches(TorchDispatchMode):
+    """Counts what runs on a device, kernels and copies to it but no views, and the host's seconds for all of it."""
+
+    def __init__(self, device: torch.device):
+        super().__init__()
+        self.kind, self.count, self.seconds = device.type, 0, 0.0
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        begin = time.perf_counter()
+        found = op(*args, **(kwargs or {}))
+        first = found[0] if isinstance(found, list | tuple) else found
+        if isinstance(first, Tensor) and first.device.type == self.kind:
+            self.count += not op.is_view
+            self.seconds += time.perf_counter() - begin
+        return found
+
+
+def bench_host(args, device: torch.device) -> Iterator[dict]:
+    """What a `draw` asks of the host: to compute crops, masks and other numbers, and to launch all the rest.
+
+    The former is what a batch takes beyond two images, less what its launches take. On a CPU "meta" is the device.
+    """
+    gpu, device = device.type == "cuda", device if device.type == "cuda" else torch.device("meta")
+    for name in args.method:
+        method = build_method(args, name).to(device)
+
+        def drawn(B: int, counting, method=method) -> float:
+            if gpu:
+                torch.cuda.synchronize()
+            begin = time.perf_counter()
+            with counting:
+                draw(args, method, B, device)
+            return 1e3 * (time.perf_counter() - begin - getattr(counting, "seconds", 0.0))
+
+        two = statistics.median(drawn(2, Launches(device)) for _ in range(args.repeats))
+        for B in args.batch_size:
+            alone = [drawn(B, launches := Launches(device)) for _ in range(args.repeats)]
+            row = dict(name=name, batch=B, host_ms=statistics.median(alone) - two, launches=launches.count)
+            whole = [drawn(B, nullcontext()) for _ in range(args.repeats)]
+            yield row | dict(draw_ms=statistics.median(whole)) if gpu else row
 
 
 def activations(args, method, B: int) -> int:

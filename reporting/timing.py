@@ -23,6 +23,7 @@ HEADS = dict(
     second_epoch_seconds="epoch s", total_seconds="all s", resident_gib="GiB", checkpoint_seconds="save s",
     checkpoint_megabytes="MB", tflop_per_gpu="TFLOP", compute_ms="ms", all_reduce_megabytes="sum MB",
     all_reduce_ms="sum ms", gathered_keys_megabytes="keys MB", memory_gib="GiB", first_limit="limit",
+    host_ms="host ms", launches="launches", draw_ms="draw ms",
 )  # fmt: skip
 RSS_UNIT = 1 if sys.platform == "darwin" else 1024  # bytes that getrusage counts memory in
 

@@ -132,6 +132,21 @@ def test_input_rows_and_the_torchvision_path(tmp_path, monkeypatch):
     assert mae["by_torchvision"] == 4 and "by_torchvision" not in cmae
 
 
+def test_launches_are_kernels_and_copies_but_no_views_and_nothing_on_the_host():
+    with step_speed.Launches(torch.device("meta")) as launches:
+        x = torch.arange(6).to("meta")  # a copy
+        (x.view(2, 3)[0] + 1).relu_()
+        torch.arange(6).square()
+    assert launches.count == 3 and launches.seconds > 0
+
+
+def test_drawing_launches_as_much_for_any_number_of_images():
+    args = bench.parse(f"{TINY} --batch-size 64 128 --repeats 2 --what host --method mae cmae".split())
+    few, many, *cmae = step_speed.bench_host(args, CPU)
+    assert few["launches"] == many["launches"] > 20 and cmae[1]["launches"] == cmae[0]["launches"] > few["launches"]
+    assert all(row["name"] == name and "draw_ms" not in row for row, name in ((few, "mae"), (cmae[0], "cmae")))
+
+
 def test_scale_halves_a_gpus_share_and_all_reduces_a_ring():
     args = bench.parse(f"{TINY} --batch-size 64 --what scale --method cmae".split())
     few, many = step_speed.bench_scale(args, CPU)
