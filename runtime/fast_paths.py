@@ -1,6 +1,7 @@
 """What is there for speed alone: each function first names the plain expression that it equals, as tests show."""
 
 import functools
+import os
 import time
 
 import torch
@@ -110,9 +111,11 @@ def measured() -> dict[str, str]:
     """What is fastest on this CPU: `precision`, fp32 or bf16, and for `linear` in fp32 product or convolution.
 
     It takes less than a tenth of a second, once per process. A run records what it took, so that it can go on alike.
+    Where both ways are about as fast, $MINMIM_LINEAR names one, so that two runs have the same bits.
     """
-    t = seconds()
-    linear = "convolution" if 1.2 * t.get("convolution", float("inf")) < t["product"] else "product"
+    t, linear = seconds(), os.environ.get("MINMIM_LINEAR")
+    if linear not in t.keys() - {"bf16"}:
+        linear = "convolution" if 1.2 * t.get("convolution", float("inf")) < t["product"] else "product"
     return dict(precision="bf16" if t.get("bf16", float("inf")) < t[linear] else "fp32", linear=linear)
 
 

@@ -11,10 +11,11 @@ from runtime import fast_paths, process
 
 @pytest.fixture
 def times(monkeypatch):
-    """times(product=…, convolution=…, bf16=…) → what is then measured to be the fastest."""
+    """times(product=…, convolution=…, bf16=…) → what is then measured to be the fastest, or `way` where given."""
 
-    def choose(**seconds):
+    def choose(way="", **seconds):
         monkeypatch.setattr(fast_paths, "seconds", lambda: seconds)
+        monkeypatch.setenv("MINMIM_LINEAR", way)
         return fast_paths.measured.__wrapped__()
 
     return choose
@@ -27,6 +28,12 @@ def test_the_faster_precision_is_taken_and_a_convolution_where_it_is_clearly_fas
     assert times(product=1.0, convolution=0.85, bf16=1.5) == dict(precision="fp32", linear="product")
     assert times(product=1.0, convolution=0.9, bf16=0.95) == dict(precision="bf16", linear="product")
     assert times(product=1.0) == dict(precision="fp32", linear="product")  # a torch without oneDNN
+
+
+def test_a_way_that_is_named_is_taken_where_there_is_one(times):
+    assert times("product", product=2.0, convolution=1.0, bf16=1.5) == dict(precision="bf16", linear="product")
+    assert times("convolution", product=1.0, convolution=2.0, bf16=1.5) == dict(precision="bf16", linear="convolution")
+    assert times("convolution", product=1.0)["linear"] == times("bf16", product=1.0, bf16=2.0)["linear"] == "product"
 
 
 def test_each_way_is_measured_as_it_would_run(monkeypatch):
@@ -52,6 +59,7 @@ def test_a_torch_without_onednn_has_one_way(monkeypatch):
 
 def test_a_machine_is_measured_once_and_a_gpu_not_at_all(monkeypatch):
     calls = []
+    monkeypatch.delenv("MINMIM_LINEAR")
     monkeypatch.setattr(fast_paths, "seconds", lambda: calls.append(time.time()) or dict(product=2.0, convolution=1.0))
     monkeypatch.setattr(fast_paths, "as_convolution", False)
     fast_paths.measured.cache_clear()
