@@ -61,6 +61,9 @@ def stop() -> None:
     """Leave the process group. Without the barrier some gloo processes abort at exit (seen with torch 2.15)."""
     if dist.is_initialized():
         dist.barrier()
+        # Before torch 2.8 the next call holds Python's lock while it waits for gloo's threads. If one of these still
+        # needs the lock, to free a tensor, neither ever ends. Asleep, we leave the lock to them.
+        time.sleep(0.1)
         dist.destroy_process_group()
 
 
