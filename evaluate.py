@@ -137,7 +137,7 @@ def main() -> None:
     given = {name: settings[name] for name in kept if settings.get(name)} | vars(args)
     args = argparse.Namespace(**{name: settings.get(name) for name in images} | given)
     if args.data is None:
-        raise InputError(f"{directory}: has no config.json that names its images; give --data")
+        raise InputError(f"{args.run}: does not say which images to measure on; give --data")
     if args.untrained and args.protocol == "supervised":
         raise InputError("--untrained: does nothing to protocol supervised, which is so anyway; leave it out")
     chosen, report = task_options(args, settings)

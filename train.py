@@ -81,7 +81,7 @@ def train(args, config, Method, device: torch.device) -> nn.Module:
         say(f"stopped at step {run.step} of {plan.steps}; the same command continues from there")
         process.stop()
         sys.exit(128 + run.stopped_by)
-    summary(args, method.encoder, run, device)
+    summary(args, method.encoder, run, images.classes, device)
     return method
 
 
@@ -155,8 +155,8 @@ class Plan:
         self.rows = rows_of_rank(args.batch_size, args.accumulate)  # this process's, for each part of a step
         self.steps_per_epoch = self.n // args.batch_size
         if self.steps_per_epoch == 0:
-            epoch = f"an epoch, {self.n} images of {args.data}; see --repeat"
-            raise InputError(f"batch size {args.batch_size}: larger than {epoch}")
+            what = f"larger than an epoch, {self.n} images of {args.data}; give a smaller one, or --repeat"
+            raise InputError(f"batch size {args.batch_size}: {what}")
         self.steps = args.epochs * self.steps_per_epoch
         self.warmup = round(args.warmup_epochs * self.steps_per_epoch)
         if args.max_steps and args.max_steps < self.steps:  # the schedules of rate and teacher are compressed, not cut
@@ -224,7 +224,7 @@ def train_first(args, device: torch.device, name: str, **settings) -> nn.Module:
     return train(theirs, config, Method, device)
 
 
-def summary(args, encoder: nn.Module, run: Run, device: torch.device) -> None:
+def summary(args, encoder: nn.Module, run: Run, classes: list[str], device: torch.device) -> None:
     """What a person wants to know at the end: the loss, the pictures, and whether the encoder learned something."""
     if run.log and run.log.losses:  # rank 0 has the log, which is empty if the file was deleted
         say("", f"loss      {run.log.losses[0]:.4f} -> {run.log.losses[-1]:.4f}")
@@ -232,7 +232,8 @@ def summary(args, encoder: nn.Module, run: Run, device: torch.device) -> None:
     if not isinstance(encoder, ViT):  # a tokenizer, say
         return
     if not args.evaluate:
-        return say(f"evaluate  python evaluate.py --run {run.directory} --protocol knn")
+        other = "" if classes else " --data LABELLED"
+        return say(f"evaluate  python evaluate.py --run {run.directory} --protocol knn{other}")
     sets = [image_sets.open_for(args, split).to(device) for split in ("train", "val")]
     if not all(images.classes for images in sets):
         return say("evaluate  left out: the images have no labels")

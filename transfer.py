@@ -27,7 +27,7 @@ from downstream.dense_recipes import RECIPES, Recipe, recipe_for
 from inputs import builtin_scenes
 from inputs.dense_sets import Instances, Reader, Segments
 from runtime import encoder_files, files, process
-from runtime.command_line import OPTIONS, Help, Parser, add_fields, add_option, count, settle
+from runtime.command_line import OPTIONS, Help, Parser, add_fields, add_option, count, settle, whole
 from runtime.errors import InputError
 from runtime.ranks import rank, world_size
 
@@ -46,21 +46,20 @@ def options() -> tuple[argparse.Namespace, Recipe | None]:
     add("--classes", type=count, metavar="K", help="of Tiny-ImageNet only the first K classes")
     add("--recipe", choices=RECIPES, metavar="NAME", help=", ".join(RECIPES))
     add("--accumulate", type=count, default=1, metavar="N", help="parts of a step, for memory; batch norm sees one")
-    add("--workers", type=int, metavar="N", help="processes that read; if not given, 8 for a GPU, none otherwise")
+    add("--workers", type=whole, metavar="N", help="processes that read; if not given, 8 for a GPU, none otherwise")
     add("--resume", default="auto", choices=["auto", "never"], help="continue what is in the run's directory")
     for name, *option in OPTIONS["what to train on what"] + OPTIONS["machine"]:
         if name in ("mean", "std", "device", "precision", "seed"):
-            add_option(parser, name, *option)
+            add_option(parser, name, *option[:-1], option[-1].replace(", or auto: by their own", ""))
     add_fields(parser.add_argument_group("in place of the recipe's"), Recipe, unset=True)
     args = parser.parse_args()
-    if (args.workers or 0) < 0:
-        raise InputError(f"workers {args.workers}: must be at least 0")
     if args.mean == "auto":
         raise InputError("--mean auto: is not looked for here; give the numbers that evaluate.py --mean auto says")
     if args.make_scenes is not None:
         return args, None
     if not args.run or not args.data:
-        raise InputError("run, data: none given; give --run, --data and --task or --recipe, or --make-scenes")
+        missing = ", ".join(name for name in ("run", "data") if not getattr(args, name))
+        raise InputError(f"{missing}: not given; give --run, --data and --task or --recipe, or --make-scenes")
     if args.tuned and args.untrained:
         raise InputError("--tuned, --untrained: an encoder is one of both; give one")
     own = "task", "format", *(field.name for field in dataclasses.fields(Recipe))

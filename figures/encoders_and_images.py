@@ -46,7 +46,7 @@ class Run:
     @cached_property
     def method(self) -> nn.Module:
         if self.path.is_file():
-            raise Absent(f"{self.label} holds the weights of an encoder alone; give a run")
+            raise Absent(f"{self.label} is a file, of which only the encoder is read; give a run")
         file = self.directory / "checkpoint.pt"
         try:
             known = inspect.signature(self.Method.Config).parameters
@@ -91,7 +91,7 @@ class Run:
     @property
     def log(self) -> list[dict]:
         if self.path.is_file():
-            raise Absent(f"{self.label} holds the weights of an encoder alone; give a run")
+            raise Absent(f"{self.label} is a file, of which only the encoder is read; give a run")
         if not (rows := read_log(self.directory / "log.jsonl")):
             raise Absent(f"{self.label} has logged no step yet; wait for one")
         return rows
@@ -167,6 +167,8 @@ class Study:
 
     def labelled(self, n: int, classes: int) -> tuple[Iterator, Tensor]:
         """About n validation images, equally many of each of at most `classes` classes, and their labels (n,)."""
+        if not self.val.classes:
+            raise Absent(f"the images of {self.data[0]} have no labels")
         labels = self.val.labels.cpu()
         chosen = labels.unique()
         groups = [(labels == c).nonzero()[:, 0] for c in chosen[spaced(len(chosen), classes)]]

@@ -182,16 +182,16 @@ def class_folders(root: Path, split: str, level: int = 1) -> tuple[list[str], li
 
     Either train/ and val/ hold the same class folders, or there is no val/: then the class folders lie in train/ or
     in `root` itself, and the second of every ten images of a class (by sorted path) is held out as "val"; "train" is
-    the rest. Where folders lie in folders, those at `level` are the classes. Where there are none, the images have no
-    labels: no class names, and one list with every image below train/ and val/, or below `root`.
+    the rest. Where folders lie in folders, those at `level` are the classes. Where there are none, or at level 0, the
+    images have no labels: no class names, and one list with every image below train/ and val/, or below `root`.
     """
     if not root.is_dir():
         raise InputError(f"{root}: no such folder; give one that holds images, or a folder of images for each class")
     train, val = root / "train", root / "val"
-    if subfolders(val) and not subfolders(train):
+    if level and subfolders(val) and not subfolders(train):
         raise InputError(f"{root}: val/ holds class folders but train/ does not; both need the same")
     base = train if subfolders(train) else root  # a class may be called "train"
-    if base == root and set(subfolders(root)) <= {"train", "val"}:
+    if level == 0 or (base == root and set(subfolders(root)) <= {"train", "val", "test"}):
         if level > 1:
             raise InputError(f"{root}: holds no class folders; leave out --class-level")
         if train.is_dir() and val.is_dir():
@@ -235,7 +235,7 @@ def subfolders(folder: Path) -> list[str]:
 def folders_at(base: Path, level: int, aloud: bool = False) -> list[str]:
     """The folders `level` steps below `base`, by their paths from there; `aloud` says how many images lie above."""
     if level < 1:
-        raise InputError(f"class level {level}: must be at least 1, which is the folders at the top")
+        raise InputError(f"class level {level}: must be 0, for no classes, or from 1 on, the folders at the top")
     folders, loose = [""], 0
     for depth in range(level):
         if aloud:
@@ -244,7 +244,8 @@ def folders_at(base: Path, level: int, aloud: bool = False) -> list[str]:
         if not folders:
             raise InputError(f"{base}: holds no folders at level {depth + 1}; give a --class-level up to {depth}")
     if loose:
-        say_once(f"{base}: {loose} images that lie beside or above the class folders have no label and are left out")
+        what = f"{loose} images that lie beside or above the class folders have no label and are left out"
+        say_once(f"{base}: {what}; --class-level 0 takes all images, without labels")
     return sorted(folders)
 
 

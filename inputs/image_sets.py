@@ -142,7 +142,7 @@ def open_set(
     root: where the data lie, for tiny-imagenet and cifar by default the cache folder; there `download` puts them.
     split: "train" or "val"; for CIFAR, "val" is its test set.
     skip_bad_images: leave out images that do not decode, and count them in one line, instead of raising InputError.
-    class_level: which level of nested folders the classes are; by default 1, the folders at the top.
+    class_level: which level of nested folders the classes are; by default 1, the folders at the top; 0: no classes.
     value_range: what becomes black and white in greys of more than 8 bits, by default the lowest and the highest value
         in the training images, which are looked for once.
     splits, columns: of an hf: set, as `huggingface_sets.find` takes them.

@@ -67,7 +67,8 @@ def plan(args, found: dict) -> Iterator[Step]:
     train = f"--data {args.data} --device {device} --recipe tiny --no-evaluate --images {images} "
     train += f"{TINY} --classes 2 --batch-size 4" if tiny else "--model small --batch-size 512"
     train += f" --data-root {root}" * bool(args.data_root) + " --method "
-    tests = ("tests/test_repository_layout.py -k small" if tiny else "-m cuda") + " -n auto" * bool(find_spec("xdist"))
+    tests = "tests/test_repository_layout.py -k small" if tiny else "-m cuda"
+    tests += " -n auto --maxprocesses 16" * bool(find_spec("xdist"))  # all share one GPU
     yield Step("right", 120, 150, f"-m pytest -q {tests}")
     yield Step("fast", 140, 280, f"{bench} mae cmae{' --peer hf' if peer else ''} --json {work}/fast.json")
     yield Step("data", 30, 90, f"-c {shlex.quote(OPEN)} {args.data} {root}")

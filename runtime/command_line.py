@@ -8,10 +8,13 @@ import dataclasses
 import importlib.util
 import inspect
 import json
+import math
+import os
 import re
 import shutil
 import sys
 import typing
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -20,23 +23,30 @@ import torch.distributed as dist
 
 from common import SIZES, ViT
 from inputs.augment import LEAST_STD
+from inputs.image_sets import NAMES
 from runtime import fast_paths, process
 from runtime.errors import InputError
 from runtime.knobs import turned_off
 from runtime.ranks import rank, world_size
 
 
-def seed(word: str) -> int:
-    """What `--seed` takes. torch tells seeds apart by their last 32 bits, so that larger ones would share streams."""
-    if not 0 <= int(word) < 2**32:
-        raise argparse.ArgumentTypeError(f"{word}: must be from 0 to {2**32 - 1}")
-    return int(word)
+def number(kind: type, least: float, below: float, right: str) -> Callable[[str], float]:
+    """What reads a number from `least` to what is less than `below`, or says what is `right`."""
+
+    def read(word: str):
+        if not least <= kind(word) < below:
+            raise argparse.ArgumentTypeError(f"{word}: must be {right}")
+        return kind(word)
+
+    read.__name__ = kind.__name__  # which stands in argparse's message of what is no number
+    return read
 
 
-def count(word: str) -> int:
-    if int(word) < 1:
-        raise argparse.ArgumentTypeError(f"{word}: must be at least 1")
-    return int(word)
+count = number(int, 1, math.inf, "at least 1")
+whole = number(int, 0, math.inf, "at least 0")
+amount = number(float, 0, math.inf, "0 or more, and finite")
+share = number(float, 0, 1, "at least 0 and below 1")
+seed = number(int, 0, 2**32, f"from 0 to {2**32 - 1}")  # torch tells no more apart, so that larger ones would repeat
 
 
 class Sides(argparse.Action):
@@ -72,7 +82,7 @@ OPTIONS = {
         ("data-root", None, str, "DIR", "where the images of a named set are or shall be"),
         ("download", None, bool, "switch", "fetch the set if it is not there"),
         ("classes", None, count, "K", "only the first K classes of the set"),
-        ("class-level", None, int, "N", "where folders lie in folders, the level that the classes are; 1: at the top"),
+        ("class-level", None, int, "N", "level of folders that the classes are; 1: at the top; 0: take no labels"),
         ("range", None, float, "LOW HIGH", "black and white of 16-bit greys; if not given, the set's own extremes"),
         ("split", None, str, "NAME...", "of an hf: set, to train on and to validate on [train validation]"),
         ("columns", None, str, "NAME...", "of an hf: set, of images and of labels; if not given, found by type"),
@@ -91,8 +101,8 @@ OPTIONS = {
         ("depth", None, int, "BLOCKS", "in place of the model's"),
         ("heads", None, int, "N", "in place of the model's"),
         ("mlp-ratio", None, count, "N", "width of an MLP by the encoder's, in place of 4 (CMAE's code, small: 3)"),
-        ("layer-scale", 0.0, float, "X", "initial scale of residuals; 0: none"),
-        ("drop-path", 0.0, float, "RATE", "of the last block; grows linearly from 0 in the first"),
+        ("layer-scale", 0.0, amount, "X", "initial scale of residuals; 0: none"),
+        ("drop-path", 0.0, share, "RATE", "of the last block; grows linearly from 0 in the first"),
         ("stem", "linear", ["linear", "conv"], "KIND", "patch embedding: linear, or conv (CMAE*)"),
         ("positions", "sincos", ["sincos", "relative"], "KIND", "of tokens: sincos, or relative (ConMIM's code)"),
         ("init", None, str, "FILE", "go on from this encoder: a run, or MAE's, timm's, Hugging Face's weights"),
@@ -102,19 +112,19 @@ OPTIONS = {
         ("max-steps", None, count, "N", "a shorter run of the same shape"),
         ("batch-size", 128, count, "B", "images per step, over all processes"),
         ("accumulate", 1, count, "N", "parts that a step is done in; contrast sees one part's images at a time"),
-        ("lr", None, float, "RATE", "peak learning rate; if no default is shown, the recipe's base rate times B/256"),
-        ("min-lr", 0.0, float, "RATE", "learning rate at the end of the cosine"),
-        ("warmup-epochs", 2, float, "N", "in which the rate grows from 0; by default fewer if --epochs are no more"),
-        ("weight-decay", 0.05, float, "X", "of AdamW; biases and vectors are not decayed"),
+        ("lr", None, amount, "RATE", "peak learning rate; if no default is shown, the recipe's base rate times B/256"),
+        ("min-lr", 0.0, amount, "RATE", "learning rate at the end of the cosine"),
+        ("warmup-epochs", 2, amount, "N", "in which the rate grows from 0; by default fewer if --epochs are no more"),
+        ("weight-decay", 0.05, amount, "X", "of AdamW; biases and vectors are not decayed"),
         ("no-decay", [], str, "PART...", "parameters with PART in their name are not decayed either"),
-        ("betas", (0.9, 0.95), float, "BETA", "of AdamW"),
-        ("clip-grad", 0.0, float, "NORM", "largest norm of the gradient; 0: any"),
+        ("betas", (0.9, 0.95), share, "BETA", "of AdamW"),
+        ("clip-grad", 0.0, amount, "NORM", "largest norm of the gradient; 0: any"),
     ],
     "machine": [
         ("device", "auto", ["auto", "cpu", "cuda", "mps"], "NAME", "auto, cpu, cuda, mps"),
         ("precision", "auto", ["auto", "fp32", "bf16", "fp16"], "NAME", "auto, fp32 (without TF32), bf16, fp16"),
-        ("compile", None, bool, None, "torch.compile the method; on CUDA by default"),
-        ("workers", None, int, "N", "processes that decode a set too large to hold"),
+        ("compile", None, bool, None, "torch.compile the method; on CUDA by default, if it can"),
+        ("workers", None, whole, "N", "processes that decode a set too large to hold"),
         ("seed", 0, seed, "N", "of everything random"),
         ("deterministic", False, bool, "switch", "make CUDA repeat itself bit by bit, more slowly"),
     ],
@@ -156,6 +166,9 @@ def pretraining_options(argv: list[str], methods: dict[str, type]):
     if args.epochs <= args.warmup_epochs and not any(word.split("=")[0] == "--warmup-epochs" for word in argv):
         args.warmup_epochs *= args.epochs / parser.get_default("epochs")  # or the rate would never reach its peak
     args.out = args.out or f"runs/{args.method}-{re.sub(r'[^A-Za-z0-9]+', '-', str(args.data)).strip('-')}"
+    images = Path(args.data_root or "", args.data).resolve()
+    if args.data not in NAMES and Path(args.out).resolve().is_relative_to(images) and not (images / "train").is_dir():
+        raise InputError(f"out {args.out}: lies among the images of {args.data}; give another --out")
     args.betas = list(args.betas)
     if args.tensorboard and importlib.util.find_spec("tensorboard") is None:
         raise InputError('--tensorboard: not installed; pip install ".[tensorboard]"')
@@ -185,7 +198,8 @@ def settle(args, device: torch.device) -> None:
     fast_paths.use(args.linear)
     if args.compile is None:
         compiles = args.device == "cuda" and torch.cuda.get_device_capability() >= (7, 0)  # Triton's least
-        args.compile = compiles and importlib.util.find_spec("triton") is not None
+        compilers = os.environ.get("CC", "gcc"), "gcc", "clang"  # of C, one of which Triton needs
+        args.compile = compiles and importlib.util.find_spec("triton") is not None and any(map(shutil.which, compilers))
 
 
 def fastest(device: torch.device) -> dict:

@@ -65,7 +65,7 @@ def fill_decoder(method: nn.Module, encoder: ViT, found: Found, name: str) -> li
             taken.append(method.decoder)
     known = {id(p) for part in taken for p in part.parameters()}
     anew = [n for n, p in method.named_parameters() if p.requires_grad and id(p) not in known]
-    said = {"taken": ["encoder", "decoder"][: len(taken)], "left aside": left, "not there, begins anew": parts(anew)}
+    said = {"taken": ["encoder", "decoder"][: len(taken)], "left aside": left, "begins anew": parts(anew)}
     return [f"{name}: {what}: {', '.join(names)}" for what, names in said.items() if names]
 
 

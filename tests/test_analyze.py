@@ -118,6 +118,13 @@ def test_figures_are_those_that_the_run_can_have(runs, name):
     assert can == CAN[name]
 
 
+def test_images_without_labels_are_said_where_a_figure_needs_labels(runs):
+    without = study(runs, "mae", images=4, data=runs / "data" / "val" / "ant")
+    for figure in ("class-distances", "features"):
+        with pytest.raises(Absent, match=r"the images of .*ant have no labels"):
+            analyze.FIGURES[figure](without)
+
+
 def test_all_draws_what_can_be_and_says_why_not_the_rest(runs, monkeypatch, capsys):
     run_command(monkeypatch, "--run", runs / "mae", "--figure", "all", "--images", 4)
     said = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
@@ -200,7 +207,7 @@ def test_weights_stand_beside_runs_and_alone(runs, monkeypatch, tmp_path):
     with pytest.raises(InputError, match=r"data: dino\.pt does not say which images to show; give --data"):
         numbers("--run", *weights, *figure)
     for name in ("curves", "views", "reconstruction", "decoder-similarity", "latent-reconstruction"):
-        with pytest.raises(InputError, match=r"dino\.pt holds the weights of an encoder alone; give a run"):
+        with pytest.raises(InputError, match=r"dino\.pt is a file, of which only the encoder is read; give a run"):
             run_command(monkeypatch, "--run", weights[0], "--figure", name, "--data", runs / "data")
 
 

@@ -54,6 +54,17 @@ def same(a, b) -> bool:
     return True
 
 
+def test_a_run_is_not_laid_out_among_the_images(tmp_path, monkeypatch):
+    """Where it would be taken for a class from then on. Beside train/ and val/ it does no harm."""
+    monkeypatch.chdir(tmp_path)
+    for words in (["."], [str(tmp_path)], ["set", "--out", "set/run"], ["set", "--data-root", ".", "--out", "set"]):
+        with pytest.raises(InputError, match=r"lies among the images of .*; give another --out"):
+            options(["--method", "mae", "--data", *words])
+    (tmp_path / "set" / "train").mkdir(parents=True)
+    for words in (["set", "--out", "set/run"], ["set", "--out", "setting"], ["shapes", "--out", "shapes/run"]):
+        options(["--method", "mae", "--data", *words])
+
+
 # ------------------------------------------------------------------------------------------------------- checkpoints
 
 TREE = dict(step=3, settings=dict(lr=0.1, data="é"), method=dict(a=torch.arange(5.0), b=torch.ones(2, 3).half()))

@@ -399,7 +399,7 @@ def test_wrong_options_get_one_line_and_status_2(train, tmp_path):
 @pytest.mark.parametrize("flags,words", [
     (["--mask-ratio", "1.0"], ["mask ratio 1", "visible"]),
     (["--mask-ratio", "0"], ["mask ratio 0", "masked"]),
-    (["--batch-size", "10000"], ["batch size 10000", "80 images"]),
+    (["--batch-size", "10000"], ["batch size 10000", "80 images", "give a smaller one"]),
     (["--batch-size", "0"], ["--batch-size: 0: must be at least 1"]),
     (["--accumulate", "3"], ["batch size 16", "3 parts"]),
     (["--recipe", "huge"], ["recipe 'huge'", "paper, tiny, demo"]),
@@ -414,6 +414,12 @@ def test_wrong_options_get_one_line_and_status_2(train, tmp_path):
     (["--repeat", "0"], ["--repeat: 0"]),
     (["--seed", "4294967296"], ["--seed: 4294967296: must be from 0 to 4294967295"]),  # would begin as seed 0
     (["--seed", "-1"], ["--seed: -1: must be from 0 to 4294967295"]),
+    (["--lr", "nan"], ["--lr: nan: must be 0 or more, and finite"]),
+    (["--min-lr", "-3"], ["--min-lr: -3: must be 0 or more"]),
+    (["--clip-grad", "inf"], ["--clip-grad: inf: must be 0 or more, and finite"]),
+    (["--drop-path", "1"], ["--drop-path: 1: must be at least 0 and below 1"]),
+    (["--betas", "0.9", "2"], ["--betas: 2: must be at least 0 and below 1"]),
+    (["--workers", "-1"], ["--workers: -1: must be at least 0"]),
     (["--resume", "nowhere.pt"], ["nowhere.pt", "no such"]),
     (["--mean", "0.5", "0.5"], ["--mean: 0.5 0.5: give auto, or three numbers from 0 to 1"]),
     (["--mean", "123.7", "116.3", "103.5"], ["--mean: 123.7 116.3 103.5: give auto, or three", "where 1 is white"]),
@@ -600,12 +606,12 @@ def test_help_shows_every_knob_with_its_comment_and_default(method):
 
 
 @pytest.mark.parametrize(
-    "capability, triton, precision, compiles",
-    [((8, 0), True, "bf16", True), ((8, 0), False, "bf16", False), ((7, 5), True, "fp16", True),
-     ((6, 0), True, "fp16", False)],
+    "capability, triton, compiler, precision, compiles",
+    [((8, 0), True, "gcc", "bf16", True), ((8, 0), False, "gcc", "bf16", False), ((7, 5), True, "my-cc", "fp16", True),
+     ((8, 0), True, "other-cc", "bf16", False), ((6, 0), True, "gcc", "fp16", False)],
 )  # fmt: skip
-def test_a_gpu_is_asked_what_it_can_do(monkeypatch, capability, triton, precision, compiles):
-    """torch counts emulated bf16 as bf16 unless told not to; below 7.0 Triton does not compile."""
+def test_a_gpu_is_asked_what_it_can_do(monkeypatch, capability, triton, compiler, precision, compiles):
+    """torch counts emulated bf16 as bf16 unless told not to; below 7.0, or without a compiler of C, Triton fails."""
 
     def bf16(including_emulation=True):
         return including_emulation or capability >= (8, 0)
@@ -613,6 +619,8 @@ def test_a_gpu_is_asked_what_it_can_do(monkeypatch, capability, triton, precisio
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", bf16)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: (name == "triton" and triton) or None)
+    monkeypatch.setattr(shutil, "which", lambda name: name if name == compiler else None)
+    monkeypatch.setenv("CC", "my-cc")
     args = types.SimpleNamespace(precision="auto", compile=None, resume="never")
     settle(args, torch.device("cuda"))
     assert (args.device, args.precision, args.compile) == ("cuda", precision, compiles)
@@ -822,7 +830,7 @@ def test_init_is_needed_once_and_recorded(train, tmp_path):
     shutil.copy(tmp_path / "first/encoder.safetensors", moved)
     flags = ["--init", moved, "--lr", 0, "--min-lr", 0, "--weight-decay", 0, "--epochs", 1, "--warmup-epochs", 0]
     done = train(*flags, method="conmim")
-    assert f"{moved}: taken: encoder\n{moved}: not there, begins anew: mask_token, projector\n" in done.stderr
+    assert f"{moved}: taken: encoder\n{moved}: begins anew: mask_token, projector\n" in done.stderr
     ours, theirs = (files.load(tmp_path / run / "encoder.safetensors")["state_dict"] for run in ("run", "first"))
     assert [key for key in theirs if not torch.equal(ours[key], theirs[key])] == []  # a rate of 0: as it began
     assert files.load(tmp_path / "run/checkpoint.pt")["settings"]["init"] == str(moved)

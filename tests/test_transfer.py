@@ -145,7 +145,8 @@ def another_size(place: Path) -> None:
 SEGMENT, DETECT = ("--task", "segment"), ("--task", "detect")
 REFUSED = {
     "task: none given": ((), None),
-    "run, data: none given": (("--data", ""), None),
+    "data: not given; give --run, --data": ((*SEGMENT, "--data", ""), None),
+    "run, data: not given": (("--run", "", "--data", ""), None),
     "coco: not for": ((*SEGMENT, "--format", "coco"), None),
     "epochs 0: must be 1 or more": ((*SEGMENT, "--epochs", 0), None),
     "accumulate: 0: must be at least 1": ((*SEGMENT, "--accumulate", 0), None),

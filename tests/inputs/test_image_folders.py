@@ -115,8 +115,10 @@ def test_every_format_is_found_and_decodes(tmp_path):
 # ----------------------------------------------------------------------------------------------------- without labels
 
 
-@pytest.mark.parametrize("layout", ["flat", "train", "train and val"])
+@pytest.mark.parametrize("layout", ["flat", "train", "train and val", "train, test and val"])
 def test_a_folder_without_class_folders_has_images_without_labels(tmp_path, layout):
+    if "test" in layout:
+        save(tmp_path / "test" / "1.png")
     for i in range(12):
         save(tmp_path / ("" if layout == "flat" else "train") / f"{i:02}.png", seed=i)
     if "and val" in layout:
@@ -135,10 +137,20 @@ def test_images_beside_class_folders_are_left_out_and_said(tmp_path, capsys):
     make_folder(tmp_path)
     save(tmp_path / "loose.png"), save(tmp_path / "more.GIF")
     train = image_sets.open_set(str(tmp_path))
-    line = f"{tmp_path}: 2 images that lie beside or above the class folders have no label and are left out\n"
+    line = f"{tmp_path}: 2 images that lie beside or above the class folders have no label and are left out; --class"
     assert capsys.readouterr().err.startswith(line) and len(train) == 4 and train.classes == ["cat", "dog"]
     image_sets.open_set(str(tmp_path), split="val")
     assert "left out" not in capsys.readouterr().err  # said once
+
+
+@pytest.mark.parametrize("below", [("",), ("train", "val"), ("val",)])
+def test_level_0_takes_every_image_without_labels_however_folders_are_named(tmp_path, capsys, below):
+    for place in below:
+        make_nested(tmp_path / place)
+        save(tmp_path / place / "loose.png"), save(tmp_path / place / "birds" / "above.png")
+    train, val = (image_sets.open_set(str(tmp_path), split=split, class_level=0) for split in ("train", "val"))
+    assert (len(train), len(val)) == ((14, 14) if "train" in below else (12, 2))
+    assert train.classes == val.classes == [] and capsys.readouterr().err.count("left out") == 0
 
 
 def test_one_image_without_labels_leaves_none_to_hold_out(tmp_path):
@@ -171,7 +183,7 @@ def test_which_level_became_the_classes_is_said_and_may_be_chosen(tmp_path, caps
     assert deep.labels.tolist() == [0, 0, 1, 1, 2, 2, 3, 3] and val.labels.tolist() == [0, 1, 2, 3]
     assert torch.equal(val.images(torch.tensor([2])), as_tensor(pixels(21))[None])
     assert "became" not in capsys.readouterr().err
-    for level, line in [(3, "holds no folders at level 3; give a --class-level up to 2"), (0, "must be at least 1")]:
+    for level, line in [(3, "holds no folders at level 3; give a --class-level up to 2"), (-1, "must be 0, for")]:
         assert line in the_error(str(tmp_path), class_level=level)
 
 

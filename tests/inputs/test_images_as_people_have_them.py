@@ -85,7 +85,8 @@ def test_a_run_is_resumed_to_the_bit_and_two_processes_do_as_one(tmp_path, progr
     assert (left_out in whole.stderr) != labelled and ("accuracy on " in whole.stderr) == labelled
     stopped = program("train.py", *words, "--out", tmp_path / "cut", before=before + STOP_AT_THE_FIFTH_STEP)
     assert stopped.returncode == 143, stopped.stderr
-    assert program("train.py", *words, "--out", tmp_path / "cut", before=before).returncode == 0
+    resumed = program("train.py", *words, "--out", tmp_path / "cut", before=before)
+    assert resumed.returncode == 0 and resumed.stderr.endswith(" knn\n" if labelled else " knn --data LABELLED\n")
     assert program("train.py", *words, "--out", tmp_path / "two", n=2, before=before).returncode == 0
     expected = weights(tmp_path / "whole")
     for name, value in weights(tmp_path / "cut").items():
