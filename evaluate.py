@@ -9,7 +9,7 @@
 (The bare -- keeps torchrun of Python 3.11 and older from taking --run for an option of its own.)
 
 The table in downstream/classifier.py says what learns under each protocol that trains. The result is one line of JSON,
-which is also written into the run's directory.
+which is also written into the run's directory, or beside the file of weights.
 """
 
 import argparse
@@ -121,7 +121,7 @@ def main() -> None:
         raise InputError(f"--to {args.to}: says where an encoder is written to; give --export too")
     device = process.start(args.device)
     encoder = load_encoder(args.run, device, vars(args).get("image_size"), vars(args).get("heads"))
-    directory = Path(args.run) if Path(args.run).is_dir() else Path(args.run).parent
+    directory, name = files.results_of(args.run)
     settings = run_settings(directory)
     if args.untrained:
         encoder = untrained(encoder, settings.get("seed", 0))
@@ -145,7 +145,7 @@ def main() -> None:
     augment.find_statistics(args, sets[0], device)
     encoder = normalised(encoder, getattr(args, "mean", None), getattr(args, "std", None))
     report |= dict(image_size=encoder.image_size, mean=encoder.mean, std=encoder.std)
-    name = args.protocol + ("-paper" if "paper" in args else "")
+    name += args.protocol + ("-paper" if "paper" in args else "")
     name += (f"-{report['blocks']}" if "blocks" in report else "") + ("-untrained" if args.untrained else "")
     name += "-{}x{}".format(*pair(args.image_size)) if "image_size" in args else ""
     chosen |= dict(precision=args.precision, directory=directory / name)

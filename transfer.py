@@ -94,8 +94,8 @@ def main() -> None:
     encoder = load(args, recipe, device)
     recipe = dataclasses.replace(recipe, image_size=pair(encoder.image_size)[0])
     args.workers = (8 if device.type == "cuda" else 0) if args.workers is None else args.workers
-    name = f"transfer-{args.task}{'-untrained' * args.untrained}{'-tuned' * bool(args.tuned)}"
-    directory = Path(args.run) if Path(args.run).is_dir() else Path(args.run).parent
+    directory, name = files.results_of(args.run)
+    name = f"transfer-{name}{args.task}{'-untrained' * args.untrained}{'-tuned' * bool(args.tuned)}"
     args.compile, args.out = False, str(directory / name)
     settle(args, device)
     torch.manual_seed(args.seed)

@@ -102,6 +102,17 @@ def encoder_in(directory: Path) -> Path:
     return older if older.is_file() and not now.is_file() else now
 
 
+def results_of(run: str) -> tuple[Path, str]:
+    """Where results of a run, or of a file of weights, are written, and what their names begin with.
+
+    Results of a file lie beside it and have its name, as other files of weights may lie there; an encoder is its run's.
+    """
+    path = Path(run)
+    if path.is_dir():
+        return path, ""
+    return path.parent, "" if path.stem == "encoder" else f"{path.stem}-"
+
+
 def differences(theirs: dict, ours: dict, free: set[str] = frozenset()) -> str:
     """What differs between the settings of a checkpoint and those given, but for the `free`; "" if nothing does.
 

@@ -240,6 +240,20 @@ def test_positions_of_another_size_are_interpolated_and_the_rest_is_the_runs(run
         torch.testing.assert_close(x, state[key], rtol=0, atol=1e-6 if key == "pos_embed" else 0)
 
 
+def test_files_of_weights_that_lie_side_by_side_keep_results_of_their_own(run, monkeypatch, capsys):
+    words = ["--protocol", "partial", "--blocks", 0, "--data", run.parent / "images", *TRAIN, "--epochs", 1]
+    for seed, name in enumerate(("one.pt", "other.v2.pt")):
+        torch.manual_seed(seed)
+        encoder = ViT(**small_vit().settings)
+        torch.save({"settings": encoder.settings, "state_dict": encoder.state_dict()}, run / name)
+        call(monkeypatch, "--run", run / name, *words)  # would not go on with the other's
+    call(monkeypatch, "--run", run / "encoder.pt", *words)
+    names = ["one-partial-0", "other.v2-partial-0", "partial-0"]
+    found = [json.loads((run / f"evaluate-{name}.json").read_text())["run"] for name in names]
+    assert found == [str(run / name) for name in ("one.pt", "other.v2.pt", "encoder.pt")]
+    assert sorted(path.name for path in run.iterdir() if path.is_dir()) == names
+
+
 def test_untrained_is_the_same_architecture_at_weights_of_the_runs_seed(run, monkeypatch, capsys):
     used = []
     monkeypatch.setattr(evaluate, "evaluate", lambda encoder, *_, **__: used.append(encoder) or {"knn": {}})
