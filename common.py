@@ -123,36 +123,37 @@ def block_mask(rng: StepRandom, grid: tuple[int, int], count: int, smallest: int
     aspect ratio is log-uniform in [0.3, 1/0.3]. A block that is as high or as wide as the grid, or hides nothing new or
     more than is missing, is drawn again. After `tries` failures in a row `smallest` is halved.
     """
-    if not 0 < count < math.prod(grid):
-        raise InputError(f"{count} masked patches of {math.prod(grid)} leave nothing visible or nothing masked")
+    if not (N := math.prod(grid)) > count > 0:
+        raise InputError(f"{count} masked patches of {N} leave nothing visible or nothing masked")
     draws = rng.child()  # of its own, since ranks may need different numbers of tries
     B = len(range(rng.total)[rng.rows])  # this rank's images of the global batch
     hidden, missing = np.zeros((B, *grid), dtype=bool), np.full(B, count)
-    least, failures = np.full(B, smallest), np.zeros(B, dtype=int)
+    least, failures, lines = np.full(B, smallest), np.zeros(B, dtype=int), [_lines(side) for side in grid]
     while len(i := missing.nonzero()[0]):  # the images that are not finished
-        block = _blocks(draws.uniform(4).double().numpy()[i], grid, least[i], missing[i])
+        block = _blocks(draws.uniform(4).numpy()[i].astype(float), lines, least[i], missing[i])
         new = (block & ~hidden[i]).sum((1, 2))
         good = (new > 0) & (new <= missing[i])
         hidden[i[good]] |= block[good]
         missing[i[good]] -= new[good]
         failures[i] = np.where(good, 0, failures[i] + 1)
-        halved = i[~good & (failures[i] % tries == 0)]
-        least[halved] = np.maximum(1, least[halved] // 2)
-    hidden = hidden.reshape(B, -1)
-    return Mask(*(upload(torch.from_numpy(x.nonzero()[1].reshape(B, -1)), rng.device) for x in (~hidden, hidden)))
+        least[i] = np.where(~good & (failures[i] % tries == 0), np.maximum(1, least[i] // 2), least[i])
+    return Mask(*(upload(torch.as_tensor(np.flatnonzero(x).reshape(B, -1) % N), rng.device) for x in (~hidden, hidden)))
 
 
-def _blocks(units: np.ndarray, grid: tuple[int, int], smallest: np.ndarray, missing: np.ndarray) -> np.ndarray:
+def _lines(side: int) -> np.ndarray:
+    """bool (length, first, patch): the patches of a side that a block covers, by its length; none if it covers all."""
+    length, first, patch = np.ogrid[: side + 2, :side, :side]
+    return (length <= max(1, side - 1)) & (first <= patch) & (patch < first + length)
+
+
+def _blocks(units: np.ndarray, lines: list[np.ndarray], smallest: np.ndarray, missing: np.ndarray) -> np.ndarray:
     """bool (B, h, w), a block for each row of unit numbers (B, 4); an empty one instead of one that spans the grid."""
     area, aspect = smallest + units[:, 0] * (missing - smallest), 0.3 ** (1 - 2 * units[:, 1])
     inside = []
-    for side, length, place in zip(grid, (area * aspect, area / aspect), units.T[2:], strict=True):
-        length = np.sqrt(length).round().clip(1)
-        first, line = np.floor(place * (side - length + 1)), np.arange(side)
-        fits = length <= max(1, side - 1)
-        inside.append(fits[:, None] & (first[:, None] <= line) & (line < (first + length)[:, None]))
-    down, across = inside
-    return down[:, :, None] & across[:, None]
+    for line, length, place in zip(lines, (area * aspect, area / aspect), units.T[2:], strict=True):
+        length = np.rint(np.sqrt(length)).clip(1, len(line) - 1).astype(int)
+        inside.append(line[length, (place * (len(line) - 1 - length)).astype(int)])
+    return inside[0][:, :, None] & inside[1][:, None]
 
 
 # -------------------------------------------------------------------------------------------------------------- ViT
