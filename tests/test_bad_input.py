@@ -57,7 +57,7 @@ def same(a, b) -> bool:
 def test_a_run_is_not_laid_out_among_the_images(tmp_path, monkeypatch):
     """Where it would be taken for a class from then on. Beside train/ and val/ it does no harm."""
     monkeypatch.chdir(tmp_path)
-    for words in (["."], [str(tmp_path)], ["set", "--out", "set/run"], ["set", "--data-root", ".", "--out", "set"]):
+    for words in (["."], [str(tmp_path)], ["set", "--out", "set/run"], "set --data-root at --out at/set/run".split()):
         with pytest.raises(InputError, match=r"lies among the images of .*; give another --out"):
             options(["--method", "mae", "--data", *words])
     (tmp_path / "set" / "train").mkdir(parents=True)
