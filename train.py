@@ -1,6 +1,6 @@
 """Pretrain any method on one process or many, the same way.
 
-    python train.py --method cmae                                    built-in images, 2 to 5.5 minutes on two cores
+    python train.py --method cmae                                    built-in images, 2.4 to 5.5 minutes on two cores
     python train.py --method cmae --data tiny-imagenet --download    one GPU
     torchrun --nproc_per_node=8 train.py --method cmae --data imagenet --data-root DIR --recipe paper
 

@@ -123,7 +123,7 @@ OPTIONS = {
     "machine": [
         ("device", "auto", ["auto", "cpu", "cuda", "mps"], "NAME", "auto, cpu, cuda, mps"),
         ("precision", "auto", ["auto", "fp32", "bf16", "fp16"], "NAME", "auto, fp32 (without TF32), bf16, fp16"),
-        ("compile", None, bool, None, "torch.compile the method; on CUDA by default, if it can"),
+        ("compile", None, bool, None, "torch.compile the method; on CUDA by default, if a C compiler is there"),
         ("workers", None, whole, "N", "processes that decode a set too large to hold"),
         ("seed", 0, seed, "N", "of everything random"),
         ("deterministic", False, bool, "switch", "make CUDA repeat itself bit by bit, more slowly"),
